@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The only door to torch. A .cpp includes this; a .cu or .cuh never does.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace slope {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Raises RuntimeError with exactly the given text, e.g.
+//   check(ok, "slope::compress: bitmask must be uint8, got ", name)
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) [[likely]] {
+    return;
+  }
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    text << (dim == 0 ? "" : ", ") << tensor.size(dim);
+  }
+  text << "]";
+  return text.str();
+}
+
+// A contiguous tensor whose data starts at a multiple of 16 bytes: itself, or a copy.
+inline Tensor contiguous_16b(const Tensor& tensor) {
+  Tensor result = torch::stable::contiguous(tensor);
+  const auto address = reinterpret_cast<uintptr_t>(result.const_data_ptr());
+  return address % 16 == 0 ? result : torch::stable::clone(result);
+}
+
+}  // namespace slope

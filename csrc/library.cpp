@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every operator of slope_ext, on one screen. Implementations register themselves: CUDA kernels at
+// the foot of csrc/ops/<family>.cpp, references, fakes and gradients in slope_ext/ops/<family>.py.
+//
+// Shapes: W is [out, in]; values [out, in/2]; bitmask uint8 [out, in/8] (1 = kept);
+//         values_t [in, out/2] and bitmask_t uint8 [in, out/8] are the double-pruned W transposed.
+#include "common/torch_stable.h"
+
+STABLE_TORCH_LIBRARY(slope, m) {
+  // prune: which two of four
+  m.def("prune_24(Tensor scores) -> Tensor");
+  m.def("prune_transposed(Tensor values, Tensor bitmask) -> Tensor");
+
+  // compress: dense <-> values
+  m.def("compress(Tensor dense, Tensor bitmask) -> Tensor");
+  m.def("decompress(Tensor values, Tensor bitmask) -> Tensor");
+
+  // transpose: values of W -> values of the double-pruned W, transposed
+  m.def("transpose_values(Tensor values, Tensor bitmask, Tensor bitmask_t, Tensor(a!) out) -> ()");
+
+  // pack: the operand as the matrix product reads it
+  m.def("pack(Tensor values, Tensor bitmask) -> Tensor");
+
+  // spmm: Y = X W^T + b, and its input gradient
+  m.def(
+      "linear(Tensor x, Tensor values, Tensor bitmask, Tensor? bias=None, "
+      "Tensor? bitmask_t=None, Tensor? values_t=None) -> Tensor");
+  m.def(
+      "input_grad(Tensor dy, Tensor values, Tensor bitmask, Tensor bitmask_t, "
+      "Tensor? values_t=None) -> Tensor");
+
+  // weight_grad: dW = dY^T X at the kept positions
+  m.def("weight_grad(Tensor dy, Tensor x, Tensor bitmask) -> Tensor");
+
+  // lowrank: Y = X W^T + scale T B^T + b with T = X A^T
+  m.def(
+      "linear_lowrank(Tensor x, Tensor values, Tensor bitmask, Tensor lora_A, Tensor lora_B, "
+      "float scale=1.0, Tensor? bias=None, Tensor? bitmask_t=None, Tensor? values_t=None) "
+      "-> (Tensor y, Tensor t)");
+
+  // adamw: one step of many parameters, the backward copies included
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor[] steps, Tensor[] bitmasks, "
+      "Tensor[] bitmasks_t, Tensor(e!)[] values_t, *, float lr, float beta1, float beta2, "
+      "float eps, float weight_decay, bool maximize=False, Tensor? grad_scale=None) "
+      "-> ()");
+}

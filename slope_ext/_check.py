@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks of the ops: every message names op and argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Checker:
+    """Checks arguments of one op; raises RuntimeError ``slope::<op>: <argument> must ...``."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise RuntimeError(f"slope::{self.op}: {message}")
+
+    def floating(self, name: str, tensor: Tensor) -> None:
+        self.require(
+            tensor.dtype in FLOAT_DTYPES,
+            f"{name} must be float16, bfloat16, float32 or float64, got {_dtype(tensor)}",
+        )
+
+    def matrix(self, name: str, tensor: Tensor) -> None:
+        self.require(
+            tensor.dim() == 2, f"{name} must have 2 dimensions, got shape {_shape(tensor)}"
+        )
+
+    def same_dtype(self, name: str, tensor: Tensor, as_name: str, as_tensor: Tensor) -> None:
+        self.require(
+            tensor.dtype == as_tensor.dtype,
+            f"{name} must have the dtype of {as_name} ({_dtype(as_tensor)}), got {_dtype(tensor)}",
+        )
+
+    def same_device(self, name: str, tensor: Tensor, as_name: str, as_tensor: Tensor) -> None:
+        self.require(
+            tensor.device == as_tensor.device,
+            f"{name} must be on the device of {as_name} ({as_tensor.device}), "
+            f"got {tensor.device}",
+        )
+
+    def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+        self.require(
+            tuple(tensor.shape) == expected,
+            f"{name} must be {meaning} = {list(expected)}, got {_shape(tensor)}",
+        )
+
+    def columns(self, name: str, columns: int, axis: str) -> None:
+        self.require(
+            columns % 8 == 0, f"{name} must have {axis} a multiple of 8, got {axis} = {columns}"
+        )
+
+    def bitmask(
+        self, name: str, bitmask: Tensor, rows: int, columns: int, as_name: str, as_tensor: Tensor
+    ) -> None:
+        """uint8 [rows, columns / 8] beside ``as_tensor``, two bits set in every nibble.
+
+        The bits themselves are read on the CPU only: on a GPU that would wait for the device.
+        """
+        self.bitmask_shape(name, bitmask, rows, columns, as_name, as_tensor)
+        if type(bitmask) is Tensor and bitmask.device.type == "cpu":
+            self.require(has_two_of_four(bitmask), f"{name} must have exactly two bits set of every four")
+
+    def bitmask_shape(
+        self, name: str, bitmask: Tensor, rows: int, columns: int, as_name: str, as_tensor: Tensor
+    ) -> None:
+        self.require(bitmask.dtype == torch.uint8, f"{name} must be uint8, got {_dtype(bitmask)}")
+        self.shape(name, bitmask, (rows, columns // 8), f"[{rows}, {columns}/8]")
+        self.same_device(name, bitmask, as_name, as_tensor)
+
+    def values(self, values: Tensor, bitmask: Tensor) -> tuple[int, int]:
+        """Checks a compressed weight; returns (out, in)."""
+        self.matrix("values", values)
+        self.floating("values", values)
+        rows, columns = values.shape[0], 2 * values.shape[1]
+        self.columns("values", columns, "in")
+        self.bitmask("bitmask", bitmask, rows, columns, "values", values)
+        return rows, columns
+
+    def transposed(
+        self, values: Tensor, bitmask_t: Tensor | None, values_t: Tensor | None
+    ) -> None:
+        """Checks the backward copy [in, out/2] of a weight whose values are [out, in/2]."""
+        rows, columns = values.shape[0], 2 * values.shape[1]
+        self.require(
+            bitmask_t is not None or values_t is None, "values_t must come with bitmask_t, got None"
+        )
+        if bitmask_t is not None:
+            self.columns("values", rows, "out")
+            # Its bits are read where they are used, after a layer's mask was brought up to date.
+            self.bitmask_shape("bitmask_t", bitmask_t, columns, rows, "values", values)
+        if values_t is not None:
+            self.same_dtype("values_t", values_t, "values", values)
+            self.shape("values_t", values_t, (columns, rows // 2), "[in, out/2]")
+            self.same_device("values_t", values_t, "values", values)
+            self.require(values_t.is_contiguous(), "values_t must be contiguous")
+
+    def tokens(self, name: str, x: Tensor, features: int, values: Tensor) -> None:
+        """Checks an activation [..., features] that meets ``values``."""
+        self.require(x.dim() >= 1, f"{name} must have at least 1 dimension, got shape []")
+        self.require(
+            x.shape[-1] == features,
+            f"{name} must have a last dimension of {features}, got shape {_shape(x)}",
+        )
+        self.same_dtype(name, x, "values", values)
+        self.same_device(name, x, "values", values)
+
+    def bias(self, bias: Tensor | None, values: Tensor) -> None:
+        if bias is not None:
+            self.shape("bias", bias, (values.shape[0],), "[out]")
+            self.same_dtype("bias", bias, "values", values)
+            self.same_device("bias", bias, "values", values)
+
+
+def has_two_of_four(bitmask: Tensor) -> bool:
+    """Whether every four bits of a uint8 tensor hold exactly two ones (waits for its device)."""
+    # Counted in parallel: bits of pairs, then of nibbles; 0x22 = two and two.
+    pairs = (bitmask & 0x55) + (bitmask >> 1 & 0x55)
+    return bool(((pairs & 0x33) + (pairs >> 2 & 0x33) == 0x22).all())
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

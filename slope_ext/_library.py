@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the op library and binds references, fakes and autocast rules to its schemas.
+
+Which implementation runs:
+
+=========  ======================================================================
+CPU        the plain-PyTorch reference
+CUDA       the compiled kernel where the build has one, else the reference, with
+           one warning per op; ``SLOPE_EXT_FORCE_REFERENCE=1`` takes references only
+Meta/Fake  the fake: checks and shapes, no data
+=========  ======================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_LIBRARY_FILE = Path(__file__).with_name("_ops.so")
+FORCE_REFERENCE = os.environ.get("SLOPE_EXT_FORCE_REFERENCE", "0") not in ("", "0")
+
+if not _LIBRARY_FILE.exists():
+    raise ImportError(
+        f"slope_ext: {_LIBRARY_FILE.name} is not built. Run `make build`, or "
+        "`pip install --no-build-isolation -e .` in the source tree."
+    )
+torch.ops.load_library(_LIBRARY_FILE)
+
+_registrations = torch.library.Library("slope", "IMPL")
+
+
+OPS = (
+    "adamw_",
+    "compress",
+    "decompress",
+    "input_grad",
+    "linear",
+    "linear_lowrank",
+    "pack",
+    "prune_24",
+    "prune_transposed",
+    "transpose_values",
+    "weight_grad",
+)
+
+# Asked before any reference is registered for CUDA.
+CUDA_KERNELS = tuple(
+    name
+    for name in OPS
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"slope::{name}", "CUDA")
+)
+
+
+def is_available() -> bool:
+    """Whether compiled CUDA kernels run here: a CUDA GPU, a build with CUDA, references not forced.
+
+    Where this is False everything still works, on plain-PyTorch references.
+    ``python -m slope_ext.env_report`` says why and what to do.
+    """
+    return torch.cuda.is_available() and bool(CUDA_KERNELS) and not FORCE_REFERENCE
+
+
+def register(
+    name: str,
+    *,
+    check: Callable[..., None],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> None:
+    """Binds an op's implementations; all three take the op's arguments.
+
+    ``check`` raises RuntimeError that names op and argument, before anything is computed.
+    """
+
+    @functools.wraps(reference)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return reference(*args, **kwargs)
+
+    @functools.wraps(reference)
+    def on_cuda(*args: Any, **kwargs: Any) -> Any:
+        _warn_reference_on_gpu(name)
+        return on_cpu(*args, **kwargs)
+
+    @functools.wraps(fake)
+    def on_fake(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return fake(*args, **kwargs)
+
+    torch.library.register_kernel(f"slope::{name}", "cpu", on_cpu)
+    if FORCE_REFERENCE and name in CUDA_KERNELS:
+        _registrations.impl(name, on_cuda, "CUDA", allow_override=True)
+    elif name not in CUDA_KERNELS:
+        torch.library.register_kernel(f"slope::{name}", "cuda", on_cuda)
+    torch.library.register_fake(f"slope::{name}", on_fake)
+
+
+@functools.cache
+def _warn_reference_on_gpu(name: str) -> None:
+    reason = "SLOPE_EXT_FORCE_REFERENCE is set" if FORCE_REFERENCE else "no CUDA kernel is built"
+    warnings.warn(
+        f"slope::{name} runs its plain-PyTorch reference on the GPU ({reason}): results are "
+        "right, speed and memory are not. See `python -m slope_ext.env_report`.",
+        stacklevel=2,
+    )
+
+
+def register_autocast(name: str) -> None:
+    """Under torch.autocast, floating-point arguments of op ``name`` take the autocast dtype.
+
+    ``values_t`` is dropped instead: it is a cache of the values that are being cast here, and
+    backward derives it from the cast values at no more traffic than casting it would cost.
+    """
+    op = getattr(torch.ops.slope, name).default
+    argument_names = [argument.name for argument in op._schema.arguments]
+
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+        def cast_and_call(*args: Any, _device_type: str = device_type, **kwargs: Any) -> Any:
+            dtype = torch.get_autocast_dtype(_device_type)
+            arguments = dict(zip(argument_names, args, strict=False)) | kwargs
+            values_dtype = arguments["values"].dtype
+            arguments = {key: _cast(value, dtype) for key, value in arguments.items()}
+            if values_dtype != dtype:
+                arguments["values_t"] = None
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+                return op(**arguments)
+
+        _registrations.impl(name, cast_and_call, key)
+
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    # float64 is left alone, as torch's own autocast does.
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.to(dtype)
+    return value

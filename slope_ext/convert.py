@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""convert: nn.Linear -> sparse layers, in place; to_dense: back again."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from slope_ext import ops, reference
+from slope_ext.linear import BackwardCopy, SLoPeLinear
+from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
+from slope_ext.sparse_layer import SparseLayer
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+# Output heads by the names that transformers gives them.
+HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls")
+
+
+class SlopeConversionWarning(UserWarning):
+    """Some linear layers stayed dense; the message lists each with its reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlopeConfig:
+    """What :func:`convert` makes sparse, and how the masks are chosen.
+
+    Attributes:
+        mask: "magnitude" keeps the largest weights of each group, "random" any (seeded by ``seed``
+            and the layer's name, so the result depends on neither device nor order).
+        seed: of random masks.
+        masks: given masks by layer name (or name + ".weight"): bool or 0/1 [out, in]; uint8 bitmask
+            [out, in/8], lowest bit first; or MaskLLM's packed bits, a flat uint8 or NumPy array
+            [out * in / 8], highest bit first (keys name + ".weight.mask" are understood).
+        scores: given scores by layer name, [out, in]; the largest of each group are kept (e.g.
+            Wanda's |W| * norm of the input).
+        pattern: "2:4", compressed; any other N:M, or ``simulate``, is dense masked arithmetic.
+        simulate: use MaskedLinear for 2:4 too.
+        backward_copy: "cached" or "recompute", see SLoPeLinear.
+        target_modules: "all-linear", a regular expression that must match the whole name, or a
+            sequence of names; a name matches its last components ("q_proj" any q_proj).
+        exclude_modules: like ``target_modules``, left dense. Output heads always are, unless
+            targeted by their exact full name.
+        strict: raise instead of warn where a targeted layer cannot be converted.
+    """
+
+    mask: Literal["magnitude", "random"] = "magnitude"
+    seed: int = 0
+    masks: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    pattern: str = "2:4"
+    simulate: bool = False
+    backward_copy: BackwardCopy = "cached"
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] = ()
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mask not in ("magnitude", "random"):
+            raise ValueError(
+                f"SlopeConfig: mask must be 'magnitude' or 'random', got {self.mask!r}"
+            )
+        if self.backward_copy not in ("cached", "recompute"):
+            raise ValueError(
+                "SlopeConfig: backward_copy must be 'cached' or 'recompute', "
+                f"got {self.backward_copy!r}"
+            )
+        try:
+            parse_pattern(self.pattern)
+        except ValueError as error:
+            raise ValueError(f"SlopeConfig: {error}") from None
+
+    @property
+    def compressed(self) -> bool:
+        """Whether layers become SLoPeLinear rather than MaskedLinear."""
+        return self.pattern == "2:4" and not self.simulate
+
+
+# ---- convert -------------------------------------------------------------------------------------
+
+
+def convert(
+    model: nn.Module, config: SlopeConfig | None = None, filter_fn: FilterFn | None = None
+) -> nn.Module:
+    """Replaces the linear layers of ``model`` by sparse ones, in place.
+
+    Handles ``nn.Linear`` and Hugging Face's ``Conv1D`` (GPT-2). Output heads, weights tied to
+    something that is no linear layer, and shapes that the pattern does not divide stay dense; one
+    SlopeConversionWarning lists every targeted layer that does, with its reason. Kept: bias, dtype,
+    device (on the meta device load a sparse state_dict, or reset parameters, after ``to_empty``),
+    training mode, requires_grad, hooks, and weights shared between layers. Build the optimizer
+    afterwards.
+
+    Args:
+        model: any module; if it is itself a linear layer, use the return value.
+        config: see SlopeConfig; None is SlopeConfig().
+        filter_fn: called with (module, name); False leaves the layer dense without a word.
+
+    Returns:
+        ``model``, or its replacement if it is itself a linear layer.
+
+    Raises:
+        ValueError: a mask or score does not fit its layer or names none; or, with ``strict``, a
+            targeted layer cannot be converted. The model is then as it was.
+    """
+    config = config or SlopeConfig()
+    plan, skipped = _plan(model, config, filter_fn)
+    _check_given_names(config, [name for names in plan.values() for name in names])
+    if skipped:
+        listing = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
+        if config.strict:
+            raise ValueError(f"convert: strict, but these layers cannot be converted:\n{listing}")
+        warnings.warn(
+            f"slope_ext.convert left {len(skipped)} linear layers dense:\n{listing}",
+            SlopeConversionWarning,
+            stacklevel=2,
+        )
+
+    # Everything that can fail happens before the model is touched.
+    replacements: dict[nn.Module, SparseLayer] = {}
+    by_weight: dict[int, SparseLayer] = {}
+    for module, names in plan.items():
+        layer = _sparse_twin(module, names[0], config)
+        _share(layer, by_weight.setdefault(id(module.weight), layer))
+        replacements[module] = layer
+    return _replace(model, replacements)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Replaces the sparse layers of ``model`` by dense ones with the same outputs, in place.
+
+    The dense weights contain the zeros; adapters are added into them (in fp32, then rounded). A
+    layer that was a ``Conv1D`` becomes one again. Hooks, dtype, device, training mode, requires_grad
+    and shared weights are kept.
+
+    Returns:
+        ``model``, or its replacement if it is itself a sparse layer.
+    """
+    replacements: dict[nn.Module, nn.Module] = {}
+    by_weight: dict[int, nn.Module] = {}
+    for layer in model.modules():
+        if isinstance(layer, SparseLayer):
+            dense = _dense_twin(layer)
+            first = by_weight.setdefault(id(layer.weight), dense)
+            if not layer.has_adapter:
+                dense.weight = first.weight
+            replacements[layer] = dense
+    return _replace(model, replacements)
+
+
+# ---- which layers --------------------------------------------------------------------------------
+
+
+def _plan(
+    model: nn.Module, config: SlopeConfig, filter_fn: FilterFn | None
+) -> tuple[dict[nn.Module, list[str]], dict[str, str]]:
+    """Layers to convert with all their names, and reasons for those that stay dense."""
+    plan: dict[nn.Module, list[str]] = {}
+    skipped: dict[str, str] = {}
+    owners = _weight_owners(model)
+    head = _output_head(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not _is_linear_like(module) or isinstance(module, SparseLayer):
+            continue
+        if not _matches(config.target_modules, name) or _matches(config.exclude_modules, name):
+            continue
+        if filter_fn is not None and not filter_fn(module, name):
+            continue
+        reason = _obstacle(module, name, config, owners, head)
+        if reason is None:
+            plan.setdefault(module, []).append(name)
+        else:
+            skipped[name] = reason
+    return plan, skipped
+
+
+def _obstacle(
+    module: nn.Module,
+    name: str,
+    config: SlopeConfig,
+    owners: dict[int, list[tuple[str, nn.Module]]],
+    head: nn.Module | None,
+) -> str | None:
+    """Why a layer must stay dense, or None."""
+    exactly_targeted = not isinstance(config.target_modules, str) and name in config.target_modules
+    if not exactly_targeted and (module is head or name.rpartition(".")[2] in HEAD_NAMES):
+        return "output head"
+    if type(module) is not nn.Linear and not _is_conv1d(module):
+        return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "its parameters are parametrized"
+    for other_name, other in owners[id(module.weight)]:
+        if not _is_linear_like(other):
+            return f"weight is tied to {other_name} ({type(other).__name__})"
+    if not module.weight.is_floating_point():
+        return f"weight has dtype {module.weight.dtype}"
+    rows, columns = _logical_shape(module)
+    multiple = 8 if config.compressed else parse_pattern(config.pattern)[1]
+    if rows % multiple != 0 or columns % multiple != 0:
+        return f"out x in = {rows} x {columns}, both must be multiples of {multiple}"
+    return None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # By name, so that transformers need not be installed.
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _is_linear_like(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _logical_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in); Conv1D stores its weight as [in, out]."""
+    first, second = module.weight.shape
+    return (second, first) if _is_conv1d(module) else (first, second)
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((name, module))
+    return owners
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    if get_output_embeddings is None:
+        return None
+    try:
+        return get_output_embeddings()  # type: ignore[no-any-return]
+    except NotImplementedError:
+        return None
+
+
+def _matches(patterns: str | Sequence[str], name: str) -> bool:
+    if patterns == "all-linear":
+        return True
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+# How a layer may be called in SlopeConfig.masks and .scores.
+_KEY_SUFFIXES = ("", ".weight", ".mask", ".weight.mask")
+
+
+def _check_given_names(config: SlopeConfig, names: list[str]) -> None:
+    known = {name + suffix for name in names for suffix in _KEY_SUFFIXES}
+    for argument, mapping in (("masks", config.masks), ("scores", config.scores)):
+        if unknown := sorted(set(mapping) - known):
+            raise ValueError(f"convert: {argument} names no layer to convert: {', '.join(unknown)}")
+
+
+def _given(mapping: Mapping[str, Any], name: str) -> Any | None:
+    return next((mapping[key] for s in _KEY_SUFFIXES if (key := name + s) in mapping), None)
+
+
+def _choose_mask(weight: Tensor, name: str, config: SlopeConfig) -> Tensor:
+    """The mask of a weight [out, in] as its layer stores it: uint8 bitmask or bool."""
+    n, m = parse_pattern(config.pattern)
+    mask = _given(config.masks, name)
+    scores = _given(config.scores, name)
+    chosen = mask is not None or scores is not None or config.mask == "random"
+    if chosen and weight.is_meta:
+        raise ValueError(f"convert: {name} is on the meta device; only magnitude masks work there")
+    if mask is not None:
+        bits = _given_mask(mask, weight, name)
+        if not (bits.unflatten(-1, (-1, m)).sum(-1) == n).all():
+            raise ValueError(f"convert: masks[{name!r}] must keep exactly {n} of every {m}")
+        return reference.pack_bits(bits) if config.compressed else bits
+    if scores is not None:
+        scores = torch.as_tensor(scores).to(weight.device)
+        if scores.shape != weight.shape:
+            raise ValueError(
+                f"convert: scores[{name!r}] must be [out, in] = {list(weight.shape)}, "
+                f"got {list(scores.shape)}"
+            )
+    elif config.mask == "random":
+        generator = torch.Generator().manual_seed(config.seed ^ zlib.crc32(name.encode()))
+        scores = torch.rand(weight.shape, generator=generator).to(weight.device)
+    else:
+        scores = weight.detach().abs()
+    return ops.prune_24(scores) if config.compressed else prune_nm(scores, n, m)
+
+
+def _given_mask(mask: Any, weight: Tensor, name: str) -> Tensor:
+    """A given mask in any of its three forms -> bool [out, in]."""
+    mask = torch.as_tensor(mask)
+    rows, columns = weight.shape
+    if mask.shape == weight.shape:
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"convert: masks[{name!r}] must hold only 0 and 1")
+        bits = mask.bool()
+    elif mask.dtype == torch.uint8 and mask.shape == (rows, columns // 8):
+        bits = reference.unpack_bits(mask)
+    elif mask.dtype == torch.uint8 and mask.shape == (rows * columns // 8,):
+        highest_first = reference.unpack_bits(mask.unsqueeze(-1)).flip(-1)
+        bits = highest_first.view(rows, columns)
+    else:
+        raise ValueError(
+            f"convert: masks[{name!r}] must be bool [out, in] = [{rows}, {columns}], "
+            f"uint8 [out, in/8] or packed uint8 [out * in / 8], "
+            f"got {mask.dtype} {list(mask.shape)}"
+        )
+    return bits.to(weight.device)
+
+
+# ---- twins ---------------------------------------------------------------------------------------
+
+
+def _sparse_twin(module: nn.Module, name: str, config: SlopeConfig) -> SparseLayer:
+    weight = module.weight.t() if _is_conv1d(module) else module.weight
+    mask = _choose_mask(weight, name, config)
+    twin: SparseLayer
+    if config.compressed:
+        twin = SLoPeLinear.from_dense(
+            weight, module.bias, mask, backward_copy=config.backward_copy
+        )
+    else:
+        twin = MaskedLinear.from_dense(weight, module.bias, mask, pattern=config.pattern)
+    twin.dense_type = type(module)
+    _carry_over(module, twin)
+    return twin
+
+
+def _dense_twin(layer: SparseLayer) -> nn.Module:
+    weight = layer.dense_weight().detach()
+    if layer.has_adapter:
+        low_rank = layer.lora_B.detach().float() @ layer.lora_A.detach().float()
+        weight = (weight.float() + layer.lora_scale * low_rank).to(weight.dtype)
+    twin: nn.Module
+    if layer.dense_type is nn.Linear:
+        twin = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    else:
+        twin = layer.dense_type(layer.out_features, layer.in_features)  # Conv1D(nf, nx)
+        weight = weight.t().contiguous()
+    twin.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    twin.bias = layer.bias
+    _carry_over(layer, twin)
+    return twin
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Hooks (the same dicts, so that their handles still remove them), mode, stray attributes."""
+    for key, value in vars(old).items():
+        if "hook" in key or key not in vars(new):
+            vars(new)[key] = value
+    new.train(old.training)
+
+
+def _share(layer: SparseLayer, first: SparseLayer) -> None:
+    """Gives ``layer`` the weight and masks of ``first``, whose dense weight was the same."""
+    if layer is not first:
+        layer.weight = first.weight
+        layer._buffers = first._buffers
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SLoPeLinear: a linear layer whose trainable Parameter is the compressed 2:4 weight itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from slope_ext import _backward_copy, _freshness, ops
+from slope_ext._check import has_two_of_four
+from slope_ext.sparse_layer import SparseLayer
+
+BackwardCopy = Literal["cached", "recompute"]
+
+
+class SLoPeLinear(SparseLayer, nn.Linear):
+    """``nn.Linear`` with a 2:4 sparse weight, stored and trained compressed.
+
+    Equivalent to (for the mask M that ``weight_bitmask`` holds)::
+
+        F.linear(x, M * W, bias)              # forward
+        dX = dY @ double_pruned(M * W)        # backward, arXiv 2405.16325 section 3.1
+        dW = M * (dY.T @ X)                   # kept as [out, in/2] in weight.grad
+
+    ====================  =======================  =================================================
+    ``weight``            Parameter [out, in/2]    kept values, row-major, ascending column
+    ``weight_bitmask``    uint8 [out, in/8]        bit j % 8 of byte j // 8: column j is kept
+    ``bias``              Parameter [out]          or None
+    ``lora_A``            Parameter [rank, in]     None until ``add_adapter``
+    ``lora_B``            Parameter [out, rank]    None until ``add_adapter``
+    ``weight_t``          [in, out/2]              backward copy, derived, not in the state_dict;
+                                                   None with ``backward_copy="recompute"``
+    ``weight_t_bitmask``  uint8 [in, out/8]        its mask, derived, not in the state_dict
+    ====================  =======================  =================================================
+
+    The gradient, optimizer state, clipping, gradient scaling, DDP and checkpoints see an ordinary
+    Parameter of half the elements. The backward copy is compared with ``weight`` in every backward
+    and refreshed if that changed, whatever changed it. Its mask is chosen when the layer is made or
+    its bitmask changes, and again by :meth:`update_transposed_mask` (``slope_ext.optim.AdamW`` does
+    that every ``mask_interval`` steps).
+
+    Args:
+        in_features, out_features: logical sizes, multiples of 8.
+        bias: whether to learn a bias.
+        device, dtype: as in ``nn.Linear``; fp16, bf16, fp32 (or fp64 on the CPU).
+        backward_copy: "cached" keeps the transposed values (fastest); "recompute" derives them in
+            every backward (least memory).
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    mask_name = "weight_bitmask"
+    transposed_mask_name = "weight_t_bitmask"
+    weight: nn.Parameter
+    weight_bitmask: Tensor
+    weight_t: Tensor | None
+    weight_t_bitmask: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backward_copy: BackwardCopy = "cached",
+    ) -> None:
+        # nn.Linear's own __init__ would allocate the dense weight.
+        nn.Module.__init__(self)
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size < 8 or size % 8 != 0:
+                raise ValueError(f"SLoPeLinear: {name} must be a multiple of 8, got {size}")
+        if backward_copy not in ("cached", "recompute"):
+            raise ValueError(
+                f"SLoPeLinear: backward_copy must be 'cached' or 'recompute', got {backward_copy!r}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.backward_copy = backward_copy
+        bitmask = torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
+        weight = torch.empty(out_features, in_features // 2, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight)
+        self.register_buffer("weight_bitmask", bitmask)
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(weight.new_empty(out_features))
+        self._init_adapter()
+        self._allocate_backward_copy()
+        self.reset_parameters()
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        bitmask: Tensor | None = None,
+        *,
+        backward_copy: BackwardCopy = "cached",
+    ) -> Self:
+        """Compresses a dense weight; nothing dense is allocated.
+
+        Args:
+            weight: [out, in], in and out multiples of 8.
+            bias: [out] or None; a Parameter is taken over, not copied.
+            bitmask: uint8 [out, in/8]; None keeps the two largest magnitudes of each four.
+            backward_copy: as in the constructor.
+
+        Raises:
+            ValueError, RuntimeError: an argument has the wrong shape or dtype; the message names it.
+        """
+        out_features, in_features = weight.shape
+        layer = cls(
+            in_features,
+            out_features,
+            bias=False,
+            device="meta",
+            dtype=weight.dtype,
+            backward_copy=backward_copy,
+        )
+        with torch.no_grad():
+            bitmask = ops.prune_24(weight.abs()) if bitmask is None else bitmask
+            values = ops.compress(weight, bitmask)
+        layer.weight = nn.Parameter(values, requires_grad=weight.requires_grad)
+        layer.weight_bitmask = bitmask
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        layer._allocate_backward_copy()
+        layer.update_transposed_mask()
+        return layer
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's initialisation, pruned to the two largest magnitudes of each four."""
+        if self.weight.is_meta:
+            return
+        with torch.no_grad():
+            dense = self.weight.new_empty(self.out_features, self.in_features)
+            nn.init.kaiming_uniform_(dense, a=math.sqrt(5))
+            self.weight_bitmask.copy_(ops.prune_24(dense.abs()))
+            self.weight.copy_(ops.compress(dense, self.weight_bitmask))
+            if self.bias is not None:
+                bound = 1 / math.sqrt(self.in_features)
+                nn.init.uniform_(self.bias, -bound, bound)
+        self.update_transposed_mask()
+
+    # ---- use -------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y = X W^T + b [+ lora_scale (X A^T) B^T]; x [..., in] -> [..., out]."""
+        if self.weight_t is not None and (
+            self.weight_t.dtype != self.weight.dtype or self.weight_t.device != self.weight.device
+        ):
+            self._allocate_backward_copy()  # weight.data took another dtype or device
+        weight = (self.weight, self.weight_bitmask)
+        backward_copy = (self.weight_t_bitmask, self.weight_t)
+        if self.lora_A is None:
+            return ops.linear(x, *weight, self.bias, *backward_copy)
+        return ops.linear_lowrank(
+            x, *weight, self.lora_A, self.lora_B, self.lora_scale, self.bias, *backward_copy
+        )
+
+    def dense_weight(self) -> Tensor:
+        """The weight [out, in] with its zeros; differentiable in ``weight``."""
+        return ops.decompress(self.weight, self.weight_bitmask)
+
+    def extra_repr(self) -> str:
+        rank = f", rank={self.lora_A.shape[0]}" if self.has_adapter else ""
+        return f"{super().extra_repr()}, 2:4, backward_copy={self.backward_copy!r}{rank}"
+
+    # ---- backward copy ---------------------------------------------------------------------------
+
+    def update_transposed_mask(self) -> None:
+        """Chooses the mask of W^{R,C} again, from the present weight."""
+        with torch.no_grad():
+            _backward_copy.choose_mask(self.weight, self.weight_bitmask, self.weight_t_bitmask)
+
+    def backward_weight(self) -> Tensor:
+        """The double-pruned weight [out, in] that the next backward multiplies with, detached."""
+        with torch.no_grad():
+            values_t = _backward_copy.follow(
+                self.weight, self.weight_bitmask, self.weight_t_bitmask, self.weight_t
+            )
+            return ops.decompress(values_t, self.weight_t_bitmask).t()
+
+    def mark_backward_copy_stale(self) -> None:
+        """Has the next backward refresh the copy; its mask stays.
+
+        Needed only after a write through ``weight.data`` outside any ``torch.optim.Optimizer``,
+        which no version counter shows.
+        """
+        if self.weight_t is not None:
+            _freshness.mark_stale(self.weight_t)
+
+    def _allocate_backward_copy(self) -> None:
+        # The values follow in the first backward, the mask too unless it is chosen before.
+        bitmask_t = torch.empty(
+            self.in_features, self.out_features // 8, dtype=torch.uint8, device=self.weight.device
+        )
+        values_t = None
+        if self.backward_copy == "cached":
+            values_t = self.weight.new_empty(self.in_features, self.out_features // 2)
+        self.register_buffer("weight_t_bitmask", bitmask_t, persistent=False)
+        self.register_buffer("weight_t", values_t, persistent=False)
+        _freshness.mark_stale(bitmask_t)
+
+    # ---- state_dict ------------------------------------------------------------------------------
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        bitmask = state_dict.get(prefix + "weight_bitmask")
+        if bitmask is not None and not bitmask.is_meta and not has_two_of_four(bitmask):
+            error_msgs.append(
+                f"{prefix}weight_bitmask must have exactly two bits set of every four"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        # With assign=True the weight may have left the meta device or changed its dtype.
+        if self.weight_t_bitmask.device != self.weight.device:
+            self._allocate_backward_copy()
+        if not self.weight.is_meta:
+            self.update_transposed_mask()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse plus low-rank in one op: linear_lowrank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slope_ext import reference
+from slope_ext._check import Checker
+from slope_ext._library import register, register_autocast
+from slope_ext.ops.spmm import input_grad, require_bitmask_t
+from slope_ext.ops.weight_grad import weight_grad
+
+
+def linear_lowrank(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    bitmask_t: Tensor | None = None,
+    values_t: Tensor | None = None,
+) -> Tensor:
+    """Y = X W^T + scale (X A^T) B^T + b (arXiv 2405.16325, equation 11).
+
+    Backward: that of :func:`slope_ext.ops.linear`, and with T = X A^T
+    dB = scale dY^T T, dA = scale (dY B)^T X, dX += scale (dY B) A.
+
+    Args:
+        x: fp16, bf16, fp32 or fp64 [..., in].
+        values: [out, in/2], the dtype of ``x``, in a multiple of 8. Differentiable.
+        bitmask: uint8 [out, in/8].
+        lora_A: [rank, in], the dtype of ``x``. Differentiable.
+        lora_B: [out, rank], the dtype of ``x``. Differentiable.
+        scale: factor of the low-rank term.
+        bias, bitmask_t, values_t: as in :func:`slope_ext.ops.linear`.
+
+    Returns:
+        y: [..., out], contiguous.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
+    """
+    y, _ = torch.ops.slope.linear_lowrank.default(
+        x, values, bitmask, lora_A, lora_B, scale, bias, bitmask_t, values_t
+    )
+    return y  # type: ignore[no-any-return]
+
+
+def _check(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    bitmask_t: Tensor | None = None,
+    values_t: Tensor | None = None,
+) -> None:
+    check = Checker("linear_lowrank")
+    rows, columns = check.values(values, bitmask)
+    check.tokens("x", x, columns, values)
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check.matrix(name, factor)
+        check.same_dtype(name, factor, "values", values)
+        check.same_device(name, factor, "values", values)
+    check.shape("lora_A", lora_A, (lora_A.shape[0], columns), "[rank, in]")
+    check.shape("lora_B", lora_B, (rows, lora_A.shape[0]), "[out, rank]")
+    check.bias(bias, values)
+    check.transposed(values, bitmask_t, values_t)
+
+
+def _fake(x: Tensor, values: Tensor, bitmask: Tensor, lora_A: Tensor, *_: Any, **__: Any) -> Any:
+    leading = x.shape[:-1]
+    return x.new_empty(*leading, values.shape[0]), x.new_empty(*leading, lora_A.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, values, bitmask, lora_A, lora_B, scale, _, bitmask_t, values_t = inputs
+    require_bitmask_t("linear_lowrank", ctx.needs_input_grad[0], bitmask_t)
+    t = output[1]
+    ctx.mark_non_differentiable(t)
+    ctx.set_materialize_grads(False)
+    ctx.scale = scale
+    ctx.save_for_backward(x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t)
+
+
+@once_differentiable  # type: ignore[untyped-decorator]
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t = ctx.saved_tensors
+    x_needs, values_need, _, a_needs, b_needs, _, bias_needs = ctx.needs_input_grad[:7]
+    flat_dy, flat_x, flat_t = (tensor.flatten(0, -2) for tensor in (dy, x, t))
+
+    dt = ctx.scale * (flat_dy @ lora_B) if x_needs or a_needs else None  # [tokens, rank]
+    dx = None
+    if x_needs:
+        dx = input_grad(dy, values, bitmask, bitmask_t, values_t)
+        dx = dx + (dt @ lora_A).view(dx.shape)
+    dw = weight_grad(dy, x, bitmask) if values_need else None
+    da = dt.t() @ flat_x if a_needs else None  # type: ignore[union-attr]
+    db = ctx.scale * (flat_dy.t() @ flat_t) if b_needs else None
+    dbias = flat_dy.sum(0) if bias_needs else None
+    return dx, dw, None, da, db, None, dbias, None, None
+
+
+register("linear_lowrank", check=_check, reference=reference.linear_lowrank, fake=_fake)
+torch.library.register_autograd("slope::linear_lowrank", _backward, setup_context=_setup_context)
+register_autocast("linear_lowrank")

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse product and its input gradient: linear and input_grad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slope_ext import reference
+from slope_ext._check import Checker
+from slope_ext._library import register, register_autocast
+from slope_ext.ops.weight_grad import weight_grad
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bias: Tensor | None = None,
+    bitmask_t: Tensor | None = None,
+    values_t: Tensor | None = None,
+) -> Tensor:
+    """Y = X W^T + b with W 2:4 sparse along ``in``.
+
+    Backward (arXiv 2405.16325, equations 4 to 6): dX = dY W^{R,C} with the double-pruned weight,
+    dW = dY^T X at the kept positions, in the shape of ``values``, db = column sums of dY.
+
+    Args:
+        x: fp16, bf16, fp32 or fp64 [..., in].
+        values: [out, in/2], the dtype of ``x``, in a multiple of 8. Differentiable.
+        bitmask: uint8 [out, in/8].
+        bias: [out], the dtype of ``x``, or None. Differentiable.
+        bitmask_t: uint8 [in, out/8]; needed if ``x`` requires grad (out a multiple of 8).
+        values_t: [in, out/2] cache of the double-pruned values that backward refreshes when
+            ``values`` changed; None computes them in every backward and keeps nothing.
+
+    Returns:
+        y: [..., out], contiguous.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
+    """
+    return torch.ops.slope.linear.default(  # type: ignore[no-any-return]
+        x, values, bitmask, bias, bitmask_t, values_t
+    )
+
+
+def input_grad(
+    dy: Tensor, values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor | None = None
+) -> Tensor:
+    """dX = dY W^{R,C}: the input gradient of :func:`linear`.
+
+    The result depends on ``values``, ``bitmask`` and ``bitmask_t`` alone. ``values_t`` is a cache
+    whose content never matters: it is overwritten when it is not known to be up to date.
+
+    Args:
+        dy: fp16, bf16, fp32 or fp64 [..., out].
+        values: [out, in/2], the dtype of ``dy``, in and out multiples of 8.
+        bitmask: uint8 [out, in/8].
+        bitmask_t: uint8 [in, out/8].
+        values_t: cache [in, out/2], the dtype of ``values``, or None.
+
+    Returns:
+        dx: [..., in], contiguous.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
+    """
+    return torch.ops.slope.input_grad.default(  # type: ignore[no-any-return]
+        dy, values, bitmask, bitmask_t, values_t
+    )
+
+
+def _check_linear(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bias: Tensor | None = None,
+    bitmask_t: Tensor | None = None,
+    values_t: Tensor | None = None,
+) -> None:
+    check = Checker("linear")
+    _, columns = check.values(values, bitmask)
+    check.tokens("x", x, columns, values)
+    check.bias(bias, values)
+    check.transposed(values, bitmask_t, values_t)
+
+
+def _check_input_grad(
+    dy: Tensor, values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor | None = None
+) -> None:
+    check = Checker("input_grad")
+    rows, _ = check.values(values, bitmask)
+    check.tokens("dy", dy, rows, values)
+    check.transposed(values, bitmask_t, values_t)
+
+
+def require_bitmask_t(op: str, x_needs_grad: bool, bitmask_t: Tensor | None) -> None:
+    """Raises in forward what would otherwise fail in backward."""
+    if x_needs_grad and bitmask_t is None:
+        raise RuntimeError(f"slope::{op}: bitmask_t must be given when x requires grad, got None")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, bitmask, bias, bitmask_t, values_t = inputs
+    x_needs_grad, values_need_grad = ctx.needs_input_grad[:2]
+    require_bitmask_t("linear", x_needs_grad, bitmask_t)
+    ctx.save_for_backward(x if values_need_grad else None, values, bitmask, bitmask_t, values_t)
+
+
+@once_differentiable  # type: ignore[untyped-decorator]
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, bitmask, bitmask_t, values_t = ctx.saved_tensors
+    x_needs_grad, values_need_grad, _, bias_needs_grad = ctx.needs_input_grad[:4]
+    dx = input_grad(dy, values, bitmask, bitmask_t, values_t) if x_needs_grad else None
+    dw = weight_grad(dy, x, bitmask) if values_need_grad else None
+    db = dy.flatten(0, -2).sum(0) if bias_needs_grad else None
+    return dx, dw, None, db, None, None
+
+
+register(
+    "linear",
+    check=_check_linear,
+    reference=reference.linear,
+    fake=lambda x, values, *_, **__: x.new_empty(*x.shape[:-1], values.shape[0]),
+)
+register(
+    "input_grad",
+    check=_check_input_grad,
+    reference=reference.input_grad,
+    fake=lambda dy, values, *_, **__: dy.new_empty(*dy.shape[:-1], 2 * values.shape[1]),
+)
+torch.library.register_autograd("slope::linear", _backward, setup_context=_setup_context)
+register_autocast("linear")

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW for sparse and dense parameters together.
+
+Any torch optimizer trains a converted model. This one also keeps the backward copies of 2:4 layers
+in the same pass, re-chooses their transposed masks on schedule, and offers fp32 master weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slope_ext import _freshness, ops
+from slope_ext.linear import SLoPeLinear
+from slope_ext.sparse_layer import SparseLayer, layers_by_weight
+
+_STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
+_TRANSPOSED_MASK = "transposed_mask"
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW as ``torch.optim.AdamW`` defines it: decoupled decay, eps after bias correction.
+
+    On a 2:4 layer it does on the values what torch's AdamW does on a dense weight whose gradient is
+    masked. Moments are fp32 for fp16 and bf16 parameters, else of the parameter's dtype.
+
+    Load a checkpoint's model before its optimizer: the optimizer's state holds the transposed masks
+    too, which are chosen again when a model is loaded.
+
+    Args:
+        params: parameters or parameter groups, sparse and dense ones in any mix.
+        lr: learning rate.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the root of the second moment, after bias correction.
+        weight_decay: decoupled; each step multiplies a weight by 1 - lr * weight_decay.
+        mask_interval: steps between two choices of the transposed masks (100 in the paper,
+            arXiv 2405.16325 section 3.1); 0 never chooses them again.
+        master_weights: keep fp32 copies of fp16 and bf16 parameters and update those.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    # GradScaler hands grad_scale and found_inf over instead of unscaling in a pass of its own.
+    _step_supports_amp_scaling = True
+    # Stamps its own writes, see slope_ext/_freshness.py.
+    keeps_backward_copies = True
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        mask_interval: int = 100,
+        master_weights: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "mask_interval": mask_interval,
+            "master_weights": master_weights,
+            "maximize": maximize,
+        }
+        self._layers: dict[int, SparseLayer] = {}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; its options are checked as the constructor's are."""
+        options = {**self.defaults, **param_group}
+        for name in ("lr", "eps", "weight_decay", "mask_interval"):
+            if options[name] < 0:
+                raise ValueError(f"AdamW: {name} must not be negative, got {options[name]}")
+        for beta in options["betas"]:
+            if not 0 <= beta < 1:
+                raise ValueError(f"AdamW: betas must be in [0, 1), got {options['betas']}")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return loss
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        # Buckets: what one adamw_ call can take. A layer whose mask is due gets its copy later.
+        buckets: dict[Any, list[tuple[Tensor, SLoPeLinear | None]]] = defaultdict(list)
+        due = []
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            state = self._state_of(param, group)
+            state["step"] += 1
+            layer = self._layer_of(param)
+            interval = group["mask_interval"]
+            if layer is not None and interval > 0 and int(state["step"]) % interval == 0:
+                due.append(layer)
+                layer = None
+            copied = _with_cached_copy(layer)
+            key = (param.device, param.dtype, state["exp_avg"].dtype, "master" in state)
+            buckets[*key, copied is not None].append((param, copied))
+        for bucket in buckets.values():
+            self._update(bucket, group)
+        for layer in due:
+            layer.update_transposed_mask()
+
+    def _update(
+        self, bucket: list[tuple[Tensor, SLoPeLinear | None]], group: dict[str, Any]
+    ) -> None:
+        params = [param for param, _ in bucket]
+        states = [self.state[param] for param in params]
+        layers = [layer for _, layer in bucket if layer is not None]
+        beta1, beta2 = group["betas"]
+        ops.adamw_(
+            params,
+            [param.grad for param in params],  # type: ignore[misc]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["master"] for state in states if "master" in state],
+            [state["step"] for state in states],
+            [layer.weight_bitmask for layer in layers],
+            [layer.weight_t_bitmask for layer in layers],
+            [layer.weight_t for layer in layers],  # type: ignore[misc]
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=getattr(self, "grad_scale", None),
+        )
+        for layer in layers:
+            assert layer.weight_t is not None
+            _freshness.mark_fresh(
+                layer.weight_t, layer.weight, layer.weight_bitmask, layer.weight_t_bitmask
+            )
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state = self.state[param]
+        if not state:
+            low_precision = param.dtype in (torch.float16, torch.bfloat16)
+            dtype = torch.float32 if low_precision else param.dtype
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+            if group["master_weights"] and low_precision:
+                state["master"] = param.detach().float()
+        return state
+
+    def _layer_of(self, param: Tensor) -> SparseLayer | None:
+        layer = self._layers.get(id(param))
+        if layer is None or layer.weight is not param:
+            self._layers = layers_by_weight()
+            layer = self._layers.get(id(param))
+        return layer
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict, and each sparse layer's transposed mask among its weight's state."""
+        result = super().state_dict()
+        for index, param in self._indexed_params():
+            layer = self._layer_of(param)
+            if layer is not None and index in result["state"]:
+                mask = layer.transposed_mask
+                result["state"][index] = {**result["state"][index], _TRANSPOSED_MASK: mask}
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores moments, masters and transposed masks, each in the dtype it was saved in."""
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for saved_id, (_, param) in zip(saved_ids, self._indexed_params(), strict=True):
+            saved = state_dict["state"].get(saved_id, {})
+            # torch casts state to the parameter's dtype, which would round fp32 moments.
+            for name in _STATE_TENSORS:
+                if name in saved:
+                    self.state[param][name] = saved[name].to(param.device, copy=True)
+            self.state[param].pop(_TRANSPOSED_MASK, None)
+            layer = self._layer_of(param)
+            if layer is not None and _TRANSPOSED_MASK in saved:
+                layer.set_transposed_mask(saved[_TRANSPOSED_MASK])
+
+    def _indexed_params(self) -> list[tuple[int, Tensor]]:
+        # torch numbers the parameters of a state_dict in the order of the groups.
+        return list(enumerate(p for group in self.param_groups for p in group["params"]))
+
+
+def _with_cached_copy(layer: SparseLayer | None) -> SLoPeLinear | None:
+    """The layer, if it keeps a backward copy whose mask stands; else its next backward follows."""
+    if not isinstance(layer, SLoPeLinear) or layer.weight_t is None:
+        return None
+    return layer if layer.transposed_mask_is_fresh() else None

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op in plain PyTorch: what it computes, on any device, with no thought for speed.
+
+These are the CPU kernels, the fallback on a GPU without a compiled kernel, and what the CUDA
+kernels are tested against. Arguments are checked before (slope_ext/ops/<family>.py).
+
+Shapes: W [out, in]; values [out, in/2]; bitmask uint8 [out, in/8], bit j % 8 of byte j // 8 = column
+j is kept; values_t [in, out/2] and bitmask_t [in, out/8] are the double-pruned W, transposed.
+Source: SLoPe, arXiv 2405.16325, section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slope_ext import _backward_copy
+
+# ---- bits ----------------------------------------------------------------------------------------
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """bool [..., n] -> uint8 [..., n/8], lowest bit first."""
+    bits = mask.unflatten(-1, (mask.shape[-1] // 8, 8)).to(torch.uint8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (bits * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bitmask: Tensor) -> Tensor:
+    """uint8 [..., n/8] -> bool [..., n], lowest bit first."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    return ((bitmask.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
+
+
+def _kept_columns(bitmask: Tensor) -> Tensor:
+    """uint8 [rows, n/8] -> int64 [rows, n/2]: column of each kept element, ascending."""
+    byte = torch.arange(256)
+    columns = unpack_bits(byte.to(torch.uint8).unsqueeze(-1))
+    # Stable: kept columns first, each part ascending.
+    table = columns.int().argsort(dim=-1, descending=True, stable=True)[:, :4].to(bitmask.device)
+    offsets = 8 * torch.arange(bitmask.shape[-1], device=bitmask.device)
+    return (table[bitmask.long()] + offsets.unsqueeze(-1)).flatten(-2)
+
+
+# ---- prune ---------------------------------------------------------------------------------------
+
+
+def prune_24(scores: Tensor) -> Tensor:
+    """Keeps the two largest of each four; ties keep the lower index, NaN counts as +inf."""
+    scores = torch.where(scores.isnan(), torch.inf, scores)
+    groups = scores.unflatten(-1, (scores.shape[-1] // 4, 4))
+    ahead, behind = groups.unsqueeze(-2), groups.unsqueeze(-1)  # [..., i, j]: j against i
+    index = torch.arange(4, device=scores.device)
+    lower = index.unsqueeze(-2) < index.unsqueeze(-1)
+    beaten_by = ((ahead > behind) | ((ahead == behind) & lower)).sum(-1)
+    return pack_bits((beaten_by < 2).flatten(-2))
+
+
+def prune_transposed(values: Tensor, bitmask: Tensor) -> Tensor:
+    """Double pruning: of W's survivors, the two of largest magnitude of each four along out.
+
+    Fewer than two survivors: the lowest free positions fill up (their value will be 0).
+    """
+    kept = unpack_bits(bitmask)
+    magnitude = decompress(values, bitmask).abs()
+    return prune_24(magnitude.masked_fill(~kept, -1.0).t())
+
+
+# ---- compress, transpose, pack -------------------------------------------------------------------
+
+
+def compress(dense: Tensor, bitmask: Tensor) -> Tensor:
+    return _as_bits(dense).gather(-1, _kept_columns(bitmask)).view(dense.dtype)
+
+
+def decompress(values: Tensor, bitmask: Tensor) -> Tensor:
+    dense = values.new_zeros(values.shape[0], 2 * values.shape[1])
+    _as_bits(dense).scatter_(-1, _kept_columns(bitmask), _as_bits(values))
+    return dense
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    # As integers: moving fp16 or bf16 as such may alter the payload of a NaN.
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def transpose_values(values: Tensor, bitmask: Tensor, bitmask_t: Tensor, out: Tensor) -> None:
+    out.copy_(compress(decompress(values, bitmask).t(), bitmask_t))
+
+
+def pack(values: Tensor, bitmask: Tensor) -> Tensor:
+    """The identity layout: bytes of values, then bytes of bitmask."""
+    return torch.cat([values.contiguous().view(torch.uint8).flatten(), bitmask.flatten()])
+
+
+# ---- products ------------------------------------------------------------------------------------
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bias: Tensor | None = None,
+    bitmask_t: Tensor | None = None,
+    values_t: Tensor | None = None,
+) -> Tensor:
+    """Y = X W^T + b. bitmask_t and values_t serve backward only."""
+    return F.linear(x, decompress(values, bitmask), bias)
+
+
+def input_grad(
+    dy: Tensor, values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor | None = None
+) -> Tensor:
+    """dX = dY W^{R,C}. values_t is a cache: refreshed here if it is not up to date."""
+    values_t = _backward_copy.follow(values, bitmask, bitmask_t, values_t)
+    return F.linear(dy, decompress(values_t, bitmask_t))
+
+
+def weight_grad(dy: Tensor, x: Tensor, bitmask: Tensor) -> Tensor:
+    """dW = dY^T X at the kept positions, [out, in/2]."""
+    return compress(dy.flatten(0, -2).t() @ x.flatten(0, -2), bitmask)
+
+
+def linear_lowrank(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    bitmask_t: Tensor | None = None,
+    values_t: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Y = X W^T + scale T B^T + b with T = X A^T; returns (Y, T)."""
+    t = F.linear(x, lora_A)
+    y = F.linear(x, decompress(values, bitmask), bias)
+    return y + scale * F.linear(t, lora_B), t
+
+
+# ---- optimizer -----------------------------------------------------------------------------------
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    bitmasks: list[Tensor],
+    bitmasks_t: list[Tensor],
+    values_t: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """One AdamW step as torch.optim.AdamW defines it (eps after bias correction).
+
+    Arithmetic runs in the dtype of the moments, on the master weights where they are given.
+    """
+    dtype = exp_avgs[0].dtype
+    grads = [grad.to(dtype) for grad in grads]
+    if grad_scale is not None:
+        grads = list(torch._foreach_div(grads, float(grad_scale)))
+    if maximize:
+        grads = list(torch._foreach_neg(grads))
+    weights = masters or [param.to(dtype) for param in params]
+
+    torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
+
+    corrections = [(1 - beta1 ** step.item(), 1 - beta2 ** step.item()) for step in steps]
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, [second**0.5 for _, second in corrections])
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(
+        weights, exp_avgs, denominators, [-lr / first for first, _ in corrections]
+    )
+    for param, weight in zip(params, weights, strict=True):
+        if param is not weight:
+            param.copy_(weight)
+    for param, bitmask, bitmask_t, out in zip(params, bitmasks, bitmasks_t, values_t, strict=False):
+        transpose_values(param, bitmask, bitmask_t, out)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sparse layers have in common: a transposed mask, an adapter, and being found by weight."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from slope_ext import _freshness
+
+_layers: weakref.WeakSet[SparseLayer] = weakref.WeakSet()
+
+
+class SparseLayer(nn.Module):
+    """Base of SLoPeLinear and MaskedLinear.
+
+    Adapter: Y += lora_scale (X lora_A^T) lora_B^T with ``lora_A`` [rank, in] and ``lora_B``
+    [out, rank], both None until :meth:`add_adapter`. The state_dict holds them and the scale
+    (``lora_scale``, an fp32 scalar) only where they exist; loading a state_dict that has them adds
+    them.
+    """
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    dense_type: type[nn.Module] = nn.Linear  # what to_dense makes of it
+    mask_name: str  # buffer of the mask of W
+    transposed_mask_name: str  # buffer of the mask of W^{R,C}, derived
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # Copies and unpickled layers come through here too, unlike __init__.
+        layer = super().__new__(cls)
+        _layers.add(layer)
+        return layer
+
+    # ---- transposed mask -------------------------------------------------------------------------
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask of W, as the layer stores it."""
+        return self.get_buffer(self.mask_name)
+
+    @property
+    def transposed_mask(self) -> Tensor:
+        """The mask of W^{R,C}, as the layer stores it."""
+        return self.get_buffer(self.transposed_mask_name)
+
+    def dense_weight(self) -> Tensor:
+        """The weight [out, in] with its zeros; differentiable in ``weight``."""
+        raise NotImplementedError
+
+    def update_transposed_mask(self) -> None:
+        """Chooses the mask of W^{R,C} again, from the present weight."""
+        raise NotImplementedError
+
+    def set_transposed_mask(self, mask: Tensor) -> None:
+        """Takes a mask of W^{R,C} as it is, e.g. from a checkpoint of an optimizer."""
+        self.transposed_mask.copy_(mask)
+        _freshness.mark_fresh(self.transposed_mask, self.mask)
+
+    def transposed_mask_is_fresh(self) -> bool:
+        """Whether the mask of W^{R,C} belongs to the present mask of W."""
+        return _freshness.is_fresh(self.transposed_mask, self.mask)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # A moved mask stays chosen as it was; an emptied one (to_empty) must be chosen again.
+        was_fresh, before = self.transposed_mask_is_fresh(), self.transposed_mask
+        super()._apply(fn, recurse)
+        after = self.transposed_mask
+        if after is not before:
+            moved = not after.is_meta and not before.is_meta and before.equal(after.to(before.device))
+            if was_fresh and moved:
+                _freshness.mark_fresh(after, self.mask)
+            else:
+                _freshness.mark_stale(after)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Stamps live on storages and are not copied with them.
+        return {**self.__dict__, "_transposed_mask_fresh": self.transposed_mask_is_fresh()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        fresh = state.pop("_transposed_mask_fresh")
+        super().__setstate__(state)
+        if fresh:
+            _freshness.mark_fresh(self.transposed_mask, self.mask)
+        else:
+            _freshness.mark_stale(self.transposed_mask)
+
+    # ---- adapter ---------------------------------------------------------------------------------
+
+    def _init_adapter(self) -> None:
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.lora_scale = 1.0
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.lora_A is not None
+
+    def add_adapter(self, rank: int, scale: float = 1.0) -> None:
+        """Adds A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0: the layer's output stays as it is.
+
+        Args:
+            rank: 1 or more.
+            scale: factor of the low-rank term.
+
+        Raises:
+            ValueError: rank is not positive, or the layer has an adapter already.
+        """
+        if rank < 1:
+            raise ValueError(f"add_adapter: rank must be at least 1, got {rank}")
+        if self.has_adapter:
+            raise ValueError("add_adapter: the layer has an adapter already; remove_adapter first")
+        self._create_adapter(rank)
+        self.lora_scale = scale
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.lora_A, -bound, bound)
+        nn.init.zeros_(self.lora_B)
+
+    def remove_adapter(self) -> None:
+        """Drops the adapter; the sparse weight stays as it was trained beside it."""
+        self._init_adapter()
+
+    def _create_adapter(self, rank: int) -> None:
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
+
+    # ---- state_dict ------------------------------------------------------------------------------
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.has_adapter:
+            destination[prefix + "lora_scale"] = torch.tensor(self.lora_scale)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        lora_A = state_dict.get(prefix + "lora_A")
+        if lora_A is not None and not self.has_adapter:
+            self._create_adapter(lora_A.shape[0])
+        scale = state_dict.pop(prefix + "lora_scale", None)
+        if scale is not None:
+            self.lora_scale = float(scale)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def layers_by_weight() -> dict[int, SparseLayer]:
+    """Every live sparse layer, by ``id`` of its weight Parameter."""
+    return {id(layer.weight): layer for layer in _layers if "weight" in layer._parameters}
