@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import _unsafe_preserve_version_counter
 
 from slope_ext import _freshness
 
@@ -26,15 +27,24 @@ def follow(values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor 
     ``bitmask_t`` is re-chosen if a layer follows ``bitmask`` with it and that changed; a mask that
     no layer owns is taken as it is. While a CUDA graph is captured the values are always written,
     since its replays run after changes that no host code sees.
+
+    A layer that is used twice in a forward pass has its copy saved twice for backward, and the
+    first backward refreshes it. To autograd that is no change: the copy says nothing that values
+    and masks do not. So version counters stay as they are here.
     """
-    if _freshness.is_followed(bitmask_t) and not _freshness.is_fresh(bitmask_t, bitmask):
-        choose_mask(values, bitmask, bitmask_t)
+    mask_is_stale = _freshness.is_followed(bitmask_t) and not _freshness.is_fresh(bitmask_t, bitmask)
+    if mask_is_stale:
+        with _unsafe_preserve_version_counter(bitmask_t):
+            choose_mask(values, bitmask, bitmask_t)
+        _freshness.mark_fresh(bitmask_t, bitmask)
+
     sources = (values, bitmask, bitmask_t)
     if values_t is None:
         values_t = values.new_empty(2 * values.shape[1], values.shape[0] // 2)
-    elif _freshness.is_fresh(values_t, *sources) and not _capturing(values):
+    elif not mask_is_stale and _freshness.is_fresh(values_t, *sources) and not _capturing(values):
         return values_t
-    torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
+    with _unsafe_preserve_version_counter(values_t):
+        torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
     _freshness.mark_fresh(values_t, *sources)
     return values_t
 

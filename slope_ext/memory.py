@@ -63,15 +63,7 @@ def memory_report(
         master_weights: whether fp16 and bf16 parameters have fp32 masters.
     """
     parameters = list(model.parameters())
-    derived = {
-        id(buffer)
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name in module._non_persistent_buffers_set
-    }
-    buffers = {id(buffer): buffer for buffer in model.buffers()}
-    persistent = sum(_bytes(b) for key, b in buffers.items() if key not in derived)
-    transposed = sum(_bytes(b) for key, b in buffers.items() if key in derived)
+    persistent, transposed = _buffer_bytes(model)
 
     # What a sparse layer's weight, masks and adapter would be as one dense weight.
     layers = {id(m.weight): m for m in model.modules() if isinstance(m, SparseLayer)}
@@ -108,6 +100,18 @@ def memory_report(
         dense_gradients=dense_gradients,
         dense_optimizer=dense_optimizer,
     )
+
+
+def _buffer_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of persistent buffers, and of the sparse layers' derived ones."""
+    persistent, derived = {}, {}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                persistent[id(buffer)] = _bytes(buffer)
+            elif isinstance(module, SparseLayer):
+                derived[id(buffer)] = _bytes(buffer)
+    return sum(persistent.values()), sum(derived.values())
 
 
 def _bytes(tensor: Tensor) -> int:

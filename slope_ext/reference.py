@@ -119,7 +119,8 @@ def input_grad(
 
 def weight_grad(dy: Tensor, x: Tensor, bitmask: Tensor) -> Tensor:
     """dW = dY^T X at the kept positions, [out, in/2]."""
-    return compress(dy.flatten(0, -2).t() @ x.flatten(0, -2), bitmask)
+    dy, x = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (dy, x))
+    return compress(dy.t() @ x, bitmask)
 
 
 def linear_lowrank(

@@ -68,8 +68,9 @@ class _MaskedLinearFunction(torch.autograd.Function):
         x, weight, mask, mask_rc = ctx.saved_tensors
         needs = ctx.needs_input_grad
         dx = dy @ (weight * mask_rc) if needs[0] else None
-        dw = (dy.flatten(0, -2).t() @ x.flatten(0, -2)) * mask if needs[1] else None
-        db = dy.flatten(0, -2).sum(0) if needs[4] else None
+        rows_dy, rows_x = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (dy, x))
+        dw = (rows_dy.t() @ rows_x) * mask if needs[1] else None
+        db = rows_dy.sum(0) if needs[4] else None
         return dx, dw, None, None, db
 
 

@@ -49,6 +49,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, mask, mask_rc, bias):
         ctx.save_for_backward(x, weight, mask, mask_rc)
+        ctx.has_bias = bias is not None
         return torch.einsum("...i,oi->...o", x, weight * mask) + (0 if bias is None else bias)
 
     @staticmethod
@@ -56,7 +57,8 @@ class Product(torch.autograd.Function):
         x, weight, mask, mask_rc = ctx.saved_tensors
         dx = torch.einsum("...o,oi->...i", dy, weight * mask_rc)
         dw = torch.einsum("to,ti->oi", dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
-        return dx, dw * mask, None, None, dy.reshape(-1, dy.shape[-1]).sum(0)
+        db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.has_bias else None
+        return dx, dw * mask, None, None, db
 
 
 class DenseMaskedLinear(torch.nn.Module):

@@ -10,10 +10,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 
 namespace slope {
 
@@ -32,15 +30,18 @@ void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    text << (dim == 0 ? "" : ", ") << tensor.size(dim);
+// Prints as [2, 3]; formats only when a message is built.
+struct ShapeOf {
+  const Tensor& tensor;
+
+  friend std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
+    out << "[";
+    for (int64_t dim = 0; dim < shape.tensor.dim(); ++dim) {
+      out << (dim == 0 ? "" : ", ") << shape.tensor.size(dim);
+    }
+    return out << "]";
   }
-  text << "]";
-  return text.str();
-}
+};
 
 // A contiguous tensor whose data starts at a multiple of 16 bytes: itself, or a copy.
 inline Tensor contiguous_16b(const Tensor& tensor) {

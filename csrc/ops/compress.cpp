@@ -20,14 +20,14 @@ void check_operands(const char* op, const char* name, const Tensor& data, const 
   check(data.dim() == 2, "slope::", op, ": ", name, " must have 2 dimensions, got ", data.dim());
   const int64_t cols = data.size(1) * (compressed ? kGroup / kKept : 1);
   check(cols % kColumnsPerByte == 0, "slope::", op, ": ", name, " must have a last dimension of ",
-        compressed ? "in/2 with in" : "in", " a multiple of 8, got ", shape_of(data));
+        compressed ? "in/2 with in" : "in", " a multiple of 8, got ", ShapeOf{data});
   check(bitmask.is_cuda() && bitmask.get_device() == data.get_device(), "slope::", op,
         ": bitmask must be on the same device as ", name);
   check(bitmask.scalar_type() == ScalarType::Byte, "slope::", op, ": bitmask must be uint8");
   check(bitmask.dim() == 2 && bitmask.size(0) == data.size(0) &&
             bitmask.size(1) == cols / kColumnsPerByte,
         "slope::", op, ": bitmask must be [", data.size(0), ", ", cols / kColumnsPerByte, "] for ",
-        name, " ", shape_of(data), ", got ", shape_of(bitmask));
+        name, " ", ShapeOf{data}, ", got ", ShapeOf{bitmask});
 }
 
 Tensor compress(const Tensor& dense, const Tensor& bitmask) {

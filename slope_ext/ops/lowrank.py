@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from slope_ext import reference
 from slope_ext._check import Checker
 from slope_ext._library import register, register_autocast
-from slope_ext.ops.spmm import input_grad, require_bitmask_t
+from slope_ext.ops.spmm import input_grad, needs_grad, require_bitmask_t, rows_of
 from slope_ext.ops.weight_grad import weight_grad
 
 
@@ -83,9 +83,11 @@ def _fake(x: Tensor, values: Tensor, bitmask: Tensor, lora_A: Tensor, *_: Any, *
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, values, bitmask, lora_A, lora_B, scale, _, bitmask_t, values_t = inputs
-    require_bitmask_t("linear_lowrank", ctx.needs_input_grad[0], bitmask_t)
+    x, values, bitmask, lora_A, lora_B, scale, bias, bitmask_t, values_t = inputs
     t = output[1]
+    ctx.needs = needs_grad(x, values, lora_A, lora_B, bias)
+    x_needs, *_ = ctx.needs
+    require_bitmask_t("linear_lowrank", x_needs, bitmask_t)
     ctx.mark_non_differentiable(t)
     ctx.set_materialize_grads(False)
     ctx.scale = scale
@@ -97,17 +99,17 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     if dy is None:
         return (None,) * 9
     x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t = ctx.saved_tensors
-    x_needs, values_need, _, a_needs, b_needs, _, bias_needs = ctx.needs_input_grad[:7]
-    flat_dy, flat_x, flat_t = (tensor.flatten(0, -2) for tensor in (dy, x, t))
+    x_needs, values_need, a_needs, b_needs, bias_needs = ctx.needs
+    flat_dy = rows_of(dy)
 
-    dt = ctx.scale * (flat_dy @ lora_B) if x_needs or a_needs else None  # [tokens, rank]
+    dt = ctx.scale * (flat_dy @ lora_B)  # [tokens, rank]
     dx = None
     if x_needs:
         dx = input_grad(dy, values, bitmask, bitmask_t, values_t)
         dx = dx + (dt @ lora_A).view(dx.shape)
     dw = weight_grad(dy, x, bitmask) if values_need else None
-    da = dt.t() @ flat_x if a_needs else None  # type: ignore[union-attr]
-    db = ctx.scale * (flat_dy.t() @ flat_t) if b_needs else None
+    da = dt.t() @ rows_of(x) if a_needs else None
+    db = ctx.scale * (flat_dy.t() @ rows_of(t)) if b_needs else None
     dbias = flat_dy.sum(0) if bias_needs else None
     return dx, dw, None, da, db, None, dbias, None, None
 

@@ -98,27 +98,38 @@ def _check_input_grad(
     check.transposed(values, bitmask_t, values_t)
 
 
+def needs_grad(*inputs: Tensor | None) -> tuple[bool, ...]:
+    """Which inputs want a gradient; ctx.needs_input_grad lacks arguments left at their default."""
+    return tuple(tensor is not None and tensor.requires_grad for tensor in inputs)
+
+
 def require_bitmask_t(op: str, x_needs_grad: bool, bitmask_t: Tensor | None) -> None:
     """Raises in forward what would otherwise fail in backward."""
     if x_needs_grad and bitmask_t is None:
         raise RuntimeError(f"slope::{op}: bitmask_t must be given when x requires grad, got None")
 
 
+def rows_of(tensor: Tensor) -> Tensor:
+    """[..., features] -> [tokens, features]."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, bitmask, bias, bitmask_t, values_t = inputs
-    x_needs_grad, values_need_grad = ctx.needs_input_grad[:2]
-    require_bitmask_t("linear", x_needs_grad, bitmask_t)
-    ctx.save_for_backward(x if values_need_grad else None, values, bitmask, bitmask_t, values_t)
+    ctx.needs = needs_grad(x, values, bias)
+    x_needs, values_need, _ = ctx.needs
+    require_bitmask_t("linear", x_needs, bitmask_t)
+    ctx.save_for_backward(x if values_need else None, values, bitmask, bitmask_t, values_t)
 
 
 @once_differentiable  # type: ignore[untyped-decorator]
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, values, bitmask, bitmask_t, values_t = ctx.saved_tensors
-    x_needs_grad, values_need_grad, _, bias_needs_grad = ctx.needs_input_grad[:4]
-    dx = input_grad(dy, values, bitmask, bitmask_t, values_t) if x_needs_grad else None
-    dw = weight_grad(dy, x, bitmask) if values_need_grad else None
-    db = dy.flatten(0, -2).sum(0) if bias_needs_grad else None
-    return dx, dw, None, db, None, None
+    x_needs, values_need, bias_needs = ctx.needs
+    dx = input_grad(dy, values, bitmask, bitmask_t, values_t) if x_needs else None
+    dw = weight_grad(dy, x, bitmask) if values_need else None
+    dbias = rows_of(dy).sum(0) if bias_needs else None
+    return dx, dw, None, dbias, None, None
 
 
 register(

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+#   make demo       set up, build, pretrain a small sparse LLM (about three minutes on two cores)
+#   make test       set up, build, run every test that a CPU can run
+#   make test-gpu   build and run the gpu tests with the interpreter at hand; writes tests/gpu_report.json
+#   make lint       formatters, linters and type checks, nothing rewritten
+#   make build      build the native libraries in place
+#   make wheel      build a wheel into dist/
+#   make clean      remove what the build made;  make demo-clean  forget the demo's run
+#
+# PYTHON=...        interpreter to start from; if it has a CUDA torch, that torch is used
+# TORCH=...         what pip installs where it has none
+# SLOPE_CUDA=...    AUTO (default), ON or OFF: compile the CUDA kernels
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_DIR ?= runs/demo
+PYTEST_ARGS ?=
+
+# "system" if PYTHON already has a torch that can use CUDA, else "own".
+TORCH_FROM := $(shell $(PYTHON) -c "import torch; print('system' if torch.version.cuda else 'own')" 2>/dev/null || echo own)
+VENV_FLAGS := $(if $(filter system,$(TORCH_FROM)),--system-site-packages)
+TORCH_SPEC := $(if $(filter own,$(TORCH_FROM)),'$(TORCH)')
+
+.PHONY: demo test test-gpu lint build wheel clean demo-clean
+.DELETE_ON_ERROR:
+
+# ---- environment and build -------------------------------------------------------------------------
+
+$(VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH_SPEC) setuptools wheel cmake ninja pybind11
+	SLOPE_CUDA=$(SLOPE_CUDA) $(BIN)/python -m pip install -q --no-build-isolation -e '.[pretrain,test,lint]'
+	touch $@
+
+NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
+
+$(VENV)/.built: $(VENV)/.stamp $(NATIVE)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+build: $(VENV)/.built
+
+wheel: $(VENV)/.stamp
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+# ---- the two commands ------------------------------------------------------------------------------
+
+demo: $(VENV)/.built
+	$(BIN)/slope-pretrain --demo --output-dir $(DEMO_DIR)
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+# ---- on a machine with a GPU: the interpreter as it is ----------------------------------------------
+
+test-gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) scripts/gpu_report.py $(PYTEST_ARGS)
+
+# ---- quality ---------------------------------------------------------------------------------------
+
+lint: $(VENV)/.stamp
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+clean:
+	rm -rf build dist slope_ext/*.so *.egg-info $(VENV)/.built
+
+demo-clean:
+	rm -rf $(DEMO_DIR)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compress and decompress against copy bandwidth and against the best that plain torch does.
+
+Limit: bytes that must move (dense b + values b/2 + bitmask 1/8 per element of b bytes) over the
+copy bandwidth measured in the same run. Baseline: a CUDA-graphed torch.gather / zero + scatter with
+precomputed int64 indices, i.e. without the cost of making them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import harness
+import torch
+from torch import Tensor
+
+from slope_ext import ops, reference
+
+SHAPES = [(1024, 4096), (4096, 4096), (8192, 8192), (14336, 4096), (20480, 5120)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def bench_shape(
+    rows: int, columns: int, dtype: torch.dtype, bandwidth: float
+) -> list[harness.Record]:
+    """Records of compress and decompress of one weight [rows, columns]."""
+    moved = rows * columns * (1.5 * dtype.itemsize + 1 / 8)
+    sets = harness.buffer_sets(int(moved))
+    weights = [torch.randn(rows, columns, device="cuda").to(dtype) for _ in range(sets)]
+    bitmasks = [ops.prune_24(weight.abs()) for weight in weights]
+    values = [ops.compress(w, b) for w, b in zip(weights, bitmasks, strict=True)]
+    index = reference._kept_columns(bitmasks[0])
+    out = torch.empty_like(values[0])
+    dense = torch.empty_like(weights[0])
+
+    def scatter(i: int) -> Tensor:
+        return dense.zero_().scatter_(-1, index, values[i])
+
+    timings = harness.time_cases(
+        {
+            "compress": lambda i: ops.compress(weights[i], bitmasks[i]),
+            "decompress": lambda i: ops.decompress(values[i], bitmasks[i]),
+            "gather": lambda i: torch.gather(weights[i], -1, index, out=out),
+            "scatter": scatter,
+        },
+        sets,
+    )
+    return [
+        harness.time_record(
+            bench=bench,
+            case=f"{rows}x{columns}",
+            dtype=dtype,
+            tokens=0,
+            ours=timings[bench],
+            baseline=baseline,
+            theirs=timings[baseline.removeprefix("torch.")],
+            limit=moved / bandwidth,
+        )
+        for bench, baseline in (("compress", "torch.gather"), ("decompress", "torch.scatter"))
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder of the record file (default: results/<gpu>)")
+    arguments = parser.parse_args()
+
+    bandwidth = harness.copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s on {torch.cuda.get_device_name()}")
+    records = [
+        record
+        for dtype in DTYPES
+        for rows, columns in SHAPES
+        for record in bench_shape(rows, columns, dtype, bandwidth)
+    ]
+    harness.print_table(records)
+    print(harness.save(records, "compress", arguments.out))
+
+
+if __name__ == "__main__":
+    main()

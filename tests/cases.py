@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operands that the tests of several op families start from."""
+
+import torch
+
+from slope_ext import ops
+
+# (out, in): square, up, down, k/v projection, 2.69 and 3.5 to 1 (no whole number of square tiles).
+WEIGHT_SHAPES = [(64, 64), (256, 64), (64, 256), (16, 64), (344, 128), (224, 64)]
+LEADING = [(1,), (7,), (8,), (2, 3), (2, 2, 5), (0,), ()]
+
+
+class Operands:
+    """A 2:4 weight in every form that an op may want."""
+
+    def __init__(self, rows, columns, dtype, device, *, bias=True, rank=4):
+        def randn(*shape):
+            return torch.randn(*shape, dtype=torch.float64).to(dtype).to(device)
+
+        dense = randn(rows, columns) / columns**0.5
+        self.bitmask = ops.prune_24(torch.rand(rows, columns, device=device))
+        self.values = ops.compress(dense, self.bitmask)
+        self.bitmask_t = ops.prune_transposed(self.values, self.bitmask)
+        self.values_t = torch.full((columns, rows // 2), float("nan"), dtype=dtype, device=device)
+        self.bias = randn(rows) if bias else None
+        self.lora_A, self.lora_B = randn(rank, columns) / columns**0.5, randn(rows, rank)
+        self.dense = ops.decompress(self.values, self.bitmask)
+        self.randn = randn

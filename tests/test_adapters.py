@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import slope_ext as slope
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16))
+    return slope.convert(model)
+
+
+def make(total_steps=20, fraction=0.25, optimizer=slope.optim.AdamW, **kwargs):
+    model = make_model()
+    opt = optimizer(model.parameters(), lr=0.02)
+    options = {"rank": 3, "total_steps": total_steps, "fraction": fraction, **kwargs}
+    return model, opt, slope.LazyAdapters(model, opt, **options)
+
+
+def train(model, opt, adapters, first, last, switches=None):
+    for step in range(first, last):
+        if adapters.step() and switches is not None:
+            switches.append(step)
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 16, generator=generator)
+        opt.zero_grad()
+        loss = (model(x) - x.roll(1, -1)).square().mean()
+        loss.backward()
+        opt.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize(
+    ("total", "fraction", "switch"), [(20, 0.25, 15), (100, 0.01, 99), (10, 0.01, 9), (4, 1.0, 0)]
+)
+def test_switches_once_at_the_last_fraction(total, fraction, switch):
+    model, opt, adapters = make(total, fraction)
+    switches = []
+    train(model, opt, adapters, 0, total, switches)
+    assert switches == [switch]
+    assert adapters.active
+    assert all(layer.has_adapter for layer in model if isinstance(layer, slope.SLoPeLinear))
+
+
+def test_loss_does_not_jump_and_then_adapters_train():
+    model, opt, adapters = make()
+    train(model, opt, adapters, 0, 15)
+    x = torch.randn(8, 16)
+    before = model(x)
+    assert adapters.step()
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    assert len(opt.param_groups) == 2
+    adapters.steps -= 1  # the step above counted
+    train(model, opt, adapters, 15, 20)
+    assert model[0].lora_B.abs().sum() > 0
+
+
+def test_sparse_weight_stays_sparse_beside_the_adapter():
+    model, opt, adapters = make()
+    masks = [model[i].weight_bitmask.clone() for i in (0, 2)]
+    train(model, opt, adapters, 0, 20)
+    for index, mask in zip((0, 2), masks, strict=True):
+        assert torch.equal(model[index].weight_bitmask, mask)
+        assert model[index].weight.shape[1] * 2 == model[index].in_features
+
+
+@pytest.mark.parametrize("optimizer", [slope.optim.AdamW, torch.optim.AdamW])
+@pytest.mark.parametrize("stop", [3, 14, 15, 16, 19])
+@pytest.mark.parametrize("model_first", [False, True])
+def test_resume_on_either_side_of_the_switch(optimizer, stop, model_first):
+    model, opt, adapters = make(optimizer=optimizer)
+    train(model, opt, adapters, 0, stop)
+    state = copy.deepcopy((adapters.state_dict(), model.state_dict(), opt.state_dict()))
+    rng = torch.get_rng_state()
+    expected = train(model, opt, adapters, stop, 20)
+
+    resumed, opt_resumed, adapters_resumed = make(optimizer=optimizer)
+    if model_first:  # the model's own load adds the adapters then
+        resumed.load_state_dict(state[1])
+        adapters_resumed.load_state_dict(state[0])
+    else:
+        adapters_resumed.load_state_dict(state[0])
+        resumed.load_state_dict(state[1])
+    opt_resumed.load_state_dict(state[2])
+    if optimizer is not slope.optim.AdamW:
+        # A stock optimizer does not know the transposed masks; they are chosen from the weights.
+        for ours, theirs in zip(resumed[::2], model[::2], strict=True):
+            ours.set_transposed_mask(theirs.transposed_mask)
+    torch.set_rng_state(rng)
+    assert train(resumed, opt_resumed, adapters_resumed, stop, 20) == expected
+    for ours, theirs in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_group_options_and_scheduler():
+    model = make_model()
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
+    adapters = slope.LazyAdapters(
+        model, opt, rank=2, total_steps=3, fraction=0.5, scheduler=scheduler,
+        group={"weight_decay": 0.0, "lr": 0.4},
+    )  # fmt: skip
+    for _ in range(3):
+        adapters.step()
+        model(torch.randn(2, 16)).sum().backward()
+        opt.step()
+        scheduler.step()
+    first, added = opt.param_groups
+    assert added["weight_decay"] == 0.0
+    assert first["weight_decay"] == 0.3
+    assert first["lr"] == pytest.approx(0.1 * 0.5**3)
+    assert added["lr"] == pytest.approx(0.4 * 0.5**3)
+
+
+def test_other_rank_than_the_checkpoint_raises():
+    model, opt, adapters = make()
+    adapters.activate()
+    state = adapters.state_dict()
+    _, _, other = make(rank=5)
+    with pytest.raises(ValueError, match="rank is 5, but the checkpoint has 3"):
+        other.load_state_dict(state)
+    assert not other.active
+
+
+def test_adapters_on_simulated_sparsity():
+    model = slope.convert(
+        nn.Sequential(nn.Linear(16, 24)), slope.SlopeConfig(pattern="2:8")
+    )
+    opt = slope.optim.AdamW(model.parameters(), lr=0.02)
+    adapters = slope.LazyAdapters(model, opt, rank=2, total_steps=2, fraction=0.5)
+    for _ in range(2):
+        adapters.step()
+        opt.zero_grad()
+        model(torch.randn(4, 16)).square().sum().backward()
+        opt.step()
+    assert model[0].lora_B.abs().sum() > 0

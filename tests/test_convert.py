@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import oracle
+import slope_ext as slope
+
+
+class Block(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width, bias=False), nn.GELU())
+        self.out = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return self.out(self.mlp(self.q_proj(x)))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.lm_head = nn.Linear(16, 32, bias=False)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+
+def sparse_names(model):
+    return [n for n, m in model.named_modules() if isinstance(m, slope.SLoPeLinear)]
+
+
+def quietly(model, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", slope.SlopeConversionWarning)
+        return slope.convert(model, *args, **kwargs)
+
+
+ALL = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("q_proj", "mlp.0", "out")]
+
+
+# ---- what is converted ---------------------------------------------------------------------------
+
+
+def test_converts_in_place_and_warns_once():
+    model = Model()
+    with pytest.warns(slope.SlopeConversionWarning) as caught:
+        assert slope.convert(model) is model
+    assert len(caught) == 1
+    assert "lm_head: output head" in str(caught[0].message)
+    assert sparse_names(model) == ALL
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_output_is_that_of_the_magnitude_pruned_model():
+    model = Model()
+    pruned = copy.deepcopy(model)
+    for name in ALL:
+        weight = pruned.get_submodule(name).weight
+        weight.data.mul_(oracle.keep_two_of_four(weight.abs()))
+    quietly(model)
+    tokens = torch.randint(32, (2, 5))
+    torch.testing.assert_close(model(tokens), pruned(tokens))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"target_modules": ["q_proj"]}, ["blocks.0.q_proj", "blocks.1.q_proj"]),
+        ({"target_modules": ["blocks.1.out"]}, ["blocks.1.out"]),
+        ({"target_modules": r"blocks\.0\..*"}, ALL[:3]),
+        ({"exclude_modules": ["mlp.0", "q_proj"]}, ["blocks.0.out", "blocks.1.out"]),
+        ({"exclude_modules": r".*\.out"}, [n for n in ALL if not n.endswith("out")]),
+        ({"target_modules": ["lm_head"]}, ["lm_head"]),  # named exactly: a head too
+    ],
+)
+def test_targets(config, expected):
+    model = Model()
+    quietly(model, slope.SlopeConfig(**config))
+    assert sparse_names(model) == expected
+
+
+def test_filter_fn_and_idempotence():
+    model = Model()
+    quietly(model, filter_fn=lambda module, name: "q_proj" not in name)
+    assert sparse_names(model) == [n for n in ALL if "q_proj" not in n]
+    layers = [model.get_submodule(n) for n in sparse_names(model)]
+    quietly(model)
+    assert sparse_names(model) == ALL
+    assert all(model.get_submodule(n) in layers for n in ALL if "q_proj" not in n)
+
+
+def test_skips_with_reasons_and_strict_raises():
+    class Odd(nn.Linear):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "odd_shape": nn.Linear(12, 16),
+            "subclass": Odd(16, 16),
+            "attention": nn.MultiheadAttention(16, 2),
+            "normed": torch.nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+            "good": nn.Linear(16, 16),
+        }
+    )
+    with pytest.warns(slope.SlopeConversionWarning) as caught:
+        slope.convert(model)
+    message = str(caught[0].message)
+    assert "odd_shape: out x in = 16 x 12, both must be multiples of 8" in message
+    assert "subclass: Odd is a subclass" in message
+    assert "attention.out_proj: NonDynamicallyQuantizableLinear is a subclass" in message
+    assert "normed: " in message
+    assert sparse_names(model) == ["good"]
+
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(12, 16)})
+    with pytest.raises(ValueError, match=r"strict[\s\S]*b: out x in"):
+        slope.convert(model, slope.SlopeConfig(strict=True))
+    assert sparse_names(model) == []
+
+
+def test_root_module():
+    linear = nn.Linear(16, 24)
+    sparse = slope.convert(linear)
+    assert isinstance(sparse, slope.SLoPeLinear)
+    dense = slope.to_dense(sparse)
+    assert type(dense) is nn.Linear
+
+
+# ---- what is kept --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_keeps_dtype_device_mode_and_requires_grad(dtype, device):
+    linear = nn.Linear(16, 24, device=device, dtype=dtype)
+    linear.weight.requires_grad_(False)
+    bias = linear.bias
+    model = nn.Sequential(linear).eval()
+    slope.convert(model)
+    layer = model[0]
+    assert layer.weight.dtype == dtype
+    assert layer.weight.device.type == device.type
+    assert layer.weight_bitmask.device.type == device.type
+    assert not layer.weight.requires_grad
+    assert layer.bias is bias
+    assert not layer.training
+
+
+def test_keeps_hooks_and_their_handles():
+    model = nn.Sequential(nn.Linear(16, 16))
+    calls = []
+    handles = [
+        model[0].register_forward_hook(lambda *a: calls.append("forward")),
+        model[0].register_forward_pre_hook(lambda *a: calls.append("pre")),
+        model[0].register_full_backward_hook(lambda *a: calls.append("backward")),
+    ]
+    model[0].note = "kept"
+    slope.convert(model)
+    x = torch.randn(2, 16, requires_grad=True)
+    model(x).sum().backward()
+    assert calls == ["pre", "forward", "backward"]
+    assert model[0].note == "kept"
+    for handle in handles:
+        handle.remove()
+    slope.to_dense(model)
+    model(x).sum().backward()
+    assert len(calls) == 3
+
+
+def test_shared_modules_and_weights_stay_shared():
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(16, 16)})
+    model["c"].weight = shared.weight
+    slope.convert(model)
+    assert model["a"] is model["b"]
+    assert model["c"] is not model["a"]
+    assert model["c"].weight is model["a"].weight
+    assert model["c"].weight_bitmask is model["a"].weight_bitmask
+
+    optimizer = slope.optim.AdamW(model.parameters(), lr=0.1, mask_interval=2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 16, requires_grad=True)
+        (model["a"](x) + model["c"](x)).sum().backward()
+        weights = model["a"].backward_weight() + model["c"].backward_weight()
+        torch.testing.assert_close(x.grad, torch.ones(4, 16) @ weights)
+        optimizer.step()
+    slope.to_dense(model)
+    assert model["c"].weight is model["a"].weight
+
+
+def test_head_tied_to_the_embedding_stays_dense_and_tied():
+    model = Model()
+    model.projection = nn.Linear(16, 32, bias=False)
+    model.projection.weight = model.embed.weight
+    with pytest.warns(
+        slope.SlopeConversionWarning, match=r"projection: weight is tied to embed \(Embedding\)"
+    ):
+        slope.convert(model)
+    assert model.projection.weight is model.embed.weight
+
+
+def test_meta_model_then_load():
+    source = quietly(Model())
+    with torch.device("meta"):
+        model = Model()
+    quietly(model)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu").load_state_dict(source.state_dict())
+    tokens = torch.randint(32, (2, 5))
+    assert torch.equal(model(tokens), source(tokens))
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def mask_of(layer):
+    return oracle.unbits(layer.weight_bitmask)
+
+
+def test_random_masks_depend_on_seed_and_name_only():
+    def masks(seed, dtype=torch.float32, targets="all-linear"):
+        config = slope.SlopeConfig(mask="random", seed=seed, target_modules=targets)
+        model = quietly(Model().to(dtype), config)
+        return {name: mask_of(model.get_submodule(name)) for name in sparse_names(model)}
+
+    first, second, other = masks(1), masks(1, torch.bfloat16, ["out", "mlp.0"]), masks(2)
+    assert all(torch.equal(first[name], mask) for name, mask in second.items())
+    assert not torch.equal(first[ALL[0]], other[ALL[0]])
+    assert not torch.equal(first[ALL[0]], first[ALL[3]])
+    counts = torch.stack([mask_of.view(-1, 4).sum(-1) for mask_of in first.values() if mask_of.shape == (16, 16)])
+    assert (counts == 2).all()
+
+
+def test_given_scores_wanda_style():
+    linear = nn.Linear(16, 24)
+    wanda = linear.weight.detach().abs() * torch.rand(16)
+    model = nn.ModuleDict({"fc": copy.deepcopy(linear)})
+    slope.convert(model, slope.SlopeConfig(scores={"fc": wanda}))
+    assert torch.equal(mask_of(model["fc"]), oracle.keep_two_of_four(wanda))
+    torch.testing.assert_close(model["fc"].dense_weight(), linear.weight * mask_of(model["fc"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "form"),
+    [
+        ("fc", lambda mask: mask),
+        ("fc.weight", lambda mask: mask.float()),
+        ("fc", lambda mask: oracle.bits(mask)),
+        # MaskLLM: numpy.packbits of the flattened mask, highest bit first, key <param>.mask
+        ("fc.weight.mask", lambda mask: np.packbits(mask.numpy())),
+        ("fc.mask", lambda mask: torch.from_numpy(np.packbits(mask.numpy()))),
+    ],
+    ids=["bool", "float", "bitmask", "MaskLLM numpy", "MaskLLM torch"],
+)
+def test_given_masks_in_every_form(key, form):
+    mask = oracle.keep_two_of_four(torch.rand(24, 16))
+    model = nn.ModuleDict({"fc": nn.Linear(16, 24)})
+    slope.convert(model, slope.SlopeConfig(masks={key: form(mask)}))
+    assert torch.equal(mask_of(model["fc"]), mask)
+
+
+def test_kept_zero_stays_kept():
+    """Wanda and SparseGPT leave zeros in dense checkpoints; the mask is not read off them."""
+    linear = nn.Linear(8, 8)
+    nn.init.zeros_(linear.weight)
+    mask = oracle.keep_two_of_four(torch.rand(8, 8))
+    layer = slope.convert(linear, slope.SlopeConfig(masks={"": mask}))
+    layer(torch.randn(3, 8)).sum().backward()
+    with torch.no_grad():
+        layer.weight -= layer.weight.grad
+    assert torch.equal(layer.dense_weight() != 0, mask)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"masks": {"fc": torch.ones(24, 16)}}, r"masks\['fc'\] must keep exactly 2 of every 4"),
+        ({"masks": {"fc": torch.full((24, 16), 2)}}, r"masks\['fc'\] must hold only 0 and 1"),
+        ({"masks": {"fc": torch.ones(16, 24).bool()}}, r"masks\['fc'\] must be bool \[out, in\]"),
+        ({"masks": {"fc": np.ones(7, np.uint8)}}, r"masks\['fc'\] must be bool"),
+        ({"masks": {"nothing": torch.ones(24, 16)}}, "masks names no layer to convert: nothing"),
+        ({"scores": {"fc": torch.ones(16, 24)}}, r"scores\['fc'\] must be \[out, in\]"),
+        ({"scores": {"fx": torch.ones(24, 16)}}, "scores names no layer to convert: fx"),
+    ],
+)
+def test_bad_masks_raise_and_leave_the_model(config, message):
+    model = nn.ModuleDict({"fa": nn.Linear(16, 24), "fc": nn.Linear(16, 24)})
+    with pytest.raises(ValueError, match=message):
+        slope.convert(model, slope.SlopeConfig(**config))
+    assert sparse_names(model) == []
+
+
+def test_random_masks_need_a_real_weight():
+    with pytest.raises(ValueError, match="fc is on the meta device"):
+        slope.convert(
+            nn.ModuleDict({"fc": nn.Linear(16, 16, device="meta")}),
+            slope.SlopeConfig(mask="random"),
+        )
+
+
+# ---- to_dense ------------------------------------------------------------------------------------
+
+
+def test_to_dense_is_the_inverse():
+    model = quietly(Model())
+    tokens = torch.randint(32, (2, 5))
+    expected = model(tokens)
+    slope.to_dense(model)
+    assert sparse_names(model) == []
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in ALL)
+    torch.testing.assert_close(model(tokens), expected)
+
+
+def test_to_dense_adds_adapters_in():
+    model = quietly(Model())
+    layer = model.blocks[0].out
+    layer.add_adapter(4, scale=0.5)
+    nn.init.normal_(layer.lora_B)
+    tokens = torch.randint(32, (2, 5))
+    expected = model(tokens)
+    slope.to_dense(model)
+    torch.testing.assert_close(model(tokens), expected)
+
+
+def test_dense_to_sparse_to_dense_to_sparse_keeps_masks():
+    model = quietly(Model())
+    masks = {name: mask_of(model.get_submodule(name)) for name in ALL}
+    quietly(slope.to_dense(model))
+    assert all(torch.equal(mask_of(model.get_submodule(n)), m) for n, m in masks.items())
+
+
+# ---- Hugging Face models -------------------------------------------------------------------------
+
+
+def hf_model(family):
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32},
+        "opt": {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64,
+            "max_position_embeddings": 32, "word_embed_proj_dim": 32,
+        },
+        "llama": {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 88, "max_position_embeddings": 32,
+        },
+    }[family]  # fmt: skip
+    config = transformers.AutoConfig.for_model(family, vocab_size=64, **small)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(("family", "layers"), [("gpt2", 8), ("opt", 12), ("llama", 14)])
+def test_hugging_face_families(family, layers):
+    """Every projection becomes sparse, the head does not; outputs are the pruned model's."""
+    model = hf_model(family).eval()
+    pruned = copy.deepcopy(model)
+    with pytest.warns(slope.SlopeConversionWarning, match="lm_head"):
+        slope.convert(model)
+    names = sparse_names(model)
+    assert len(names) == layers
+    for name in names:
+        module = pruned.get_submodule(name)
+        conv1d = type(module).__name__ == "Conv1D"
+        weight = module.weight.data.t() if conv1d else module.weight.data
+        weight.mul_(oracle.keep_two_of_four(weight.abs()))
+    tokens = torch.randint(64, (2, 9))
+    torch.testing.assert_close(model(tokens).logits, pruned(tokens).logits)
+
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+    expected = model(tokens).logits
+    slope.to_dense(model)
+    torch.testing.assert_close(model(tokens).logits, expected)
+    assert {n: type(m) for n, m in model.named_modules()} == {
+        n: type(m) for n, m in pruned.named_modules()
+    }
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in pruned.state_dict().items()
+    }
+
+
+def test_hugging_face_gradient_checkpointing():
+    model = quietly(hf_model("llama")).train()
+    tokens = torch.randint(64, (2, 9))
+    model(tokens, labels=tokens).loss.backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name])
+
+
+def test_save_pretrained_round_trip(tmp_path):
+    """Ordinary HF checkpoints hold the data model; a dense load of one fails loudly."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
+    model = quietly(hf_model("llama"))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert state["model.layers.0.mlp.up_proj.weight"].shape == (88, 16)
+    assert state["model.layers.0.mlp.up_proj.weight_bitmask"].dtype == torch.uint8
+    twin = quietly(transformers.AutoModelForCausalLM.from_config(model.config))
+    twin.load_state_dict(state, strict=False)
+    tokens = torch.randint(64, (2, 9))
+    torch.testing.assert_close(twin(tokens).logits, model(tokens).logits)
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

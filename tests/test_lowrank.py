@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+import torch.nn.functional as F
+
+import oracle
+from cases import LEADING, Operands
+from slope_ext import ops
+from slope_ext.testing import assert_as_accurate
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [1, 8, 20])
+@pytest.mark.parametrize("scale", [1.0, -0.25])
+def test_equals_sparse_plus_low_rank(dtype, rank, scale, device):
+    o = Operands(64, 96, dtype, device, rank=rank)
+    x = o.randn(33, 96)
+    y = ops.linear_lowrank(x, o.values, o.bitmask, o.lora_A, o.lora_B, scale, o.bias)
+
+    def formula(x, w, a, b, bias):
+        return F.linear(x, w, bias) + scale * F.linear(F.linear(x, a), b)
+
+    operands = (x, o.dense, o.lora_A, o.lora_B, o.bias)
+    assert_as_accurate(y, formula(*operands), formula(*(t.double() for t in operands)))
+
+
+def test_values_beyond_fp16_survive_in_bf16(device):
+    """An adapter path that goes through fp16 would overflow at 65504."""
+    o = Operands(16, 24, torch.bfloat16, device, rank=4)
+    x = torch.full((2, 24), 3e4, dtype=torch.bfloat16, device=device)
+    y = ops.linear_lowrank(x, o.values, o.bitmask, o.lora_A.abs() + 1, o.lora_B.abs() + 1)
+    assert y.isfinite().all()
+    assert (y > 65504).all()
+
+
+def test_first_call_is_right(device):
+    """No warm-up, no tuning that accumulates into the output."""
+    o = Operands(40, 48, torch.float32, device, rank=3)
+    x = o.randn(11, 48)
+    arguments = (x, o.values, o.bitmask, o.lora_A, o.lora_B, 1.0, o.bias)
+    first, second = (ops.linear_lowrank(*arguments) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("leading", LEADING)
+def test_gradients_equal_the_dense_masked_oracle(leading, device):
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    o = Operands(32, 24, dtype, device, rank=5)
+    x = o.randn(*leading, 24).requires_grad_()
+    leaves = [t.requires_grad_() for t in (o.values, o.lora_A, o.lora_B, o.bias)]
+    y = ops.linear_lowrank(
+        x, o.values, o.bitmask, o.lora_A, o.lora_B, 0.5, o.bias, o.bitmask_t, o.values_t
+    )
+    dy = o.randn(*y.shape)
+    y.backward(dy)
+
+    mask = oracle.unbits(o.bitmask).to(device)
+    mask_rc = oracle.double_prune(o.dense, mask).to(device)
+    twin = [t.detach().clone().requires_grad_() for t in (x, o.dense, o.lora_A, o.lora_B, o.bias)]
+    z = oracle.Product.apply(twin[0], twin[1], mask, mask_rc, twin[4])
+    z = z + 0.5 * F.linear(F.linear(twin[0], twin[2]), twin[3])
+    z.backward(dy)
+
+    torch.testing.assert_close(y, z)
+    torch.testing.assert_close(x.grad, twin[0].grad)
+    torch.testing.assert_close(o.values.grad, twin[1].grad[mask].view(32, 12))
+    for leaf, twin_leaf in zip(leaves[1:], twin[2:], strict=True):
+        torch.testing.assert_close(leaf.grad, twin_leaf.grad)
+
+
+def test_frozen_base_with_trained_adapter(device):
+    """Fine-tuning: only A and B get gradients; X needs none and so no transposed mask."""
+    o = Operands(32, 24, torch.float32, device, rank=5)
+    a, b = o.lora_A.requires_grad_(), o.lora_B.requires_grad_()
+    ops.linear_lowrank(o.randn(3, 24), o.values, o.bitmask, a, b).sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert o.values.grad is None

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a faithful implementation of SLoPe must hold, across layers of the package.
+
+The properties were collected from the paper (arXiv 2405.16325) and from the ways in which an
+implementation can miss it. Numbers in the names are theirs.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import oracle
+import slope_ext as slope
+from slope_ext.memory import memory_report
+
+SHAPES = {"4d": (256, 64), "3.5d": (224, 64), "2.69d": (344, 128), "d": (64, 64), "d/4": (16, 64)}
+
+
+def test_1_mask_is_static_and_double_pruning_is_a_subset():
+    layer = slope.SLoPeLinear(256, 512)
+    mask = oracle.unbits(layer.weight_bitmask)
+    optimizer = slope.optim.AdamW(layer.parameters(), lr=0.1, mask_interval=2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer(torch.randn(4, 256)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(oracle.unbits(layer.weight_bitmask), mask)
+    assert (mask.view(512, -1, 4).sum(-1) == 2).all()
+    backward = layer.backward_weight()
+    assert ((backward != 0) <= mask).all()
+    assert ((backward != 0).t().reshape(256, -1, 4).sum(-1) <= 2).all()
+
+
+def test_1_extra_zeros_of_a_random_weight():
+    layer = slope.SLoPeLinear(1024, 1024)
+    zeros = (layer.backward_weight() == 0).double().mean().item() - 0.5
+    assert zeros == pytest.approx(0.09375, abs=0.002)
+
+
+def test_2_gradient_is_at_the_kept_positions_not_at_the_pruned_ones():
+    layer = slope.SLoPeLinear(64, 32)
+    x, dy = torch.randn(9, 64), torch.randn(9, 32)
+    layer(x).backward(dy)
+    mask = oracle.unbits(layer.weight_bitmask)
+    dense = dy.t() @ x
+    torch.testing.assert_close(layer.weight.grad, dense[mask].view(32, 32))
+    assert not torch.allclose(layer.weight.grad, dense[~mask].view(32, 32))
+
+
+@pytest.mark.parametrize("optimizer", [slope.optim.AdamW, torch.optim.AdamW])
+def test_3_transposed_copy_after_every_step(optimizer):
+    """Before, at and after the refresh at step 100."""
+    layer = slope.SLoPeLinear(24, 16)
+    opt = optimizer(layer.parameters(), lr=0.05)
+    refreshed = []
+    for step in range(1, 103):
+        mask_t = layer.weight_t_bitmask.clone()
+        opt.zero_grad()
+        layer(torch.randn(4, 24)).square().sum().backward()
+        opt.step()
+        if not torch.equal(layer.weight_t_bitmask, mask_t):
+            refreshed.append(step)
+        current = oracle.unbits(layer.weight_t_bitmask).t()
+        assert torch.equal(layer.backward_weight(), layer.dense_weight().detach() * current)
+    assert refreshed == ([100] if optimizer is slope.optim.AdamW else [])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("leading", [(6,), (2, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_4_forward_and_backward_of_every_shape(shape, leading, bias):
+    out_features, in_features = shape
+    layer = slope.SLoPeLinear(in_features, out_features, bias, dtype=torch.float64)
+    twin = oracle.DenseMaskedLinear(layer)
+    x1 = torch.randn(*leading, in_features, dtype=torch.float64, requires_grad=True)
+    x2 = x1.detach().clone().requires_grad_()
+    dy = torch.randn(out_features, *leading, dtype=torch.float64).movedim(0, -1)  # strided
+    y1, y2 = layer(x1), twin(x2)
+    y1.backward(dy)
+    y2.backward(dy)
+    for ours, theirs in [
+        (y1, y2),
+        (x1.grad, x2.grad),
+        (layer.weight.grad, twin.weight.grad[twin.mask].view_as(layer.weight)),
+        *([(layer.bias.grad, twin.bias.grad)] if bias else []),
+    ]:
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_5_merged_adapter_equals_the_unmerged(shape, dtype):
+    """Same factors, same scale; the first call too."""
+    out_features, in_features = shape
+    layer = slope.SLoPeLinear(in_features, out_features, dtype=dtype)
+    layer.add_adapter(8, scale=0.5)
+    nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(5, in_features, dtype=dtype)
+    unmerged = layer(x)
+    merged = slope.to_dense(layer)(x)
+    torch.testing.assert_close(merged, unmerged, rtol=2e-2, atol=2e-2)
+
+
+# 6: optimizer == torch's AdamW on the masked dense twin: tests/test_optim.py.
+# 7: state_dict, GradScaler, clipping, accumulation: tests/test_linear.py and test_optim.py. DDP:
+
+
+def _ddp_model():
+    torch.manual_seed(0)
+    return slope.convert(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)))
+
+
+def _ddp_train(model, batches):
+    optimizer = slope.optim.AdamW(model.parameters(), lr=0.01, mask_interval=2)
+    for batch in batches:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+
+def _ddp_worker(rank, data, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(_ddp_model())
+    _ddp_train(model, [batch.chunk(2)[rank] for batch in data])
+    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_7_ddp_averages_compressed_gradients(tmp_path):
+    """Two processes on half batches equal one process on the whole batch."""
+    data = torch.randn(4, 8, 16)
+    mp.spawn(_ddp_worker, args=(data, tmp_path), nprocs=2)
+    model = _ddp_model()
+    _ddp_train(model, data)
+    for rank in (0, 1):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, expected in model.state_dict().items():
+            torch.testing.assert_close(state[name], expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- 8: memory, embeddings at full cost ------------------------------------------------------------
+
+# family, config, share of parameters in the converted layers
+MODELS = {
+    "OPT-13B": (
+        "opt",
+        {
+            "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40,
+            "ffn_dim": 20480, "vocab_size": 50272, "word_embed_proj_dim": 5120,
+        },
+    ),
+    "LLaMA-3-8B": (
+        "llama",
+        {
+            "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore::slope_ext.SlopeConversionWarning")
+def test_8_memory_of_whole_models(name):
+    transformers = pytest.importorskip("transformers")
+    family, options = MODELS[name]
+    config = transformers.AutoConfig.for_model(family, **options)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    dense_parameters = sum(p.numel() for p in model.parameters())
+    reports = {}
+    for backward_copy in ("cached", "recompute"):
+        slope.convert(slope.to_dense(model), slope.SlopeConfig(backward_copy=backward_copy))
+        reports[backward_copy] = memory_report(model)
+    report = reports["cached"]
+    # bf16 weights and gradients, two fp32 moments: 12 bytes a parameter.
+    assert report.dense_training == 12 * dense_parameters
+    assert report.dense_weights == 2 * dense_parameters
+    layers = [m for m in model.modules() if isinstance(m, slope.SLoPeLinear)]
+    sparse = sum(m.in_features * m.out_features for m in layers)
+    # values 1 + bitmask 1/8, transposed copy the same, gradient 1, moments 4
+    expected = 12 * (dense_parameters - sparse) + 7.25 * sparse
+    assert report.training == expected
+    assert report.weights == 2 * (dense_parameters - sparse) + 1.125 * sparse
+    assert 0.60 < report.training_ratio < 0.70
+    assert 0.5625 < report.inference_ratio < 0.63
+    assert reports["recompute"].training == expected - sparse
+
+
+def test_8_report_equals_the_bytes_that_exist():
+    """Counted by hand from the tensors of a trained model, an adapter and a tied weight included."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(40, 16)
+            self.fc = nn.Linear(16, 24)
+            self.out = nn.Linear(16, 40, bias=False)
+            self.out.weight = self.embedding.weight
+
+    with pytest.warns(slope.SlopeConversionWarning):
+        model = slope.convert(Tied())
+    model.fc.add_adapter(2)
+    report = memory_report(model)
+
+    def size(tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    unique = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
+    assert report.weights == size(t for t in unique if t.dim() > 0)
+    assert report.backward_copy == size([model.fc.weight_t, model.fc.weight_t_bitmask])
+    assert report.gradients == size(model.parameters())
+    assert report.optimizer == 2 * size(model.parameters())
+    dense = 4 * (40 * 16 + 16 * 24 + 24)
+    assert report.dense_weights == dense
+    assert report.dense_training == 4 * dense

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""slope_ext.optim.AdamW and stock optimizers, against torch.optim.AdamW on a masked dense twin."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import oracle
+import slope_ext as slope
+
+OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+class Net(nn.Module):
+    """Two sparse layers between dense parameters."""
+
+    def __init__(self, device="cpu", dtype=torch.float32, **kwargs):
+        super().__init__()
+        like = {"device": device, "dtype": dtype}
+        self.embedding = nn.Linear(8, 24, **like)
+        self.up = slope.SLoPeLinear(24, 40, **like, **kwargs)
+        self.down = slope.SLoPeLinear(40, 24, False, **like, **kwargs)
+        self.norm = nn.LayerNorm(24, **like)
+
+    def forward(self, x):
+        return self.norm(self.down(torch.tanh(self.up(self.embedding(x)))))
+
+
+def dense_twin(net):
+    twin = copy.deepcopy(net)
+    twin.up, twin.down = oracle.DenseMaskedLinear(net.up), oracle.DenseMaskedLinear(net.down)
+    return twin
+
+
+def assert_weights_agree(net, twin, **tolerance):
+    for name in ("up", "down"):
+        layer, dense = getattr(net, name), getattr(twin, name)
+        torch.testing.assert_close(layer.dense_weight(), dense.weight * dense.mask, **tolerance)
+    torch.testing.assert_close(net.embedding.weight, twin.embedding.weight, **tolerance)
+    torch.testing.assert_close(net.norm.weight, twin.norm.weight, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("mask_interval", [100, 7])
+def test_300_steps_equal_torch_adamw_on_the_masked_twin(dtype, mask_interval):
+    """The transposed masks change every mask_interval steps, in both."""
+    net = Net(dtype=dtype)
+    twin = dense_twin(net)
+    ours = slope.optim.AdamW(net.parameters(), **OPTIONS, mask_interval=mask_interval)
+    theirs = torch.optim.AdamW(twin.parameters(), **OPTIONS)
+    target = nn.Linear(8, 24, dtype=dtype).requires_grad_(False)
+    changed = 0
+    for step in range(1, 301):
+        x = torch.randn(6, 8, dtype=dtype)
+        losses = []
+        for model, optimizer in ((net, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            loss = (model(x) - target(x)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss)
+        torch.testing.assert_close(*losses, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-9)
+        if step % mask_interval == 0:
+            before = twin.up.mask_rc
+            twin.up.choose()
+            twin.down.choose()
+            changed += not torch.equal(before, twin.up.mask_rc)
+    assert changed >= 2
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+    assert_weights_agree(net, twin, **tolerance)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, **OPTIONS, foreach=True),
+        lambda p: torch.optim.AdamW(p, **OPTIONS, fused=True),
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
+    ],
+    ids=["AdamW foreach", "AdamW fused", "SGD"],
+)
+def test_stock_optimizers_equal_themselves_on_the_masked_twin(make, device):
+    """Element-wise optimizers do the same to values as to a masked dense weight."""
+    net = Net(device)
+    twin = dense_twin(net)
+    optimizers = make(net.parameters()), make(twin.parameters())
+    for _ in range(20):
+        x = torch.randn(6, 8, device=device)
+        for model, optimizer in zip((net, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert_weights_agree(net, twin, rtol=1e-3, atol=1e-4)
+
+
+def test_adafactor_trains(device):
+    net = Net(device)
+    optimizer = torch.optim.Adafactor(net.parameters(), lr=0.02)
+    x = torch.randn(32, 8, device=device)
+    y = torch.randn(32, 24, device=device)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def train(net, optimizer, steps, seed, scaler=None):
+    generator = torch.Generator().manual_seed(seed)
+    device = net.up.weight.device
+    dtype = net.up.weight.dtype
+    for _ in range(steps):
+        x = torch.randn(6, 8, generator=generator).to(device, dtype)
+        optimizer.zero_grad()
+        loss = (net(x).float() - 1).square().mean()
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stop", [5, 8, 10])
+def test_resume_is_bit_equal(dtype, stop, device):
+    """Model and optimizer state, moments' dtypes, masters and transposed masks included."""
+    options = {**OPTIONS, "mask_interval": 4, "master_weights": True}
+    net = Net(device, dtype)
+    start = copy.deepcopy(net)
+    optimizer = slope.optim.AdamW(net.parameters(), **options)
+    train(net, optimizer, stop, seed=1)
+    train(net, optimizer, 9, seed=2)
+
+    half = copy.deepcopy(start)
+    optimizer_half = slope.optim.AdamW(half.parameters(), **options)
+    train(half, optimizer_half, stop, seed=1)
+    file = io.BytesIO()
+    torch.save({"net": half.state_dict(), "optimizer": optimizer_half.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+
+    resumed = Net(device, dtype)
+    optimizer_resumed = slope.optim.AdamW(resumed.parameters(), **options)
+    resumed.load_state_dict(state["net"])
+    optimizer_resumed.load_state_dict(state["optimizer"])
+    assert torch.equal(resumed.up.weight_t_bitmask, half.up.weight_t_bitmask)
+    train(resumed, optimizer_resumed, 9, seed=2)
+    for ours, theirs in zip(resumed.parameters(), net.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(resumed.up.weight_t_bitmask, net.up.weight_t_bitmask)
+    assert optimizer_resumed.state[resumed.up.weight]["exp_avg"].dtype == torch.float32
+
+
+def test_loaded_state_is_a_copy():
+    net = Net()
+    optimizer = slope.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, optimizer, 1, seed=1)
+    state = copy.deepcopy(optimizer.state_dict())
+    saved = state["state"][0]["exp_avg"].clone()
+    optimizer.load_state_dict(state)
+    train(net, optimizer, 1, seed=2)
+    assert torch.equal(state["state"][0]["exp_avg"], saved)
+
+
+def test_masters_follow_float32_training(device):
+    """bf16 values with fp32 masters track fp32 training; without masters small updates are lost."""
+    final = {}
+    for name, dtype, masters in [
+        ("fp32", torch.float32, False),
+        ("masters", torch.bfloat16, True),
+        ("plain", torch.bfloat16, False),
+    ]:
+        torch.manual_seed(0)
+        layer = slope.SLoPeLinear(24, 16, False, device=device).to(dtype)
+        optimizer = slope.optim.AdamW(
+            layer.parameters(), lr=1e-5, weight_decay=0.0, master_weights=masters
+        )
+        start = layer.weight.detach().float().clone()
+        for _ in range(200):
+            layer.weight.grad = torch.ones_like(layer.weight)
+            optimizer.step()
+        state = optimizer.state[layer.weight]
+        final[name] = (state["master"] if masters else layer.weight.detach().float()) - start
+    torch.testing.assert_close(final["masters"], final["fp32"], rtol=1e-2, atol=1e-5)
+    assert final["plain"].abs().mean() < 0.8 * final["fp32"].abs().mean()
+
+
+def test_grad_scaler_unscales_and_skips_infinities(device):
+    net, plain = Net(device), None
+    plain = copy.deepcopy(net)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    ours = slope.optim.AdamW(net.parameters(), **OPTIONS)
+    theirs = slope.optim.AdamW(plain.parameters(), **OPTIONS)
+    train(net, ours, 5, seed=3, scaler=scaler)
+    train(plain, theirs, 5, seed=3)
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    before = [p.detach().clone() for p in net.parameters()]
+    steps = ours.state[net.up.weight]["step"].item()
+    ours.zero_grad()
+    scaler.scale(net(torch.full((6, 8), float("inf"), device=device)).sum()).backward()
+    scaler.step(ours)
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert ours.state[net.up.weight]["step"].item() == steps
+    for param, old in zip(net.parameters(), before, strict=True):
+        assert torch.equal(param, old)
+
+
+def test_grad_scaler_after_unscale_and_clip(device):
+    net = Net(device)
+    plain = copy.deepcopy(net)
+    scaler = torch.amp.GradScaler(device.type, init_scale=64.0)
+    ours, theirs = (slope.optim.AdamW(m.parameters(), **OPTIONS) for m in (net, plain))
+    x = torch.randn(6, 8, device=device)
+    scaler.scale(net(x).square().sum()).backward()
+    plain(x).square().sum().backward()
+    scaler.unscale_(ours)
+    norms = [nn.utils.clip_grad_norm_(m.parameters(), 0.1) for m in (net, plain)]
+    torch.testing.assert_close(*norms)
+    scaler.step(ours)
+    theirs.step()
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_param_groups_and_scheduler():
+    net = Net()
+    optimizer = slope.optim.AdamW(
+        [
+            {"params": [net.up.weight, net.down.weight], "lr": 0.1, "weight_decay": 0.0},
+            {"params": [net.embedding.weight], "betas": (0.5, 0.5)},
+        ],
+        **OPTIONS,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    train(net, optimizer, 1, seed=0)
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.05, OPTIONS["lr"] * 0.5]
+    assert optimizer.param_groups[1]["mask_interval"] == 100
+    with pytest.raises(ValueError, match="AdamW: lr"):
+        optimizer.add_param_group({"params": [net.norm.weight], "lr": -1.0})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_closure_and_parameters_without_gradient():
+    net = Net()
+    optimizer = slope.optim.AdamW(net.parameters(), **OPTIONS)
+    bias = net.up.bias.detach().clone()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net(torch.ones(2, 8)).square().sum()
+        loss.backward()
+        net.up.bias.grad = None
+        return loss
+
+    assert optimizer.step(closure).item() > 0
+    assert torch.equal(net.up.bias, bias)
+    assert net.up.bias not in optimizer.state
+
+
+def test_steps_of_a_bucket_differ():
+    """A parameter that joins late has its own bias correction."""
+    net = Net()
+    optimizer = slope.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, optimizer, 5, seed=0)
+    late = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [late], "weight_decay": 0.0})
+    late.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(late.detach(), torch.ones(3) - OPTIONS["lr"])
+
+
+def test_masks_change_on_schedule_only(device):
+    net = Net(device)
+    optimizer = slope.optim.AdamW(net.parameters(), lr=0.05, mask_interval=3)
+    masks = [net.up.weight_t_bitmask.clone()]
+    for seed in range(7):
+        train(net, optimizer, 1, seed)
+        masks.append(net.up.weight_t_bitmask.clone())
+    changes = [i for i in range(1, 8) if not torch.equal(masks[i], masks[i - 1])]
+    assert changes == [3, 6]
+
+
+def test_backward_copy_is_written_by_the_step(device):
+    """After a step the copy is current already, masks of that step or not."""
+    net = Net(device)
+    optimizer = slope.optim.AdamW(net.parameters(), lr=0.05, mask_interval=3)
+    train(net, optimizer, 1, seed=0)
+    version = net.up.weight_t._version
+    x = torch.randn(2, 24, device=device, requires_grad=True)
+    net.up(x).sum().backward()
+    assert net.up.weight_t._version == version
+    torch.testing.assert_close(
+        x.grad, torch.ones(2, 40, device=device) @ net.up.backward_weight()
+    )

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that hold over the whole tree: what may include what, what must be where, what docs say."""
+
+import doctest
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import slope_ext
+from slope_ext import _library, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+CUDA_SOURCES = sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*.cuh")])
+FAMILIES = sorted(p.stem for p in (ROOT / "slope_ext" / "ops").glob("[a-z]*.py"))
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+
+
+def schemas():
+    """Names of the ops that csrc/library.cpp defines."""
+    text = (CSRC / "library.cpp").read_text()
+    return re.findall(r'm\.def\(\s*"(\w+)\(', text)
+
+
+def includes(path, seen=None):
+    """Every header that a source includes, those of csrc/ followed."""
+    seen = set() if seen is None else seen
+    for name in INCLUDE.findall(path.read_text()):
+        if name not in seen:
+            seen.add(name)
+            if (CSRC / name).exists():
+                includes(CSRC / name, seen)
+    return seen
+
+
+# ---- sources -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
+def test_cuda_source_includes_no_torch_header(source):
+    """Kernels compile fast and do not depend on a torch release."""
+    torch_headers = [n for n in includes(source) if re.match(r"(torch|ATen|c10|caffe2)/", n)]
+    assert not torch_headers
+
+
+def test_includes_are_followed():
+    """The rule above would see a torch header behind one of ours."""
+    assert "torch/csrc/stable/tensor.h" in includes(CSRC / "ops" / "compress.cpp")
+
+
+def test_torch_stable_is_the_only_door():
+    """Of our own files only csrc/common/torch_stable.h includes torch headers."""
+    for source in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp")]:
+        if source.name != "torch_stable.h":
+            assert not [n for n in INCLUDE.findall(source.read_text()) if n.startswith("torch/")]
+
+
+def test_every_cuda_source_is_built():
+    text = (ROOT / "CMakeLists.txt").read_text()
+    for source in [*(CSRC / "ops").glob("*.cu"), *(CSRC / "ops").glob("*.cpp")]:
+        assert source.relative_to(ROOT).as_posix() in text
+
+
+# ---- ops -----------------------------------------------------------------------------------------
+
+
+def test_ops_are_those_of_the_library():
+    assert sorted(schemas()) == sorted(_library.OPS)
+    assert len(set(schemas())) == len(schemas())
+
+
+@pytest.mark.parametrize("name", schemas())
+def test_op_has_public_function_and_is_documented(name):
+    assert name in ops.__all__
+    function = getattr(ops, name)
+    assert function.__doc__
+    assert "Raises:" in function.__doc__
+    assert f"`{name}(" in (ROOT / "docs" / "design.md").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_op_family_has_a_test_file(family):
+    assert (ROOT / "tests" / f"test_{family}.py").is_file()
+
+
+# ---- op library ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undefined_symbols():
+    """[(kind, name)] that the op library takes from others; kind is U, or w for weak ones."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    command = ["nm", "-DC", "--undefined-only", str(_library._LIBRARY_FILE)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines]
+
+
+def test_op_library_uses_the_stable_abi_only(undefined_symbols):
+    """No C++ symbol of torch: those change from release to release."""
+    assert any(name.startswith("aoti_torch_") for _, name in undefined_symbols)
+    pattern = re.compile(r"\b(at|c10|torch|caffe2)::")
+    assert not [name for _, name in undefined_symbols if pattern.search(name)]
+
+
+def test_op_library_links_no_python(undefined_symbols):
+    assert not [name for _, name in undefined_symbols if name.startswith(("Py", "_Py"))]
+
+
+def test_stream_symbol_is_weak(undefined_symbols):
+    """torch for the CPU lacks it, and must load the library all the same."""
+    kinds = [k for k, name in undefined_symbols if name == "aoti_torch_get_current_cuda_stream"]
+    assert kinds == (["w"] if _library.CUDA_KERNELS else [])
+
+
+# ---- documents -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "LICENSE"])
+def test_document_exists(name):
+    assert (ROOT / name).is_file()
+
+
+def test_changelog_has_this_version():
+    assert f"## [{slope_ext.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/design.md", "docs/layouts.md"])
+def test_paths_in_document_exist(name):
+    """`csrc/library.cpp` and the like; placeholders in angle brackets are skipped."""
+    text = (ROOT / name).read_text()
+    paths = re.findall(r"`((?:csrc|slope_ext|tests|benchmarks|scripts|docs|cmake)/[\w./]*)`", text)
+    assert paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_examples_in_layouts_hold():
+    text = (ROOT / "docs" / "layouts.md").read_text()
+    blocks = re.findall(r"```pycon\n(.*?)```", text, re.DOTALL)
+    examples = doctest.DocTestParser().get_doctest("".join(blocks), {}, "layouts.md", None, 0)
+    assert len(examples.examples) > 20
+    report = []
+    results = doctest.DocTestRunner(verbose=False).run(examples, out=report.append)
+    assert results.failed == 0, "".join(report)
+
+
+def test_env_report_runs():
+    command = [sys.executable, "-m", "slope_ext.env_report"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    versions, advice = result.stdout.rsplit("\n\n", 1)
+    assert re.search(rf"^slope_ext +{re.escape(slope_ext.__version__)}$", versions, re.MULTILINE)
+    for word in ("python", "torch", "built against", "compiler", "cuSPARSELt"):
+        assert re.search(rf"^{word} +\S", versions, re.MULTILINE)
+    for name in _library.OPS:
+        assert re.search(rf"^op {name} +\S", versions, re.MULTILINE)
+    assert advice.strip()
+
+
+def test_ci_script_is_executable():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
