@@ -37,22 +37,24 @@ $(VENV)/.stamp: pyproject.toml
 	touch $@
 
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
+BUILT := $(VENV)/.built$(SLOPE_CUDA)
 
-$(VENV)/.built: $(VENV)/.stamp $(NATIVE)
-	$(BIN)/python setup.py -q build_ext --inplace
+$(BUILT): $(VENV)/.stamp $(NATIVE)
+	SLOPE_CUDA=$(SLOPE_CUDA) $(BIN)/python setup.py -q build_ext --inplace
+	rm -f $(VENV)/.built*
 	touch $@
 
-build: $(VENV)/.built
+build: $(BUILT)
 
 wheel: $(VENV)/.stamp
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
 # ---- the two commands ------------------------------------------------------------------------------
 
-demo: $(VENV)/.built
+demo: $(BUILT)
 	$(BIN)/slope-pretrain --demo --output-dir $(DEMO_DIR)
 
-test: $(VENV)/.built
+test: $(BUILT)
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 # ---- on a machine with a GPU: the interpreter as it is ----------------------------------------------
@@ -67,7 +69,7 @@ lint: $(VENV)/.stamp
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 clean:
-	rm -rf build dist slope_ext/*.so *.egg-info $(VENV)/.built
+	rm -rf build dist slope_ext/*.so *.egg-info $(VENV)/.built*
 
 demo-clean:
 	rm -rf $(DEMO_DIR)

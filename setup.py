@@ -31,7 +31,7 @@ class CMakeBuild(build_ext):
             "SLOPE_PYTHON": sys.executable,
             "Python_EXECUTABLE": sys.executable,
             "SLOPE_OUTPUT_DIR": str(output_dir),
-            "SLOPE_CUDA": os.environ.get("SLOPE_CUDA", "AUTO"),
+            "SLOPE_CUDA": os.environ.get("SLOPE_CUDA") or "AUTO",
         }
         if archs := os.environ.get("SLOPE_CUDA_ARCHS"):
             options["SLOPE_CUDA_ARCHS"] = archs

@@ -180,7 +180,8 @@ def environment() -> dict[str, str]:
 
 def save(records: Sequence[Record], name: str, directory: Path | None = None) -> Path:
     """Writes results/<gpu>/<name>.json (or directory/<name>.json); returns the path."""
-    folder = directory or RESULTS / torch.cuda.get_device_name().split()[-1].lower()
+    gpu = torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
+    folder = directory or RESULTS / gpu
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the gpu tests and records the run in tests/gpu_report.json, or checks that record.
 
-    python scripts/gpu_report.py            run pytest -m gpu, write the record
-    python scripts/gpu_report.py --check    exit 1 if the record is missing, failed or stale
+    PYTHONPATH=. python scripts/gpu_report.py [pytest options]   run the gpu tests, write the record
+    python scripts/gpu_report.py --check      exit 1 if the record is missing, failed or stale
+
+A run that selects tests (-k, -m, paths) writes no record.
 
 The record holds a hash of every source that a GPU test depends on: csrc/, slope_ext/, tests/, the
 build files. It is stale when those changed since the run.
@@ -50,7 +52,12 @@ def run(pytest_arguments: list[str]) -> int:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={junit}"]
         code = subprocess.run([*command, *pytest_arguments], cwd=ROOT, check=False).returncode
+        if not junit.exists():
+            return code
         counts = _counts(junit)
+    if any(not a.startswith("-") or a in ("-k", "-m") for a in pytest_arguments):
+        print("gpu_report: tests were selected, no record written")
+        return code
     record = {
         "passed": counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"],
         "failed": counts["failures"] + counts["errors"],

@@ -8,6 +8,8 @@ its schedule); the values ``values_t`` follow values and both masks. Whoever nee
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import _unsafe_preserve_version_counter
@@ -32,22 +34,29 @@ def follow(values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor 
     first backward refreshes it. To autograd that is no change: the copy says nothing that values
     and masks do not. So version counters stay as they are here.
     """
-    mask_is_stale = _freshness.is_followed(bitmask_t) and not _freshness.is_fresh(bitmask_t, bitmask)
+    capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
+    mask_is_stale = _freshness.is_followed(bitmask_t) and not _freshness.is_fresh(
+        bitmask_t, bitmask
+    )
     if mask_is_stale:
-        with _unsafe_preserve_version_counter(bitmask_t):
+        with _same_version(bitmask_t):
             choose_mask(values, bitmask, bitmask_t)
         _freshness.mark_fresh(bitmask_t, bitmask)
 
     sources = (values, bitmask, bitmask_t)
     if values_t is None:
         values_t = values.new_empty(2 * values.shape[1], values.shape[0] // 2)
-    elif not mask_is_stale and _freshness.is_fresh(values_t, *sources) and not _capturing(values):
+    elif _freshness.is_fresh(values_t, *sources) and not mask_is_stale and not capturing:
         return values_t
-    with _unsafe_preserve_version_counter(values_t):
+    with _same_version(values_t):
         torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
-    _freshness.mark_fresh(values_t, *sources)
+    if capturing:
+        _freshness.mark_stale(values_t)  # nothing was computed yet
+    else:
+        _freshness.mark_fresh(values_t, *sources)
     return values_t
 
 
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _same_version(tensor: Tensor) -> AbstractContextManager[None]:
+    # Inference tensors count no versions.
+    return nullcontext() if tensor.is_inference() else _unsafe_preserve_version_counter(tensor)

@@ -96,6 +96,8 @@ class LazyAdapters:
         if self.scheduler is not None:
             added = self.optimizer.param_groups[-1]
             added["initial_lr"] = self.group.get("lr", first["initial_lr"])
+            # As far along its schedule as the first group is.
+            added["lr"] = added["initial_lr"] * first["lr"] / first["initial_lr"]
             self.scheduler.base_lrs.append(added["initial_lr"])
             if isinstance(self.scheduler, torch.optim.lr_scheduler.LambdaLR):
                 self.scheduler.lr_lambdas.append(self.scheduler.lr_lambdas[0])

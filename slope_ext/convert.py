@@ -148,9 +148,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, SparseLayer):
             dense = _dense_twin(layer)
-            first = by_weight.setdefault(id(layer.weight), dense)
-            if not layer.has_adapter:
-                dense.weight = first.weight
+            if not layer.has_adapter:  # an adapter makes the dense weight the layer's own
+                dense.weight = by_weight.setdefault(id(layer.weight), dense).weight
             replacements[layer] = dense
     return _replace(model, replacements)
 
@@ -178,6 +177,12 @@ def _plan(
             plan.setdefault(module, []).append(name)
         else:
             skipped[name] = reason
+
+    for module, names in list(plan.items()):
+        dense = [name for name, owner in owners[id(module.weight)] if owner not in plan]
+        if dense:
+            del plan[module]
+            skipped |= dict.fromkeys(names, f"weight is tied to {dense[0]}, which stays dense")
     return plan, skipped
 
 
@@ -352,10 +357,14 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
     return twin
 
 
+# What a sparse layer knows and a dense one has no use for.
+_SPARSE_ATTRIBUTES = ("backward_copy", "dense_type", "lora_scale", "m", "n", "pattern")
+
+
 def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Hooks (the same dicts, so that their handles still remove them), mode, stray attributes."""
+    """Hooks (the same dicts, so that their handles still remove them), mode, user attributes."""
     for key, value in vars(old).items():
-        if "hook" in key or key not in vars(new):
+        if "hook" in key or (key not in vars(new) and key not in _SPARSE_ATTRIBUTES):
             vars(new)[key] = value
     new.train(old.training)
 

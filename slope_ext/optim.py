@@ -74,7 +74,6 @@ class AdamW(torch.optim.Optimizer):
             "master_weights": master_weights,
             "maximize": maximize,
         }
-        self._layers: dict[int, SparseLayer] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -98,27 +97,30 @@ class AdamW(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return loss
+        layers = layers_by_weight()
         for group in self.param_groups:
-            self._step_group(group)
+            self._step_group(group, layers)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_group(self, group: dict[str, Any], layers: dict[int, SparseLayer]) -> None:
         # Buckets: what one adamw_ call can take. A layer whose mask is due gets its copy later.
         buckets: dict[Any, list[tuple[Tensor, SLoPeLinear | None]]] = defaultdict(list)
         due = []
         for param in group["params"]:
             if param.grad is None:
                 continue
+            if param.grad.is_sparse:
+                raise RuntimeError("AdamW: sparse gradients are not supported; use sparse=False")
             state = self._state_of(param, group)
             state["step"] += 1
-            layer = self._layer_of(param)
+            layer = layers.get(id(param))
             interval = group["mask_interval"]
             if layer is not None and interval > 0 and int(state["step"]) % interval == 0:
                 due.append(layer)
                 layer = None
             copied = _with_cached_copy(layer)
             key = (param.device, param.dtype, state["exp_avg"].dtype, "master" in state)
-            buckets[*key, copied is not None].append((param, copied))
+            buckets[(*key, copied is not None)].append((param, copied))
         for bucket in buckets.values():
             self._update(bucket, group)
         for layer in due:
@@ -169,18 +171,12 @@ class AdamW(torch.optim.Optimizer):
                 state["master"] = param.detach().float()
         return state
 
-    def _layer_of(self, param: Tensor) -> SparseLayer | None:
-        layer = self._layers.get(id(param))
-        if layer is None or layer.weight is not param:
-            self._layers = layers_by_weight()
-            layer = self._layers.get(id(param))
-        return layer
-
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict, and each sparse layer's transposed mask among its weight's state."""
         result = super().state_dict()
+        layers = layers_by_weight()
         for index, param in self._indexed_params():
-            layer = self._layer_of(param)
+            layer = layers.get(id(param))
             if layer is not None and index in result["state"]:
                 mask = layer.transposed_mask
                 result["state"][index] = {**result["state"][index], _TRANSPOSED_MASK: mask}
@@ -189,6 +185,7 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores moments, masters and transposed masks, each in the dtype it was saved in."""
         super().load_state_dict(state_dict)
+        layers = layers_by_weight()
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for saved_id, (_, param) in zip(saved_ids, self._indexed_params(), strict=True):
             saved = state_dict["state"].get(saved_id, {})
@@ -197,7 +194,7 @@ class AdamW(torch.optim.Optimizer):
                 if name in saved:
                     self.state[param][name] = saved[name].to(param.device, copy=True)
             self.state[param].pop(_TRANSPOSED_MASK, None)
-            layer = self._layer_of(param)
+            layer = layers.get(id(param))
             if layer is not None and _TRANSPOSED_MASK in saved:
                 layer.set_transposed_mask(saved[_TRANSPOSED_MASK])
 

@@ -11,6 +11,8 @@ Source: SLoPe, arXiv 2405.16325, section 3.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,8 +25,9 @@ from slope_ext import _backward_copy
 def pack_bits(mask: Tensor) -> Tensor:
     """bool [..., n] -> uint8 [..., n/8], lowest bit first."""
     bits = mask.unflatten(-1, (mask.shape[-1] // 8, 8)).to(torch.uint8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (bits * weights).sum(-1, dtype=torch.uint8)
+    return (bits << torch.arange(8, device=mask.device, dtype=torch.uint8)).sum(
+        -1, dtype=torch.uint8
+    )
 
 
 def unpack_bits(bitmask: Tensor) -> Tensor:
@@ -35,12 +38,17 @@ def unpack_bits(bitmask: Tensor) -> Tensor:
 
 def _kept_columns(bitmask: Tensor) -> Tensor:
     """uint8 [rows, n/8] -> int64 [rows, n/2]: column of each kept element, ascending."""
-    byte = torch.arange(256)
-    columns = unpack_bits(byte.to(torch.uint8).unsqueeze(-1))
-    # Stable: kept columns first, each part ascending.
-    table = columns.int().argsort(dim=-1, descending=True, stable=True)[:, :4].to(bitmask.device)
     offsets = 8 * torch.arange(bitmask.shape[-1], device=bitmask.device)
-    return (table[bitmask.long()] + offsets.unsqueeze(-1)).flatten(-2)
+    columns = _column_table(bitmask.device)[bitmask.long()]
+    return (columns + offsets.unsqueeze(-1)).flatten(-2)
+
+
+@functools.cache
+def _column_table(device: torch.device) -> Tensor:
+    """int64 [256, 4]: the four lowest set bits of each byte, ascending."""
+    kept = unpack_bits(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(-1))
+    # Stable: set bits first, each part ascending.
+    return kept.int().argsort(dim=-1, descending=True, stable=True)[:, :4]
 
 
 # ---- prune ---------------------------------------------------------------------------------------

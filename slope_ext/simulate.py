@@ -116,7 +116,9 @@ class MaskedLinear(SparseLayer, nn.Linear):
         mask = prune_nm(self.weight.detach().abs(), self.n, self.m)
         self.register_buffer("weight_mask", mask)
         self.register_buffer("weight_t_mask", torch.empty_like(mask), persistent=False)
-        _freshness.mark_stale(self.weight_t_mask)  # chosen in the first forward
+        _freshness.mark_stale(self.weight_t_mask)
+        if not self.weight.is_meta:
+            self.update_transposed_mask()
 
     @classmethod
     def from_dense(
@@ -135,7 +137,16 @@ class MaskedLinear(SparseLayer, nn.Linear):
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         _freshness.mark_stale(layer.weight_t_mask)
+        if not layer.weight.is_meta:
+            layer.update_transposed_mask()
         return layer
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.weight_t_mask.device != self.weight.device:
+            self.weight_t_mask = torch.empty_like(self.weight_mask)
+        if not self.weight.is_meta:
+            self.update_transposed_mask()
 
     def update_transposed_mask(self) -> None:
         """Chooses the mask of W^{R,C} again, from the present weight."""

@@ -44,4 +44,10 @@ SLOPE_HOST_DEVICE uint32_t second_kept(uint32_t nibble) {
 #endif
 }
 
+// Where element j (0..3) of a group comes from: value 0, value 1, or 2 = it was pruned.
+SLOPE_HOST_DEVICE uint32_t value_of(uint32_t nibble, int j) {
+  const uint32_t kept_before = nibble & ((1u << j) - 1);
+  return (nibble >> j & 1) == 0 ? 2 : (kept_before == 0 ? 0 : 1);
+}
+
 }  // namespace slope

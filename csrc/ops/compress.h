@@ -13,7 +13,7 @@ namespace slope {
 struct CompressParams {
   void* dense;             // [elements], 2- or 4-byte elements, 16-byte aligned
   void* values;            // [elements / 2], same type, 16-byte aligned
-  const uint8_t* bitmask;  // [elements / 8], 2-byte aligned
+  const uint8_t* bitmask;  // [elements / 8], 1 = kept
   int64_t elements;        // dense elements, a multiple of 8
   int element_bytes;       // 2 (fp16, bf16) or 4 (fp32)
 };

@@ -116,9 +116,15 @@ def _check(
             check.shape(f"{name}[{i}]", tensors[i], tuple(param.shape), "the shape of its parameter")
             check.same_device(f"{name}[{i}]", tensors[i], "params", param)
         check.shape(f"steps[{i}]", steps[i], (), "a scalar")
+        check.require(
+            steps[i].dtype == torch.float32, f"steps[{i}] must be float32, got {steps[i].dtype}"
+        )
         if values_t:
             _check_sparse(check, i, param, bitmasks[i], bitmasks_t[i], values_t[i])
 
+    grad_scale = options.get("grad_scale")
+    if grad_scale is not None:
+        check.require(grad_scale.numel() == 1, "grad_scale must have one element")
     for name in ("beta1", "beta2"):
         check.require(0 <= options[name] < 1, f"{name} must be in [0, 1), got {options[name]}")
     for name in ("lr", "eps", "weight_decay"):
@@ -137,6 +143,7 @@ def _check_sparse(
     check.shape(f"values_t[{i}]", values_t, (columns, rows // 2), "[in, out/2]")
     check.same_dtype(f"values_t[{i}]", values_t, "params", values)
     check.same_device(f"values_t[{i}]", values_t, "params", values)
+    check.require(values_t.is_contiguous(), f"values_t[{i}] must be contiguous")
 
 
 register(

@@ -35,7 +35,7 @@ def _check(dy: Tensor, x: Tensor, bitmask: Tensor) -> None:
     check.same_device("x", x, "dy", dy)
     check.require(dy.dim() >= 1, "dy must have at least 1 dimension, got shape []")
     check.require(
-        x.shape[:-1] == dy.shape[:-1],
+        x.dim() == dy.dim() and x.shape[:-1] == dy.shape[:-1],
         f"x must have the leading dimensions of dy, {list(dy.shape[:-1])}, got {list(x.shape)}",
     )
     check.columns("x", x.shape[-1], "in")

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are whole or absent, and the random-number state for an exact resume.
+
+``checkpoints/step-XXXXXX/`` holds ``model.safetensors`` and ``config.json`` as Hugging Face names
+them, ``training_state.pt`` (everything else, readable with ``weights_only=True``) and
+``checksums.json``, by which damaged files are recognized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+WEIGHTS = "model.safetensors"
+STATE = "training_state.pt"
+CHECKSUMS = "checksums.json"
+
+
+def save_checkpoint(
+    root: Path, step: int, model: nn.Module, state: dict[str, Any], keep: int
+) -> Path:
+    """Write ``root/step-XXXXXX`` and drop all but the newest ``keep`` checkpoints up to it.
+
+    Checkpoints of later steps go too: the run was resumed from an earlier one and repeats them.
+    The files are written and synced under a temporary name first: a process killed at any time
+    leaves the earlier checkpoints and, at worst, a temporary directory that nothing reads.
+    """
+    from safetensors.torch import save_file
+
+    final = root / f"step-{step:06d}"
+    temporary = root / f"tmp-{step:06d}"
+    for leftover in root.glob("tmp-*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    save_file(_unique_tensors(model), temporary / WEIGHTS, metadata={"format": "pt"})
+    model.config.save_pretrained(temporary)  # type: ignore[operator, union-attr]
+    torch.save(state, temporary / STATE)
+    sums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+    (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+    for path in [*temporary.iterdir(), temporary]:
+        _sync(path)
+    if final.exists():  # the same step again, after a resume from an older checkpoint
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(root)
+    steps = _steps(root)
+    here = steps.index(final)
+    for other in steps[: max(0, here + 1 - keep)] + steps[here + 1 :]:
+        shutil.rmtree(other)
+    return final
+
+
+def find_checkpoint(root: Path) -> Path | None:
+    """The newest whole checkpoint under ``root``; warns about each damaged one it passes over."""
+    for path in reversed(_steps(root)):
+        problem = damage(path)
+        if problem is None:
+            return path
+        warnings.warn(f"skipping the checkpoint {path}: {problem}", stacklevel=2)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint directory ``path``, or None if its files are whole."""
+    try:
+        sums = json.loads((path / CHECKSUMS).read_text())
+        for name, expected in sums.items():
+            if _checksum(path / name) != expected:
+                return f"{name} is damaged"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The dictionary given to :func:`save_checkpoint`, with tensors on the CPU."""
+    state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    return state
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Copy the weights of a checkpoint into ``model``; raises RuntimeError if names differ."""
+    from safetensors.torch import load_file
+
+    weights = load_file(path / WEIGHTS)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = model.state_dict().keys() - _unique_tensors(model).keys()
+    if unexpected or set(missing) - tied:
+        raise RuntimeError(f"{path / WEIGHTS}: missing {missing}, unexpected {unexpected}")
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator, as tensors and plain Python values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (kind, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+def _unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state_dict with tied weights once, under their first name (as Hugging Face does)."""
+    seen: set[int] = set()
+    unique: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            unique[name] = tensor.detach().contiguous()
+    return unique
+
+
+def _steps(root: Path) -> list[Path]:
+    return sorted(root.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _checksum(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,740 @@
+# SPDX-License-Identifier: Apache-2.0
+"""slope-pretrain: data, models, training, resume and outputs, on two-layer models."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import slope_ext as slope
+from slope_ext.recipes import UsageError, pretrain
+from slope_ext.recipes.arguments import build_parser, parse_arguments
+from slope_ext.recipes.checkpoint import find_checkpoint, load_state
+from slope_ext.recipes.data import (
+    Blocks,
+    end_of_text_id,
+    load_tokenizer,
+    open_source,
+    split_documents,
+    tokenize_corpus,
+    train_tokenizer,
+)
+from slope_ext.recipes.models import SIZES, build_model, decay_groups, model_config
+from slope_ext.recipes.pretrain import learning_rate, main
+from slope_ext.recipes.reporting import dense_checkpoint_bytes, sparsity
+
+for package in ("transformers", "tokenizers", "tqdm", "matplotlib"):
+    pytest.importorskip(package)
+load_file = pytest.importorskip("safetensors.torch").load_file
+
+WORDS = ["the", "a", "cat", "bird", "tree", "sat", "saw", "flew", "on", "over", "by", "night"]
+CONFIGS = {
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "opt": {
+        "model_type": "opt",
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+}
+
+
+def document(seed: int, words: int = 400) -> str:
+    choose = random.Random(seed).choices
+    return " ".join(choose(WORDS, k=words)) + "\n"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of eight documents in text/ and a config per model family."""
+    directory = tmp_path_factory.mktemp("inputs")
+    (directory / "text").mkdir()
+    for i in range(8):
+        (directory / "text" / f"{i}.txt").write_text(document(i))
+    for name, config in CONFIGS.items():
+        (directory / f"{name}.json").write_text(json.dumps(config))
+    return directory
+
+
+def arguments(inputs: Path, output: Path, *options: object, family: str = "llama") -> list[str]:
+    """A run of 12 steps; later options override earlier ones."""
+    base = {
+        "--model": inputs / f"{family}.json",
+        "--data": inputs / "text",
+        "--output-dir": output,
+        "--vocab-size": 300,
+        "--seq-len": 16,
+        "--batch-size": 2,
+        "--grad-accum": 2,
+        "--steps": 12,
+        "--warmup-steps": 2,
+        "--lr": 0.01,
+        "--adapter-rank": 4,
+        "--adapter-fraction": 0.25,  # the switch: from step 10
+        "--mask-interval": 3,
+        "--save-interval": 5,
+        "--eval-interval": 6,
+        "--eval-batches": 2,
+        "--sample-tokens": 8,
+    }
+    return [str(x) for pair in base.items() for x in pair] + [str(x) for x in options]
+
+
+def records(output: Path, kind: str = "train") -> list[dict]:
+    lines = (output / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(output: Path) -> list[float]:
+    assert [record["step"] for record in records(output)] == list(
+        range(1, len(records(output)) + 1)
+    )
+    return [record["loss"] for record in records(output)]
+
+
+def newest(output: Path) -> Path:
+    path = find_checkpoint(output / "checkpoints")
+    assert path is not None
+    return path
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Equal to the bit: logged losses, validation losses, weights and optimizer state."""
+    assert losses(one) == losses(other)
+    assert records(one, "valid") == records(other, "valid")
+    assert records(one, "adapters") == records(other, "adapters")
+    weights, expected = (load_file(newest(o) / "model.safetensors") for o in (one, other))
+    assert weights.keys() == expected.keys()
+    for name in weights:
+        assert torch.equal(weights[name], expected[name]), name
+    states = [load_state(newest(o))["optimizer"]["state"] for o in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for key, state in states[0].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][key][name])), name
+
+
+@pytest.fixture(scope="module", params=["dense", "slope"])
+def undisturbed(
+    request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """The method and the output directory of an undisturbed run of 12 steps."""
+    output = tmp_path_factory.mktemp(request.param)
+    assert main(arguments(inputs, output, "--method", request.param)) == 0
+    return request.param, output
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def test_split_is_by_document_and_deterministic(inputs: Path) -> None:
+    source = open_source(str(inputs / "text"))
+    train, valid, note = split_documents(source, 0.3)
+    texts = [document(i) for i in range(8)]
+    assert sorted([*train(), *valid()]) == sorted(texts)
+    assert not set(train()) & set(valid())
+    assert list(train()) == list(split_documents(source, 0.3)[0]())
+    assert str(len(list(valid()))) in note
+    # A larger share only moves documents from training to validation.
+    assert set(valid()) <= set(split_documents(source, 0.6)[1]())
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_each_side_of_the_split_has_a_document(inputs: Path, fraction: float) -> None:
+    for pattern in ("text", "text/[01].txt"):
+        train, valid, _ = split_documents(open_source(str(inputs / pattern)), fraction)
+        assert list(train())
+        assert list(valid())
+
+
+def test_equal_documents_are_still_split(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("same")
+    train, valid, _ = split_documents(open_source(str(tmp_path)), 0.5)
+    assert (list(train()), list(valid())) == (["same"], ["same"])
+
+
+def test_single_document_is_cut_by_position(tmp_path: Path) -> None:
+    lines = "".join(f"line {i}\n" for i in range(100))
+    (tmp_path / "one.txt").write_text(lines)
+    train, valid, note = split_documents(open_source(str(tmp_path / "one.txt")), 0.1)
+    assert "".join([*train(), *valid()]) == lines
+    assert next(train()).endswith("\n")
+    assert len(next(valid())) == pytest.approx(0.1 * len(lines), abs=10)
+    assert "single document" in note
+
+
+def test_json_lines_and_a_given_split(tmp_path: Path) -> None:
+    for name, texts in (("train", ["a", "b\ud800", " "]), ("valid", ["c"])):
+        lines = [json.dumps({"text": text, "source": "x"}) for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n\n")
+    train, valid, _ = split_documents(open_source(str(tmp_path)), 0.5)
+    assert (list(train()), list(valid())) == (["a", "b?"], ["c"])
+    assert list(open_source(str(tmp_path / "train.jsonl")).documents()) == ["a", "b?", " "]
+
+
+def test_hugging_face_names_need_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match=r"--data hf:x: needs the package datasets"):
+        next(open_source("hf:x").documents())
+
+
+def test_hugging_face_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(list):
+        column_names = ("text",)
+
+    def load_dataset(name: str, config: str | None, split: str) -> Rows:
+        if name == "missing":
+            raise FileNotFoundError("no dataset\nand so on")
+        return Rows({"text": text} for text in (name, str(config), split))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for spec, expected in (
+        ("hf:a/b", ["a/b", "None", "train"]),
+        ("hf:a:c", ["a", "c", "train"]),
+        ("hf:a::s", ["a", "None", "s"]),
+        ("hf:a:c:s", ["a", "c", "s"]),
+    ):
+        documents = open_source(spec).documents
+        assert list(documents()) == list(documents()) == expected
+    with pytest.raises(UsageError, match=r"^--data hf:missing: no dataset$"):
+        next(open_source("hf:missing").documents())
+    for spec in ("hf:", "hf:a:b:c:d"):
+        with pytest.raises(UsageError, match="not of the form"):
+            next(open_source(spec).documents())
+
+
+def test_tokenizer_round_trip(inputs: Path, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([document(0)], 300)
+    assert tokenizer.get_vocab_size() <= 300
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path))
+    for text in (document(1), "Zoë 漢字 🙂\n\ttab", ""):
+        assert loaded.decode(loaded.encode(text).ids) == text
+
+
+def test_tokens_are_the_documents_each_with_an_end(inputs: Path, tmp_path: Path) -> None:
+    arguments = (str(inputs / "text"), 0.3, "train", 300)
+    corpus = tokenize_corpus(tmp_path, *arguments)
+    train, valid, _ = split_documents(open_source(arguments[0]), 0.3)
+    end = end_of_text_id(corpus.tokenizer)
+    for tokens, documents in ((corpus.train, train), (corpus.valid, valid)):
+        assert tokens.dtype == np.uint16
+        parts = np.split(tokens, np.flatnonzero(tokens == end) + 1)
+        assert [corpus.tokenizer.decode(part[:-1].tolist()) for part in parts[:-1]] == list(
+            documents()
+        )
+        assert len(parts[-1]) == 0
+    written = (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns
+    again = tokenize_corpus(tmp_path, *arguments)
+    assert (again.digest, again.note) == (corpus.digest, corpus.note)
+    assert (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns == written
+
+
+def test_block_order() -> None:
+    blocks = Blocks(np.arange(107, dtype=np.uint16), seq_len=4, seed=3)
+    assert blocks.count == 21
+    epochs = [[blocks.block_index(21 * e + i) for i in range(21)] for e in range(3)]
+    assert all(sorted(order) == list(range(21)) for order in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    batch = blocks.batch(0, 2)
+    assert batch.dtype == torch.int64
+    assert batch.tolist() == [list(range(5 * b, 5 * b + 5)) for b in epochs[0][:2]]
+    other_seed = Blocks(np.arange(107, dtype=np.uint16), seq_len=4, seed=4)
+    assert [other_seed.block_index(i) for i in range(21)] != epochs[0]
+    unshuffled = Blocks(np.arange(107, dtype=np.uint16), seq_len=4)
+    assert unshuffled.batch(0, 21).flatten().tolist() == list(range(105))
+
+
+def test_block_order_does_not_depend_on_the_start() -> None:
+    tokens = np.arange(107, dtype=np.uint16)
+    from_start = Blocks(tokens, 4, seed=0)
+    whole = torch.cat([from_start.batch(3 * i, 3) for i in range(20)])
+    resumed = Blocks(tokens, 4, seed=0)
+    assert torch.equal(torch.cat([resumed.batch(3 * i, 3) for i in range(13, 20)]), whole[39:])
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_families_build(inputs: Path, family: str) -> None:
+    config = model_config(str(inputs / f"{family}.json"), vocab_size=300, end_of_text=7, seq_len=16)
+    model = build_model(config, torch.float32, gradient_checkpointing=False)
+    assert model.config._attn_implementation == "sdpa"
+    logits = model(input_ids=torch.zeros(2, 16, dtype=torch.long)).logits
+    assert logits.shape == (2, 16, 300)
+    matrices, vectors = decay_groups(model, 0.1, decay_embeddings=False)
+    assert all(p.ndim == 2 for p in matrices["params"])
+    assert any(p.shape == (300, 32) for p in vectors["params"])
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+    everything = decay_groups(model, 0.1, decay_embeddings=True)
+    assert all(p.ndim == 1 for p in everything[1]["params"])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_have_the_parameters_that_they_are_called_by(name: str) -> None:
+    vocab_size = {"llama": 32000, "mistral": 32000, "opt": 50272, "gpt2": 50257}
+    vocab = vocab_size[SIZES[name]["model_type"]]
+    config = model_config(name, 128256 if name == "llama-3-8b" else vocab, 0, 1024)
+    with torch.device("meta"):
+        model = build_model(config, torch.bfloat16, gradient_checkpointing=False)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    expected = {
+        "llama-25m": 26.4e6,
+        "llama-100m": 110e6,
+        "llama-2-7b": 6.74e9,
+        "llama-2-13b": 13.0e9,
+        "llama-3-8b": 8.03e9,
+        "mistral-7b": 7.24e9,
+        "opt-125m": 125e6,
+        "opt-350m": 331e6,
+        "opt-1.3b": 1.316e9,
+        "opt-2.7b": 2.65e9,
+        "opt-6.7b": 6.66e9,
+        "opt-13b": 12.85e9,
+        "opt-30b": 29.97e9,
+        "opt-66b": 65.7e9,
+        "gpt2": 124.4e6,
+        "gpt2-medium": 354.8e6,
+        "gpt2-large": 774e6,
+        "gpt2-xl": 1557.6e6,
+    }
+    if name in expected:
+        assert count == pytest.approx(expected[name], rel=0.01)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_loss_falls(inputs: Path, tmp_path: Path, family: str) -> None:
+    options = ("--steps", 40, "--save-interval", 100, "--method", "slope")
+    assert main(arguments(inputs, tmp_path, *options, family=family)) == 0
+    run = losses(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert run[0] == pytest.approx(summary["ln_vocab"], abs=0.6)
+    assert sum(run[-5:]) / 5 < run[0] - 1
+    assert summary["valid_loss"] < run[0] - 1
+
+
+@pytest.mark.parametrize("stop", [7, 9, 11], ids=["before", "at", "after"])
+def test_resume_is_exact(
+    undisturbed: tuple[str, Path], inputs: Path, tmp_path: Path, stop: int
+) -> None:
+    """``stop`` lies on either side of the adapters' switch, which is before step 10."""
+    method, expected = undisturbed
+    options = arguments(inputs, tmp_path, "--method", method)
+    assert main([*options, "--stop-after", str(stop)]) == 0
+    assert len(losses(tmp_path)) == stop
+    assert main(options) == 0
+    assert_same_run(tmp_path, expected)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_resume_is_exact_with_dropout(inputs: Path, tmp_path: Path, family: str) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert main(arguments(inputs, one, family=family)) == 0
+    assert main(arguments(inputs, other, "--stop-after", 6, family=family)) == 0
+    assert main(arguments(inputs, other, family=family)) == 0
+    assert_same_run(other, one)
+
+
+def test_adapters_join_late(undisturbed: tuple[str, Path]) -> None:
+    method, output = undisturbed
+    switches = [record["step"] for record in records(output, "adapters")]
+    assert switches == ([10] if method == "slope" else [])
+    names = load_file(newest(output) / "model.safetensors").keys()
+    assert any("lora_A" in name for name in names) == (method == "slope")
+
+
+def test_options_that_change_the_computation_run(inputs: Path, tmp_path: Path) -> None:
+    common = ("--steps", 3, "--warmup-steps", 0)
+    for i, options in enumerate(
+        [
+            ("--dtype", "bfloat16", "--master-weights"),
+            ("--autocast", "--gradient-checkpointing"),
+            ("--backward-copy", "recompute", "--mask", "random", "--adapter-rank", 0),
+            ("--grad-clip", 0, "--decay-embeddings"),
+        ]
+    ):
+        output = tmp_path / str(i)
+        assert main(arguments(inputs, output, *common, *options)) == 0
+        assert all(math.isfinite(loss) for loss in losses(output))
+
+
+def test_learning_rate_schedule() -> None:
+    args = parse_arguments(
+        ["--steps", "100", "--warmup-steps", "10", "--lr", "1", "--min-lr-ratio", "0.2"]
+    )
+    rates = [learning_rate(step, args) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[54] == pytest.approx(0.6)
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(a > b for a, b in pairwise(rates[9:]))
+
+
+def test_not_a_number_stops_the_run(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--lr", "1e30", "--grad-clip", 0, "--warmup-steps", 0)
+    assert main(arguments(inputs, tmp_path, *options)) == 1
+    assert "--lr" in capsys.readouterr().err
+
+
+# ---- interruption --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_exits(
+    inputs: Path,
+    tmp_path: Path,
+    undisturbed: tuple[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    method, expected = undisturbed
+    options = arguments(inputs, tmp_path, "--method", method)
+
+    class Interrupting(pretrain.Progress):
+        def update(self, record: dict) -> None:
+            super().update(record)
+            if record["step"] == 3:
+                signal.raise_signal(number)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "Progress", Interrupting)
+        assert main(options) == code
+    assert signal.getsignal(number) is handler
+    assert "step 3 of 12" in capsys.readouterr().out
+    assert newest(tmp_path).name == "step-000003"
+    assert main(options) == 0
+    assert_same_run(tmp_path, expected)
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_exactly(inputs: Path, tmp_path: Path) -> None:
+    killed, expected = tmp_path / "killed", tmp_path / "expected"
+    options = ("--steps", 60, "--save-interval", 10, "--eval-interval", 25)
+    environment = {**os.environ, "PYTHONPATH": str(Path(slope.__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, "-m", pretrain.__name__, *arguments(inputs, killed, *options)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        log, deadline = killed / "log.jsonl", time.monotonic() + 60
+        while not log.exists() or log.read_bytes().count(b"\n") < 27:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert 10 <= int(newest(killed).name.removeprefix("step-")) < 60
+    assert main(arguments(inputs, killed, *options)) == 0
+    assert main(arguments(inputs, expected, *options)) == 0
+    assert_same_run(killed, expected)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damaged_newest_checkpoint_is_skipped(
+    inputs: Path, tmp_path: Path, undisturbed: tuple[str, Path], damage: str
+) -> None:
+    method, expected = undisturbed
+    options = arguments(inputs, tmp_path, "--method", method)
+    assert main([*options, "--stop-after", "8"]) == 0
+    file = newest(tmp_path) / ("model.safetensors" if damage == "flip" else "training_state.pt")
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    elif damage == "truncate":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[-5] ^= 1
+        file.write_bytes(content)
+    (tmp_path / "checkpoints" / "tmp-000011").mkdir()
+    with pytest.warns(UserWarning, match=r"skipping the checkpoint .*step-000008"):
+        assert main(options) == 0
+    assert_same_run(tmp_path, expected)
+
+
+def test_log_cut_short_is_mended(
+    inputs: Path, tmp_path: Path, undisturbed: tuple[str, Path]
+) -> None:
+    method, expected = undisturbed
+    options = arguments(inputs, tmp_path, "--method", method)
+    assert main([*options, "--stop-after", "5"]) == 0
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"kind": "train", "step": 6, "loss": 1.0}\n{"kind": "trai')
+    assert main(options) == 0
+    assert_same_run(tmp_path, expected)
+
+
+def test_resume_from_a_path_and_never(
+    inputs: Path, tmp_path: Path, undisturbed: tuple[str, Path]
+) -> None:
+    method, expected = undisturbed
+    options = arguments(inputs, tmp_path, "--method", method)
+    five = expected / "checkpoints" / "step-000010"
+    assert main([*options, "--resume", str(five)]) == 0
+    assert [record["step"] for record in records(tmp_path)] == [11, 12]
+    assert main([*options, "--resume", "never"]) == 0
+    assert_same_run(tmp_path, expected)
+
+
+def test_resume_from_an_older_checkpoint_drops_the_later_ones(
+    inputs: Path, tmp_path: Path, undisturbed: tuple[str, Path]
+) -> None:
+    method, expected = undisturbed
+    options = arguments(inputs, tmp_path, "--method", method)
+    assert main(options) == 0
+    older = str(tmp_path / "checkpoints" / "step-000010")
+    assert main([*options, "--resume", older, "--stop-after", "11"]) == 0
+    assert newest(tmp_path).name == "step-000011"
+    assert Path(older).exists()
+    assert main(options) == 0
+    assert_same_run(tmp_path, expected)
+
+
+def test_complete_run_reports_again(
+    inputs: Path, undisturbed: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    method, output = undisturbed
+    before = (output / "log.jsonl").read_bytes()
+    assert main(arguments(inputs, output, "--method", method)) == 0
+    printed = capsys.readouterr().out
+    assert "complete" in printed
+    assert "ln(vocab)" in printed
+    assert (output / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--seed", 1),
+        ("--lr", 0.02),
+        ("--steps", 13),
+        ("--seq-len", 8),
+        ("--mask", "random"),
+        ("--method", "dense"),
+        ("--data", "demo"),
+    ],
+)
+def test_resume_with_other_arguments_is_refused(
+    inputs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: object,
+) -> None:
+    output = tmp_path_factory.getbasetemp() / "refused"
+    if not output.exists():
+        assert main(arguments(inputs, output, "--stop-after", 2)) == 0
+    capsys.readouterr()
+    assert main(arguments(inputs, output, option, value)) == 2
+    assert f"error: {option} {value}" in capsys.readouterr().err
+
+
+def test_resume_with_changed_text_is_refused(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(document(0))
+    options = arguments(inputs, tmp_path / "run", "--data", text, "--valid-fraction", 0.2)
+    assert main([*options, "--stop-after", "2"]) == 0
+    text.write_text(document(1))
+    assert main(options) == 2
+    assert f"--data {text}: its text changed" in capsys.readouterr().err
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--steps", "many"], "--steps"),
+        (["--batch-size", "-1"], "--batch-size"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "-1"], "--lr"),
+        (["--beta2", "1"], "--beta2"),
+        (["--seed", "-1"], "--seed"),
+        (["--vocab-size", "256"], "--vocab-size"),
+        (["--valid-fraction", "0"], "--valid-fraction"),
+        (["--valid-fraction", "1"], "--valid-fraction"),
+        (["--adapter-fraction", "0"], "--adapter-fraction"),
+        (["--warmup-steps", "12"], "--warmup-steps"),
+        (["--method", "magic"], "--method"),
+        (["--model", "llama-9t"], "--model llama-9t"),
+        (["--model", "{inputs}/text/0.txt"], "--model"),
+        (["--seq-len", "65"], "--seq-len 65"),
+        (["--data", "{inputs}/nothing"], "--data"),
+        (["--data", "{inputs}"], "--data"),
+        (["--data", "{inputs}/empty.txt"], "--data"),
+        (["--data", "{inputs}/short.txt"], "--data"),
+        (["--data", "{inputs}/latin.txt"], "--data"),
+        (["--data", "{inputs}/bad.jsonl"], "line 2"),
+        (["--tokenizer", "{inputs}/nothing"], "--tokenizer"),
+        (["--tokenizer", "{inputs}/llama.json"], "--tokenizer"),
+        (["--resume", "{inputs}"], "--resume"),
+        (["--output-dir", "{inputs}/llama.json"], "--output-dir"),
+        (["--method", "dense", "--master-weights"], "--master-weights"),
+        (["--unknown"], "--unknown"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_are_named(
+    inputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    named: str,
+) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "empty.txt").write_text(" \n")
+    (bad / "short.txt").write_text("too short")
+    (bad / "latin.txt").write_bytes("é".encode("latin-1"))
+    (bad / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    files = {file.name for file in bad.iterdir()}
+    options = [
+        option.replace("{inputs}", str(bad if Path(option).name in files else inputs))
+        for option in options
+    ]
+    assert main(arguments(inputs, tmp_path / "run", *options)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("slope-pretrain: error: ")
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_several_processes_are_refused(
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments(inputs, tmp_path)) == 2
+    assert "WORLD_SIZE" in capsys.readouterr().err
+
+
+def test_missing_tensorboard_is_named(
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(arguments(inputs, tmp_path, "--tensorboard")) == 2
+    assert "--tensorboard" in capsys.readouterr().err
+
+
+def test_demo_preset_yields_to_explicit_options() -> None:
+    args = parse_arguments(["--demo", "--steps", "77"])
+    assert (args.model, args.vocab_size, args.steps) == ("llama-demo", 2048, 77)
+    assert args.output_dir == "runs/llama-demo-slope"
+    assert parse_arguments(["--model", "opt-1.3b"]).output_dir == "runs/opt-1.3b-slope"
+
+
+def test_help_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    assert "--adapter-fraction" in capsys.readouterr().out
+    assert all(action.help for action in build_parser()._actions)
+
+
+# ---- outputs -------------------------------------------------------------------------------------
+
+
+def test_outputs(undisturbed: tuple[str, Path]) -> None:
+    from matplotlib.image import imread
+
+    method, output = undisturbed
+    image = imread(output / "loss.png")
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 100
+    assert len((output / "sample.txt").read_text().strip()) > 5
+    train = records(output)
+    assert [record["step"] for record in train] == list(range(1, 13))
+    assert train[-1]["tokens"] == 12 * 2 * 2 * 16
+    for record in train:
+        assert record["tokens_per_s"] > 0
+        assert record["memory_bytes"] > 1e6
+        assert record["grad_norm"] > 0
+        assert record["sparsity"] == (0.5 if method == "slope" else 0.0)
+    assert [record["step"] for record in records(output, "valid")] == [6, 12]
+    checkpoints = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert checkpoints == ["step-000010", "step-000012"]
+
+
+def test_summary_counts_bytes(
+    undisturbed: tuple[str, Path], inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method, output = undisturbed
+    summary = json.loads((output / "summary.json").read_text())
+    weights = Path(summary["checkpoint"])
+    assert summary["checkpoint_bytes"] == weights.stat().st_size
+    if method == "dense":
+        assert summary["dense_checkpoint_bytes"] == summary["checkpoint_bytes"]
+        return
+    # Per layer: four attention matrices 32 x 32 and three of 32 x 64, two layers, float32.
+    dense = 4 * 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    stored = sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in load_file(weights).items()
+        if "_proj" in name
+    )
+    assert summary["dense_checkpoint_bytes"] == summary["checkpoint_bytes"] - stored + dense
+    assert main(arguments(inputs, output, "--method", method)) == 0
+    assert "MB if the linears were dense" in capsys.readouterr().out
+
+
+def test_sparsity_and_bytes_of_a_layer() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64, bias=False))
+    assert sparsity(model) == 0.0
+    slope.convert(model, slope.SlopeConfig(mask="magnitude", seed=0))
+    assert sparsity(model) == 0.5
+    compressed = 64 * 16 * 4 + 64 * 32 // 8
+    assert dense_checkpoint_bytes(model, compressed + 100) == 64 * 32 * 4 + 100
+
+
+def test_dense_checkpoint_loads_into_transformers(inputs: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for family in CONFIGS:
+        output = tmp_path / family
+        options = ("--method", "dense", "--steps", 3, "--warmup-steps", 0)
+        assert main(arguments(inputs, output, *options, family=family)) == 0
+        model = AutoModelForCausalLM.from_pretrained(newest(output))
+        for name, tensor in load_file(newest(output) / "model.safetensors").items():
+            assert torch.equal(model.state_dict()[name], tensor)
