@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import harness
 import torch
 from torch import Tensor
 
+import harness
 from slope_ext import ops, reference
 
 SHAPES = [(1024, 4096), (4096, 4096), (8192, 8192), (14336, 4096), (20480, 5120)]
@@ -63,7 +63,9 @@ def bench_shape(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder of the record file (default: results/<gpu>)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the record file (default: results/<gpu>)"
+    )
     arguments = parser.parse_args()
 
     bandwidth = harness.copy_bandwidth()

@@ -37,7 +37,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One line of a result file. ``ratio`` > 1: ours is better; ``limit_fraction`` 1: at the limit."""
+    """One line of a result file. ratio > 1: ours is better; limit_fraction 1: at the limit."""
 
     bench: str
     case: str
@@ -193,7 +193,7 @@ def print_table(records: Sequence[Record]) -> None:
     for r in records:
         print(
             f"{r.bench:<12} {r.case:<14} {r.dtype:<9} {r.value:9.1f} +- {r.spread:5.1f} {r.unit}"
-            f"  {r.ratio:5.2f}x {r.baseline}  {100 * r.limit_fraction:5.1f} % of limit {r.limit:.1f}"
+            f"  {r.ratio:5.2f}x {r.baseline}  {r.limit_fraction:6.1%} of limit {r.limit:.1f}"
         )
 
 

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """2:4 sparse pretraining, fine-tuning and inference of LLMs on compressed weights.
 
-    import slope_ext as slope
+import slope_ext as slope
 
-    slope.convert(model)                                    # nn.Linear -> SLoPeLinear, in place
-    opt = slope.optim.AdamW(model.parameters(), lr=3e-4)    # or any torch optimizer
+slope.convert(model)                                    # nn.Linear -> SLoPeLinear, in place
+opt = slope.optim.AdamW(model.parameters(), lr=3e-4)    # or any torch optimizer
 """
 
-from slope_ext import _library, ops, optim
+from slope_ext import ops, optim
 from slope_ext._library import is_available
+from slope_ext._version import __version__
 from slope_ext.adapters import LazyAdapters
 from slope_ext.convert import SlopeConfig, SlopeConversionWarning, convert, to_dense
 from slope_ext.linear import SLoPeLinear
 from slope_ext.simulate import MaskedLinear
-from slope_ext._version import __version__
 
 __all__ = [
     "LazyAdapters",

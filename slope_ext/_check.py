@@ -39,8 +39,7 @@ class Checker:
     def same_device(self, name: str, tensor: Tensor, as_name: str, as_tensor: Tensor) -> None:
         self.require(
             tensor.device == as_tensor.device,
-            f"{name} must be on the device of {as_name} ({as_tensor.device}), "
-            f"got {tensor.device}",
+            f"{name} must be on the device of {as_name} ({as_tensor.device}), got {tensor.device}",
         )
 
     def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -63,7 +62,9 @@ class Checker:
         """
         self.bitmask_shape(name, bitmask, rows, columns, as_name, as_tensor)
         if type(bitmask) is Tensor and bitmask.device.type == "cpu":
-            self.require(has_two_of_four(bitmask), f"{name} must have exactly two bits set of every four")
+            self.require(
+                has_two_of_four(bitmask), f"{name} must have exactly two bits set of every four"
+            )
 
     def bitmask_shape(
         self, name: str, bitmask: Tensor, rows: int, columns: int, as_name: str, as_tensor: Tensor
@@ -81,9 +82,7 @@ class Checker:
         self.bitmask("bitmask", bitmask, rows, columns, "values", values)
         return rows, columns
 
-    def transposed(
-        self, values: Tensor, bitmask_t: Tensor | None, values_t: Tensor | None
-    ) -> None:
+    def transposed(self, values: Tensor, bitmask_t: Tensor | None, values_t: Tensor | None) -> None:
         """Checks the backward copy [in, out/2] of a weight whose values are [out, in/2]."""
         rows, columns = values.shape[0], 2 * values.shape[1]
         self.require(

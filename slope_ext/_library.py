@@ -54,9 +54,7 @@ OPS = (
 
 # Asked before any reference is registered for CUDA.
 CUDA_KERNELS = tuple(
-    name
-    for name in OPS
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"slope::{name}", "CUDA")
+    name for name in OPS if torch._C._dispatch_has_kernel_for_dispatch_key(f"slope::{name}", "CUDA")
 )
 
 
@@ -138,9 +136,9 @@ def register_autocast(name: str) -> None:
         _registrations.impl(name, cast_and_call, key)
 
 
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

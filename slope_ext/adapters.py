@@ -57,7 +57,9 @@ class LazyAdapters:
         if not 0 < fraction <= 1:
             raise ValueError(f"LazyAdapters: fraction must be in (0, 1], got {fraction}")
         if not _sparse_layers(model):
-            raise ValueError("LazyAdapters: model has no sparse layer; call slope_ext.convert first")
+            raise ValueError(
+                "LazyAdapters: model has no sparse layer; call slope_ext.convert first"
+            )
         self.model = model
         self.optimizer = optimizer
         self.rank = rank

@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +137,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     """Replaces the sparse layers of ``model`` by dense ones with the same outputs, in place.
 
     The dense weights contain the zeros; adapters are added into them (in fp32, then rounded). A
-    layer that was a ``Conv1D`` becomes one again. Hooks, dtype, device, training mode, requires_grad
-    and shared weights are kept.
+    layer that was a ``Conv1D`` becomes one again. Hooks, dtype, device, mode, requires_grad and
+    shared weights are kept.
 
     Returns:
         ``model``, or its replacement if it is itself a sparse layer.
@@ -159,9 +159,9 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 def _plan(
     model: nn.Module, config: SlopeConfig, filter_fn: FilterFn | None
-) -> tuple[dict[nn.Module, list[str]], dict[str, str]]:
+) -> tuple[dict[nn.Linear, list[str]], dict[str, str]]:
     """Layers to convert with all their names, and reasons for those that stay dense."""
-    plan: dict[nn.Module, list[str]] = {}
+    plan: dict[nn.Linear, list[str]] = {}
     skipped: dict[str, str] = {}
     owners = _weight_owners(model)
     head = _output_head(model)
@@ -187,7 +187,7 @@ def _plan(
 
 
 def _obstacle(
-    module: nn.Module,
+    module: nn.Linear,
     name: str,
     config: SlopeConfig,
     owners: dict[int, list[tuple[str, nn.Module]]],
@@ -219,11 +219,12 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def _is_linear_like(module: nn.Module) -> bool:
+def _is_linear_like(module: nn.Module) -> TypeGuard[nn.Linear]:
+    # Conv1D has the attributes that are read here, its weight transposed.
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
-def _logical_shape(module: nn.Module) -> tuple[int, int]:
+def _logical_shape(module: nn.Linear) -> tuple[int, int]:
     """(out, in); Conv1D stores its weight as [in, out]."""
     first, second = module.weight.shape
     return (second, first) if _is_conv1d(module) else (first, second)
@@ -303,6 +304,7 @@ def _choose_mask(weight: Tensor, name: str, config: SlopeConfig) -> Tensor:
 def _given_mask(mask: Any, weight: Tensor, name: str) -> Tensor:
     """A given mask in any of its three forms -> bool [out, in]."""
     mask = torch.as_tensor(mask)
+    bits: Tensor
     rows, columns = weight.shape
     if mask.shape == weight.shape:
         if not ((mask == 0) | (mask == 1)).all():
@@ -325,14 +327,12 @@ def _given_mask(mask: Any, weight: Tensor, name: str) -> Tensor:
 # ---- twins ---------------------------------------------------------------------------------------
 
 
-def _sparse_twin(module: nn.Module, name: str, config: SlopeConfig) -> SparseLayer:
+def _sparse_twin(module: nn.Linear, name: str, config: SlopeConfig) -> SparseLayer:
     weight = module.weight.t() if _is_conv1d(module) else module.weight
     mask = _choose_mask(weight, name, config)
     twin: SparseLayer
     if config.compressed:
-        twin = SLoPeLinear.from_dense(
-            weight, module.bias, mask, backward_copy=config.backward_copy
-        )
+        twin = SLoPeLinear.from_dense(weight, module.bias, mask, backward_copy=config.backward_copy)
     else:
         twin = MaskedLinear.from_dense(weight, module.bias, mask, pattern=config.pattern)
     twin.dense_type = type(module)
@@ -379,6 +379,6 @@ def _share(layer: SparseLayer, first: SparseLayer) -> None:
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
     return replacements.get(model, model)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this installation can do, and what to do about what it cannot: ``python -m slope_ext.env_report``."""
+"""What this installation can do, and what to do about what it cannot.
+
+Run as ``python -m slope_ext.env_report``.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def report() -> str:
         f"slope_ext        {__version__}",
         f"python           {platform.python_version()} ({sys.executable})",
         f"torch            {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
-        f"built against    torch {info['torch_headers']} headers, for torch >= {info['torch_target']}",
+        f"built against    torch {info['torch_headers']}, for torch >= {info['torch_target']}",
         f"compiler         {info['compiler']}, nvcc {info['cuda'] or 'none'}",
         f"compiled for     {_archs(info) or 'CPU only'}",
         f"cuSPARSELt       {_cusparselt()}",
@@ -108,7 +111,9 @@ def _advice(info: dict[str, str]) -> list[str]:
     """One line for each thing that is missing: what, and what to do."""
     advice = []
     if not info["cuda"]:
-        advice.append("No CUDA kernels in this build: install the CUDA toolkit (nvcc), `make build`.")
+        advice.append(
+            "No CUDA kernels in this build: install the CUDA toolkit (nvcc), `make build`."
+        )
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             advice.append("This torch has no CUDA: install a CUDA build of torch to use a GPU.")

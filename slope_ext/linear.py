@@ -112,7 +112,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             backward_copy: as in the constructor.
 
         Raises:
-            ValueError, RuntimeError: an argument has the wrong shape or dtype; the message names it.
+            ValueError, RuntimeError: an argument has a wrong shape or dtype; the message names it.
         """
         out_features, in_features = weight.shape
         layer = cls(

@@ -88,7 +88,7 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         loss = None
         if closure is not None:
@@ -160,7 +160,7 @@ class AdamW(torch.optim.Optimizer):
     # ---- state -----------------------------------------------------------------------------------
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state = self.state[param]
+        state: dict[str, Any] = self.state[param]
         if not state:
             low_precision = param.dtype in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if low_precision else param.dtype
@@ -173,13 +173,12 @@ class AdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict, and each sparse layer's transposed mask among its weight's state."""
-        result = super().state_dict()
-        layers = layers_by_weight()
+        result: dict[str, Any] = super().state_dict()
+        state, layers = result["state"], layers_by_weight()
         for index, param in self._indexed_params():
             layer = layers.get(id(param))
-            if layer is not None and index in result["state"]:
-                mask = layer.transposed_mask
-                result["state"][index] = {**result["state"][index], _TRANSPOSED_MASK: mask}
+            if layer is not None and index in state:
+                state[index] = {**state[index], _TRANSPOSED_MASK: layer.transposed_mask}
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

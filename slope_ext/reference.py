@@ -4,9 +4,9 @@
 These are the CPU kernels, the fallback on a GPU without a compiled kernel, and what the CUDA
 kernels are tested against. Arguments are checked before (slope_ext/ops/<family>.py).
 
-Shapes: W [out, in]; values [out, in/2]; bitmask uint8 [out, in/8], bit j % 8 of byte j // 8 = column
-j is kept; values_t [in, out/2] and bitmask_t [in, out/8] are the double-pruned W, transposed.
-Source: SLoPe, arXiv 2405.16325, section 3.
+Shapes: W [out, in]; values [out, in/2]; bitmask uint8 [out, in/8], bit j % 8 of byte j // 8 says
+whether column j is kept; values_t [in, out/2] and bitmask_t [in, out/8] are the double-pruned W,
+transposed. Source: SLoPe, arXiv 2405.16325, section 3.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from slope_ext import _backward_copy
 
 def pack_bits(mask: Tensor) -> Tensor:
     """bool [..., n] -> uint8 [..., n/8], lowest bit first."""
-    bits = mask.unflatten(-1, (mask.shape[-1] // 8, 8)).to(torch.uint8)
-    return (bits << torch.arange(8, device=mask.device, dtype=torch.uint8)).sum(
-        -1, dtype=torch.uint8
-    )
+    bits: Tensor = mask.unflatten(-1, (mask.shape[-1] // 8, 8)).to(torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits << places).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bitmask: Tensor) -> Tensor:

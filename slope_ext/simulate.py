@@ -126,9 +126,7 @@ class MaskedLinear(SparseLayer, nn.Linear):
     ) -> Self:
         """Masks a dense weight [out, in]; a bool mask [out, in] of None prunes by magnitude."""
         out_features, in_features = weight.shape
-        layer = cls(
-            in_features, out_features, False, "meta", weight.dtype, pattern=pattern
-        )
+        layer = cls(in_features, out_features, False, "meta", weight.dtype, pattern=pattern)
         if mask is None:
             mask = prune_nm(weight.detach().abs(), layer.n, layer.m)
         layer.weight = nn.Parameter(weight.detach() * mask, requires_grad=weight.requires_grad)
@@ -159,15 +157,18 @@ class MaskedLinear(SparseLayer, nn.Linear):
         """Y = X (M W)^T + b [+ lora_scale (X A^T) B^T]; x [..., in] -> [..., out]."""
         if not torch.compiler.is_compiling() and not self.transposed_mask_is_fresh():
             self.update_transposed_mask()
-        operands = [x, self.weight, self.bias]
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            operands = [None if tensor is None else tensor.to(dtype) for tensor in operands]
-        x, weight, bias = operands
-        y = _MaskedLinearFunction.apply(x, weight, self.weight_mask, self.weight_t_mask, bias)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        y: Tensor = _MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
+            x, weight, self.weight_mask, self.weight_t_mask, bias
+        )
         if self.has_adapter:
             y = y + self.lora_scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return y  # type: ignore[no-any-return]
+        return y
 
     def dense_weight(self) -> Tensor:
         """The weight [out, in] with its zeros; differentiable in ``weight``."""

@@ -28,7 +28,6 @@ class SparseLayer(nn.Module):
     in_features: int
     out_features: int
     weight: nn.Parameter
-    bias: nn.Parameter | None
     dense_type: type[nn.Module] = nn.Linear  # what to_dense makes of it
     mask_name: str  # buffer of the mask of W
     transposed_mask_name: str  # buffer of the mask of W^{R,C}, derived
@@ -71,10 +70,12 @@ class SparseLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # A moved mask stays chosen as it was; an emptied one (to_empty) must be chosen again.
         was_fresh, before = self.transposed_mask_is_fresh(), self.transposed_mask
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self.transposed_mask
         if after is not before:
-            moved = not after.is_meta and not before.is_meta and before.equal(after.to(before.device))
+            moved = (
+                not after.is_meta and not before.is_meta and before.equal(after.to(before.device))
+            )
             if was_fresh and moved:
                 _freshness.mark_fresh(after, self.mask)
             else:
@@ -88,7 +89,7 @@ class SparseLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         fresh = state.pop("_transposed_mask_fresh")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if fresh:
             _freshness.mark_fresh(self.transposed_mask, self.mask)
         else:
@@ -130,9 +131,9 @@ class SparseLayer(nn.Module):
         self._init_adapter()
 
     def _create_adapter(self, rank: int) -> None:
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
+        device, dtype = self.weight.device, self.weight.dtype
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device, dtype=dtype))
 
     # ---- state_dict ------------------------------------------------------------------------------
 

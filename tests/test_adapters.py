@@ -117,7 +117,7 @@ def test_group_options_and_scheduler():
 
 
 def test_other_rank_than_the_checkpoint_raises():
-    model, opt, adapters = make()
+    _, _, adapters = make()
     adapters.activate()
     state = adapters.state_dict()
     _, _, other = make(rank=5)
@@ -127,9 +127,7 @@ def test_other_rank_than_the_checkpoint_raises():
 
 
 def test_adapters_on_simulated_sparsity():
-    model = slope.convert(
-        nn.Sequential(nn.Linear(16, 24)), slope.SlopeConfig(pattern="2:8")
-    )
+    model = slope.convert(nn.Sequential(nn.Linear(16, 24)), slope.SlopeConfig(pattern="2:8"))
     opt = slope.optim.AdamW(model.parameters(), lr=0.02)
     adapters = slope.LazyAdapters(model, opt, rank=2, total_steps=2, fraction=0.5)
     for _ in range(2):

@@ -182,7 +182,9 @@ def test_bits_that_are_no_mask(name, argument):
     """Read on the CPU only: on a GPU that would wait for the device."""
     arguments = good("cpu")[name]
     arguments = {**arguments, argument: wrong_bits(arguments[argument])}
-    with pytest.raises(RuntimeError, match=rf"slope::{name}: {argument} must have exactly two bits"):
+    with pytest.raises(
+        RuntimeError, match=rf"slope::{name}: {argument} must have exactly two bits"
+    ):
         getattr(ops, name)(**arguments)
 
 
@@ -233,7 +235,9 @@ API_CASES = [
     (lambda: slope.optim.AdamW(MODEL.parameters(), weight_decay=-1), "AdamW: weight_decay"),
     (lambda: slope.optim.AdamW(MODEL.parameters(), mask_interval=-1), "AdamW: mask_interval"),
     (
-        lambda: slope.LazyAdapters(MODEL, torch.optim.SGD(MODEL.parameters()), rank=2, total_steps=9),
+        lambda: slope.LazyAdapters(
+            MODEL, torch.optim.SGD(MODEL.parameters()), rank=2, total_steps=9
+        ),
         "LazyAdapters: model has no sparse layer",
     ),
     (lambda: slope.LazyAdapters(None, None, rank=0, total_steps=9), "LazyAdapters: rank"),

@@ -43,7 +43,9 @@ def test_decompress_scatters_and_zeroes(shape, dtype, device):
 def test_elements_move_as_bits(dtype, device):
     """-0, infinities, subnormals and NaN payloads pass unchanged."""
     integer = torch.int16 if dtype.itemsize == 2 else torch.int32
-    patterns = torch.randint(-(2 ** (8 * dtype.itemsize - 1)), 2 ** (8 * dtype.itemsize - 1), (64, 64))
+    patterns = torch.randint(
+        -(2 ** (8 * dtype.itemsize - 1)), 2 ** (8 * dtype.itemsize - 1), (64, 64)
+    )
     weight = patterns.to(integer).view(dtype).to(device)
     mask = oracle.keep_two_of_four(torch.rand(64, 64))
     bitmask = oracle.bits(mask).to(device)

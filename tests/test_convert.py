@@ -237,7 +237,9 @@ def test_random_masks_depend_on_seed_and_name_only():
     assert all(torch.equal(first[name], mask) for name, mask in second.items())
     assert not torch.equal(first[ALL[0]], other[ALL[0]])
     assert not torch.equal(first[ALL[0]], first[ALL[3]])
-    counts = torch.stack([mask_of.view(-1, 4).sum(-1) for mask_of in first.values() if mask_of.shape == (16, 16)])
+    counts = torch.stack(
+        [mask_of.view(-1, 4).sum(-1) for mask_of in first.values() if mask_of.shape == (16, 16)]
+    )
     assert (counts == 2).all()
 
 
@@ -417,5 +419,5 @@ def test_save_pretrained_round_trip(tmp_path):
     twin.load_state_dict(state, strict=False)
     tokens = torch.randint(64, (2, 9))
     torch.testing.assert_close(twin(tokens).logits, model(tokens).logits)
-    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SLoPeLinear as a module: numerics against the oracle, and everything that torch does to modules."""
+"""SLoPeLinear: numerics against the oracle, and everything that torch does to modules."""
 
 import copy
 import io
@@ -15,7 +15,9 @@ import slope_ext as slope
 from cases import LEADING, WEIGHT_SHAPES
 
 
-def layer_and_twin(in_features, out_features, *, bias=True, device="cpu", dtype=torch.float32, **kw):
+def layer_and_twin(
+    in_features, out_features, *, bias=True, device="cpu", dtype=torch.float32, **kw
+):
     layer = slope.SLoPeLinear(in_features, out_features, bias, device, dtype, **kw)
     return layer, oracle.DenseMaskedLinear(layer)
 
@@ -137,7 +139,7 @@ def test_initialisation_is_that_of_nn_linear():
     assert (dense.view(256, -1, 4) != 0).sum(-1).eq(2).all()
 
 
-# ---- the backward copy is never stale --------------------------------------------------------------
+# ---- the backward copy is never stale ------------------------------------------------------------
 
 
 def double_pruned(layer):
@@ -225,7 +227,10 @@ CHANGES = {
     "to float64": lambda layer: layer.to(torch.float64) if layer.weight.is_cpu else None,
     "data rebound to float64": lambda layer: layer.weight.is_cpu
     and [setattr(p, "data", p.data.double()) for p in layer.parameters()],
-    "to_empty, load": lambda layer: (layer.to_empty(device=layer.weight.device), reload(layer, False)),
+    "to_empty, load": lambda layer: (
+        layer.to_empty(device=layer.weight.device),
+        reload(layer, False),
+    ),
     "write through data, told": lambda layer: (
         layer.weight.data.mul_(3),
         layer.mark_backward_copy_stale(),
@@ -270,7 +275,7 @@ def test_recompute_keeps_no_copy():
     assert {name for name, _ in layer.named_buffers()} == {"weight_bitmask", "weight_t_bitmask"}
 
 
-# ---- copies, checkpoints ---------------------------------------------------------------------------
+# ---- copies, checkpoints -------------------------------------------------------------------------
 
 
 def drifted_layer(device="cpu"):
@@ -379,7 +384,7 @@ def test_load_refuses_another_shape():
         slope.SLoPeLinear(24, 16).load_state_dict(slope.SLoPeLinear(24, 24).state_dict())
 
 
-# ---- devices and dtypes ------------------------------------------------------------------------------
+# ---- devices and dtypes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -437,7 +442,7 @@ def test_move_to_the_gpu_and_back():
     assert_same_function(reference, layer)
 
 
-# ---- torch.compile -----------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backward_copy", ["cached", "recompute"])
@@ -490,7 +495,7 @@ def test_compile_with_activation_checkpointing(device):
     torch.testing.assert_close(x1.grad, x2.grad)
 
 
-# ---- being an nn.Linear --------------------------------------------------------------------------------
+# ---- being an nn.Linear --------------------------------------------------------------------------
 
 
 def test_is_an_nn_linear_with_logical_sizes():

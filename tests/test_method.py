@@ -142,7 +142,7 @@ def test_7_ddp_averages_compressed_gradients(tmp_path):
             torch.testing.assert_close(state[name], expected, rtol=1e-4, atol=1e-5)
 
 
-# ---- 8: memory, embeddings at full cost ------------------------------------------------------------
+# ---- 8: memory, embeddings at full cost ----------------------------------------------------------
 
 # family, config, share of parameters in the converted layers
 MODELS = {
@@ -192,7 +192,7 @@ def test_8_memory_of_whole_models(name):
 
 
 def test_8_report_equals_the_bytes_that_exist():
-    """Counted by hand from the tensors of a trained model, an adapter and a tied weight included."""
+    """Counted by hand from the tensors of a model with an adapter and a tied weight."""
 
     class Tied(nn.Module):
         def __init__(self):

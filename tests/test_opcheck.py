@@ -33,7 +33,10 @@ def samples(device):
     return {
         "prune_24": [((o.dense.abs(),), {})],
         "prune_transposed": [(weight, {})],
-        "compress": [((o.dense, o.bitmask), {}), ((o.dense.clone().requires_grad_(), o.bitmask), {})],
+        "compress": [
+            ((o.dense, o.bitmask), {}),
+            ((o.dense.clone().requires_grad_(), o.bitmask), {}),
+        ],
         "decompress": [(weight, {}), (trained, {})],
         "transpose_values": [((*weight, o.bitmask_t, torch.zeros_like(fresh)), {})],
         "pack": [(weight, {})],

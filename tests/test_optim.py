@@ -62,14 +62,18 @@ def test_300_steps_equal_torch_adamw_on_the_masked_twin(dtype, mask_interval):
             loss.backward()
             optimizer.step()
             losses.append(loss)
-        torch.testing.assert_close(*losses, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            *losses, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-9
+        )
         if step % mask_interval == 0:
             before = twin.up.mask_rc
             twin.up.choose()
             twin.down.choose()
             changed += not torch.equal(before, twin.up.mask_rc)
     assert changed >= 2
-    tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+    tolerance = (
+        {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+    )
     assert_weights_agree(net, twin, **tolerance)
 
 
@@ -301,6 +305,4 @@ def test_backward_copy_is_written_by_the_step(device):
     x = torch.randn(2, 24, device=device, requires_grad=True)
     net.up(x).sum().backward()
     assert net.up.weight_t._version == version
-    torch.testing.assert_close(
-        x.grad, torch.ones(2, 40, device=device) @ net.up.backward_weight()
-    )
+    torch.testing.assert_close(x.grad, torch.ones(2, 40, device=device) @ net.up.backward_weight())

@@ -23,9 +23,7 @@ def test_masks_hold_the_pattern_in_both_directions(pattern, device):
     assert (mask_rc <= mask).all()
 
 
-@pytest.mark.parametrize(
-    ("pattern", "extra"), [("1:2", 0.125), ("2:4", 0.09375), ("2:8", 0.0584)]
-)
+@pytest.mark.parametrize(("pattern", "extra"), [("1:2", 0.125), ("2:4", 0.09375), ("2:8", 0.0584)])
 def test_extra_zeros_of_double_pruning(pattern, extra):
     """The lemma of arXiv 2405.16325; for 2:8 the formula gives 5.84 %, not the printed 3.39 %."""
     layer = slope.MaskedLinear(1024, 1024, pattern=pattern)
@@ -41,9 +39,7 @@ def test_gradients_follow_the_masks(device):
     dy = torch.randn_like(y)
     y.backward(dy)
     weight = layer.weight.detach()
-    torch.testing.assert_close(
-        y, nn.functional.linear(x, weight * layer.weight_mask, layer.bias)
-    )
+    torch.testing.assert_close(y, nn.functional.linear(x, weight * layer.weight_mask, layer.bias))
     torch.testing.assert_close(x.grad, dy @ (weight * layer.weight_t_mask))
     dw = dy.flatten(0, 1).t() @ x.detach().flatten(0, 1)
     torch.testing.assert_close(layer.weight.grad, dw * layer.weight_mask)
@@ -57,9 +53,7 @@ def test_2_4_simulation_equals_the_compressed_layer():
         slope.convert(copy.deepcopy(dense), slope.SlopeConfig(simulate=simulate))
         for simulate in (False, True)
     ]
-    optimizers = [
-        slope.optim.AdamW(m.parameters(), lr=0.02, mask_interval=3) for m in models
-    ]
+    optimizers = [slope.optim.AdamW(m.parameters(), lr=0.02, mask_interval=3) for m in models]
     for _ in range(10):
         x = torch.randn(8, 16, dtype=torch.float64)
         for model, optimizer in zip(models, optimizers, strict=True):

@@ -87,7 +87,9 @@ class TestCacheOfTransposedValues:
         return o
 
     def assert_right(self, o):
-        expected = o.dy @ (ops.decompress(o.values, o.bitmask) * oracle.unbits(o.bitmask_t).t().to(o.dy.device))
+        expected = o.dy @ (
+            ops.decompress(o.values, o.bitmask) * oracle.unbits(o.bitmask_t).t().to(o.dy.device)
+        )
         dx = ops.input_grad(o.dy, o.values, o.bitmask, o.bitmask_t, o.values_t)
         torch.testing.assert_close(dx, expected)
 

@@ -113,7 +113,9 @@ def _check(
         for name, tensors in states.items():
             check.same_dtype(f"{name}[{i}]", tensors[i], "exp_avgs[0]", exp_avgs[0])
         for name, tensors in ({"grads": grads} | states).items():
-            check.shape(f"{name}[{i}]", tensors[i], tuple(param.shape), "the shape of its parameter")
+            check.shape(
+                f"{name}[{i}]", tensors[i], tuple(param.shape), "the shape of its parameter"
+            )
             check.same_device(f"{name}[{i}]", tensors[i], "params", param)
         check.shape(f"steps[{i}]", steps[i], (), "a scalar")
         check.require(

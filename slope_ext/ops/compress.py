@@ -83,9 +83,7 @@ register(
     reference=reference.decompress,
     fake=lambda values, bitmask: values.new_empty(values.shape[0], 2 * values.shape[1]),
 )
-torch.library.register_autograd(
-    "slope::compress", _compress_backward, setup_context=_save_bitmask
-)
+torch.library.register_autograd("slope::compress", _compress_backward, setup_context=_save_bitmask)
 torch.library.register_autograd(
     "slope::decompress", _decompress_backward, setup_context=_save_bitmask
 )

@@ -94,7 +94,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t)
 
 
-@once_differentiable  # type: ignore[untyped-decorator]
+@once_differentiable
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9

@@ -67,9 +67,7 @@ register(
     "prune_24",
     check=_check_prune_24,
     reference=reference.prune_24,
-    fake=lambda scores: scores.new_empty(
-        scores.shape[0], scores.shape[1] // 8, dtype=torch.uint8
-    ),
+    fake=lambda scores: scores.new_empty(scores.shape[0], scores.shape[1] // 8, dtype=torch.uint8),
 )
 register(
     "prune_transposed",

@@ -122,7 +122,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x if values_need else None, values, bitmask, bitmask_t, values_t)
 
 
-@once_differentiable  # type: ignore[untyped-decorator]
+@once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, values, bitmask, bitmask_t, values_t = ctx.saved_tensors
     x_needs, values_need, bias_needs = ctx.needs
