@@ -163,3 +163,8 @@ def test_env_report_runs():
 
 def test_ci_script_is_executable():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_readme_tables_are_what_the_records_say():
+    plot = [sys.executable, str(ROOT / "benchmarks" / "plot.py"), "--check"]
+    assert subprocess.run(plot, check=False).returncode == 0
