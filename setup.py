@@ -33,9 +33,10 @@ class CMakeBuild(build_ext):
             "SLOPE_OUTPUT_DIR": str(output_dir),
             "SLOPE_CUDA": os.environ.get("SLOPE_CUDA") or "AUTO",
         }
-        if archs := os.environ.get("SLOPE_CUDA_ARCHS"):
-            options["SLOPE_CUDA_ARCHS"] = archs
         defines = [f"-D{key}={value}" for key, value in options.items()]
+        # -U: back to CMakeLists.txt's default, whatever an earlier build had.
+        archs = os.environ.get("SLOPE_CUDA_ARCHS")
+        defines.append(f"-DSLOPE_CUDA_ARCHS={archs}" if archs else "-USLOPE_CUDA_ARCHS")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         # The interpreter's own cmake and ninja come before the system's older ones.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -14,6 +14,11 @@ from slope_ext.adapters import LazyAdapters
 from slope_ext.convert import SlopeConfig, SlopeConversionWarning, convert, to_dense
 from slope_ext.linear import SLoPeLinear
 from slope_ext.simulate import MaskedLinear
+from slope_ext.sparse_layer import (
+    load_transposed_masks,
+    transposed_masks,
+    update_transposed_masks,
+)
 
 __all__ = [
     "LazyAdapters",
@@ -24,7 +29,10 @@ __all__ = [
     "__version__",
     "convert",
     "is_available",
+    "load_transposed_masks",
     "ops",
     "optim",
     "to_dense",
+    "transposed_masks",
+    "update_transposed_masks",
 ]

@@ -8,11 +8,15 @@ computed. A later look compares stamps:
 * the source's storage object, so that ``p.data = other`` is seen (the stamp keeps a weak reference,
   so the address of a freed storage cannot pass for it),
 * its version counter, so that every in-place write is seen,
-* for trained sources a count of optimizer steps, so that optimizers which write through ``p.data``
-  (which has a version counter of its own) are seen too.
+* for trained sources a count of optimizer steps, so that optimizers are seen which write through
+  ``p.data`` (it has a version counter of its own), or to a tensor that ``p`` is then copied from.
 
-What torch itself cannot see, a write through ``.data`` outside any ``torch.optim.Optimizer``, needs
-``SLoPeLinear.mark_backward_copy_stale()``.
+A trained source that is a view of a larger buffer (a flat parameter, say) is written through that
+buffer's own version counter; what derives from it is never taken as fresh.
+
+What torch itself cannot see needs ``SLoPeLinear.mark_backward_copy_stale()``: a write through
+``.data`` after ``slope_ext.optim.AdamW`` stepped that very weight, or outside of any
+``torch.optim.Optimizer``.
 """
 
 from __future__ import annotations
@@ -27,35 +31,39 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 Stamp = tuple[Any, ...]
 
 _ATTRIBUTE = "_slope_stamp"
+_NEVER_EQUAL = object
 _optimizer_steps = 0
 
 
-def _count_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # An optimizer that keeps the backward copies itself says so.
+def count_optimizer_step() -> None:
+    """Makes everything that derives from trained tensors stale."""
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # An optimizer that keeps the backward copies itself counts before it stamps them.
     if not getattr(optimizer, "keeps_backward_copies", False):
-        global _optimizer_steps
-        _optimizer_steps += 1
+        count_optimizer_step()
 
 
-register_optimizer_step_post_hook(_count_optimizer_step)
+register_optimizer_step_post_hook(_after_step)
 
 
 def _stamp(derived: Tensor, sources: tuple[Tensor, ...]) -> Stamp:
     state: list[Any] = [_version(derived)]
     for source in sources:
-        trained = source.is_floating_point()
-        state += [
-            StorageWeakRef(source.untyped_storage()),
-            source.storage_offset(),
-            _version(source),
-            _optimizer_steps if trained else 0,
-        ]
+        storage = source.untyped_storage()
+        state += [StorageWeakRef(storage), source.storage_offset(), _version(source)]
+        if source.is_floating_point():
+            part_of_more = storage.nbytes() != source.numel() * source.element_size()
+            state.append(_NEVER_EQUAL() if part_of_more else _optimizer_steps)
     return tuple(state)
 
 
 def _version(tensor: Tensor) -> Any:
-    # Inference tensors count no versions: equal to nothing, so always stale.
-    return object() if tensor.is_inference() else tensor._version
+    # Inference tensors count no versions.
+    return _NEVER_EQUAL() if tensor.is_inference() else tensor._version
 
 
 def mark_fresh(derived: Tensor, *sources: Tensor) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ if not _LIBRARY_FILE.exists():
         "`pip install --no-build-isolation -e .` in the source tree."
     )
 torch.ops.load_library(_LIBRARY_FILE)
+from slope_ext import _C  # noqa: E402  (after the file check, whose message says what to do)
 
 _registrations = torch.library.Library("slope", "IMPL")
 
@@ -58,13 +60,30 @@ CUDA_KERNELS = tuple(
 )
 
 
+def covers(major: int, minor: int) -> bool:
+    """Whether the build has machine code for a GPU of compute capability ``major.minor``.
+
+    Code for sm_XY runs on X.Z with Z >= Y; code for sm_XYa on X.Y alone.
+    """
+    for arch in re.findall(r"\d+[af]?", _C.build_info()["cuda_archs"]):
+        built_major, built_minor = divmod(int(arch.rstrip("af")), 10)
+        exact = arch.endswith("a")
+        if major == built_major and (minor == built_minor if exact else minor >= built_minor):
+            return True
+    return False
+
+
 def is_available() -> bool:
-    """Whether compiled CUDA kernels run here: a CUDA GPU, a build with CUDA, references not forced.
+    """Whether compiled CUDA kernels run here, on the current GPU.
+
+    That takes a CUDA GPU, a build with CUDA that covers it, and references not being forced.
 
     Where this is False everything still works, on plain-PyTorch references.
     ``python -m slope_ext.env_report`` says why and what to do.
     """
-    return torch.cuda.is_available() and bool(CUDA_KERNELS) and not FORCE_REFERENCE
+    if not torch.cuda.is_available() or not CUDA_KERNELS or FORCE_REFERENCE:
+        return False
+    return covers(*torch.cuda.get_device_capability())
 
 
 def register(

@@ -17,11 +17,16 @@ from slope_ext.sparse_layer import SparseLayer
 class LazyAdapters:
     """Adds adapters to every sparse layer of a model for the last fraction of the steps.
 
-    Call :meth:`step` once per optimizer step, before the forward pass. At the switch it adds the
-    adapters (B = 0: the loss does not jump) and a parameter group for them to the optimizer.
+    Build it before any learning-rate scheduler: it adds a parameter group, empty at first, to the
+    optimizer, which the scheduler then drives like the others. Call :meth:`step` once per optimizer
+    step, before the forward pass. At the switch it fills that group with the adapters (B = 0: the
+    loss does not jump).
 
-    To resume, load this object's state first: it adds the adapters and their group if the
-    checkpoint was past the switch, so that the model's and the optimizer's state fit.
+    To resume, load this object's state before the model's and the optimizer's: it adds the adapters
+    if the checkpoint was past the switch, so that the other two fit.
+
+    With DistributedDataParallel pass the module inside, and wrap it again after the step that
+    returns True: DDP reduces only the parameters that it saw when it wrapped.
 
     Args:
         model: a converted model.
@@ -32,10 +37,10 @@ class LazyAdapters:
         scale: factor of the low-rank term.
         group: options of the adapters' parameter group (``lr``, ``weight_decay``, ...); what is
             missing is taken from the optimizer's first group.
-        scheduler: a torch LRScheduler that should drive the new group as it drives the first.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: an argument is out of range, ``model`` is wrapped by DDP, or the optimizer has a
+            scheduler already; the message names the argument.
     """
 
     def __init__(
@@ -48,7 +53,6 @@ class LazyAdapters:
         fraction: float = 0.01,
         scale: float = 1.0,
         group: dict[str, Any] | None = None,
-        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
         if rank < 1:
             raise ValueError(f"LazyAdapters: rank must be at least 1, got {rank}")
@@ -56,19 +60,29 @@ class LazyAdapters:
             raise ValueError(f"LazyAdapters: total_steps must be at least 1, got {total_steps}")
         if not 0 < fraction <= 1:
             raise ValueError(f"LazyAdapters: fraction must be in (0, 1], got {fraction}")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "LazyAdapters: model must be the module inside DistributedDataParallel; "
+                "wrap that again after the step that adds the adapters"
+            )
         if not _sparse_layers(model):
             raise ValueError(
                 "LazyAdapters: model has no sparse layer; call slope_ext.convert first"
             )
+        if any("initial_lr" in existing for existing in optimizer.param_groups):
+            raise ValueError(
+                "LazyAdapters: optimizer has a learning-rate scheduler already; build that after"
+            )
         self.model = model
-        self.optimizer = optimizer
         self.rank = rank
         self.scale = scale
-        self.group = group or {}
-        self.scheduler = scheduler
         self.switch_step = total_steps - max(1, round(total_steps * fraction))
         self.steps = 0
         self.active = False
+        self.optimizer = optimizer
+        self._group_index = len(optimizer.param_groups)
+        options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        optimizer.add_param_group({**options, **(group or {}), "params": []})
 
     def step(self) -> bool:
         """Counts one optimizer step; returns True if it is the one that adds the adapters."""
@@ -80,29 +94,14 @@ class LazyAdapters:
 
     def activate(self) -> None:
         """Adds the adapters now. Layers that have one (loaded from a checkpoint) keep it."""
-        layers = _sparse_layers(self.model)
-        for layer in layers:
+        # Not kept from __init__: load_state_dict of an optimizer makes new groups.
+        group = self.optimizer.param_groups[self._group_index]
+        known = {id(factor) for factor in group["params"]}
+        for layer in _sparse_layers(self.model):
             if not layer.has_adapter:
                 layer.add_adapter(self.rank, self.scale)
-        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-        new = [factor for factor in factors if id(factor) not in known]
-        if new:
-            self._add_group(new)
+            group["params"] += [f for f in (layer.lora_A, layer.lora_B) if id(f) not in known]
         self.active = True
-
-    def _add_group(self, factors: list[Any]) -> None:
-        first = self.optimizer.param_groups[0]
-        options = {key: value for key, value in first.items() if key != "params"}
-        self.optimizer.add_param_group({**options, **self.group, "params": factors})
-        if self.scheduler is not None:
-            added = self.optimizer.param_groups[-1]
-            added["initial_lr"] = self.group.get("lr", first["initial_lr"])
-            # As far along its schedule as the first group is.
-            added["lr"] = added["initial_lr"] * first["lr"] / first["initial_lr"]
-            self.scheduler.base_lrs.append(added["initial_lr"])
-            if isinstance(self.scheduler, torch.optim.lr_scheduler.LambdaLR):
-                self.scheduler.lr_lambdas.append(self.scheduler.lr_lambdas[0])
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "active": self.active, "rank": self.rank, "scale": self.scale}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_ext import ops, reference
+from slope_ext._check import FLOAT_DTYPES
 from slope_ext.linear import BackwardCopy, SLoPeLinear
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
 from slope_ext.sparse_layer import SparseLayer
@@ -95,8 +96,9 @@ def convert(
     something that is no linear layer, and shapes that the pattern does not divide stay dense; one
     SlopeConversionWarning lists every targeted layer that does, with its reason. Kept: bias, dtype,
     device (on the meta device load a sparse state_dict, or reset parameters, after ``to_empty``),
-    training mode, requires_grad, hooks, and weights shared between layers. Build the optimizer
-    afterwards.
+    training mode, requires_grad, module hooks, attributes of modules and Parameters, and weights
+    shared between layers. Hooks of a weight itself are not: its gradient has another shape. Build
+    the optimizer afterwards.
 
     Args:
         model: any module; if it is itself a linear layer, use the return value.
@@ -124,11 +126,15 @@ def convert(
         )
 
     # Everything that can fail happens before the model is touched.
+    names_of_weight: dict[int, list[str]] = {}
+    for module, names in plan.items():
+        names_of_weight.setdefault(id(module.weight), []).extend(names)
     replacements: dict[nn.Module, SparseLayer] = {}
     by_weight: dict[int, SparseLayer] = {}
-    for module, names in plan.items():
-        layer = _sparse_twin(module, names[0], config)
-        _share(layer, by_weight.setdefault(id(module.weight), layer))
+    for module in plan:
+        first = by_weight.get(id(module.weight))
+        layer = _sparse_twin(module, names_of_weight[id(module.weight)], first, config)
+        by_weight.setdefault(id(module.weight), layer)
         replacements[module] = layer
     return _replace(model, replacements)
 
@@ -172,7 +178,11 @@ def _plan(
             continue
         if filter_fn is not None and not filter_fn(module, name):
             continue
-        reason = _obstacle(module, name, config, owners, head)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            reason: str | None = "nn.TransformerEncoderLayer reads its weight by itself"
+        else:
+            reason = _obstacle(module, name, config, owners, head)
         if reason is None:
             plan.setdefault(module, []).append(name)
         else:
@@ -199,16 +209,19 @@ def _obstacle(
         return "output head"
     if type(module) is not nn.Linear and not _is_conv1d(module):
         return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
-    if torch.nn.utils.parametrize.is_parametrized(module):
-        return "its parameters are parametrized"
+    if "weight" not in module._parameters:
+        return "its weight is computed from other parameters (weight_norm, prune, ...)"
     for other_name, other in owners[id(module.weight)]:
         if not _is_linear_like(other):
             return f"weight is tied to {other_name} ({type(other).__name__})"
-    if not module.weight.is_floating_point():
-        return f"weight has dtype {module.weight.dtype}"
+        if _is_conv1d(other) != _is_conv1d(module):
+            return f"weight is tied to {other_name}, which reads it transposed"
+    supported = FLOAT_DTYPES if module.weight.device.type == "cpu" else FLOAT_DTYPES[:3]
+    if module.weight.dtype not in supported:
+        return f"weight has dtype {str(module.weight.dtype).removeprefix('torch.')}"
     rows, columns = _logical_shape(module)
     multiple = 8 if config.compressed else parse_pattern(config.pattern)[1]
-    if rows % multiple != 0 or columns % multiple != 0:
+    if rows % multiple != 0 or columns % multiple != 0 or rows == 0 or columns == 0:
         return f"out x in = {rows} x {columns}, both must be multiples of {multiple}"
     return None
 
@@ -269,15 +282,20 @@ def _check_given_names(config: SlopeConfig, names: list[str]) -> None:
             raise ValueError(f"convert: {argument} names no layer to convert: {', '.join(unknown)}")
 
 
-def _given(mapping: Mapping[str, Any], name: str) -> Any | None:
-    return next((mapping[key] for s in _KEY_SUFFIXES if (key := name + s) in mapping), None)
+def _given(argument: str, mapping: Mapping[str, Any], names: list[str]) -> Any | None:
+    """What is given for a weight under any of its names."""
+    keys = [key for name in names for s in _KEY_SUFFIXES if (key := name + s) in mapping]
+    if len(keys) > 1:
+        raise ValueError(f"convert: {argument} has one weight twice: {', '.join(keys)}")
+    return mapping[keys[0]] if keys else None
 
 
-def _choose_mask(weight: Tensor, name: str, config: SlopeConfig) -> Tensor:
+def _choose_mask(weight: Tensor, names: list[str], config: SlopeConfig) -> Tensor:
     """The mask of a weight [out, in] as its layer stores it: uint8 bitmask or bool."""
     n, m = parse_pattern(config.pattern)
-    mask = _given(config.masks, name)
-    scores = _given(config.scores, name)
+    mask = _given("masks", config.masks, names)
+    scores = _given("scores", config.scores, names)
+    name = names[0]
     chosen = mask is not None or scores is not None or config.mask == "random"
     if chosen and weight.is_meta:
         raise ValueError(f"convert: {name} is on the meta device; only magnitude masks work there")
@@ -327,14 +345,21 @@ def _given_mask(mask: Any, weight: Tensor, name: str) -> Tensor:
 # ---- twins ---------------------------------------------------------------------------------------
 
 
-def _sparse_twin(module: nn.Linear, name: str, config: SlopeConfig) -> SparseLayer:
+def _sparse_twin(
+    module: nn.Linear, names: list[str], first: SparseLayer | None, config: SlopeConfig
+) -> SparseLayer:
+    """A sparse layer for ``module``; it shares weight and masks of ``first``, if there is one."""
     weight = module.weight.t() if _is_conv1d(module) else module.weight
-    mask = _choose_mask(weight, name, config)
+    mask = _choose_mask(weight, names, config) if first is None else first.mask
     twin: SparseLayer
     if config.compressed:
         twin = SLoPeLinear.from_dense(weight, module.bias, mask, backward_copy=config.backward_copy)
     else:
         twin = MaskedLinear.from_dense(weight, module.bias, mask, pattern=config.pattern)
+    if first is not None:
+        twin.weight = first.weight
+        twin._buffers = first._buffers
+    vars(twin.weight).update(vars(module.weight))
     twin.dense_type = type(module)
     _carry_over(module, twin)
     return twin
@@ -343,16 +368,19 @@ def _sparse_twin(module: nn.Linear, name: str, config: SlopeConfig) -> SparseLay
 def _dense_twin(layer: SparseLayer) -> nn.Module:
     weight = layer.dense_weight().detach()
     if layer.has_adapter:
-        low_rank = layer.lora_B.detach().float() @ layer.lora_A.detach().float()
-        weight = (weight.float() + layer.lora_scale * low_rank).to(weight.dtype)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        low_rank = layer.lora_B.detach().to(dtype) @ layer.lora_A.detach().to(dtype)
+        weight = (weight.to(dtype) + layer.lora_scale * low_rank).to(weight.dtype)
     twin: nn.Module
     if layer.dense_type is nn.Linear:
         twin = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     else:
-        twin = layer.dense_type(layer.out_features, layer.in_features)  # Conv1D(nf, nx)
+        with torch.device("meta"):
+            twin = layer.dense_type(layer.out_features, layer.in_features)  # Conv1D(nf, nx)
         weight = weight.t().contiguous()
     twin.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     twin.bias = layer.bias
+    vars(twin.weight).update(vars(layer.weight))
     _carry_over(layer, twin)
     return twin
 
@@ -367,13 +395,6 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
         if "hook" in key or (key not in vars(new) and key not in _SPARSE_ATTRIBUTES):
             vars(new)[key] = value
     new.train(old.training)
-
-
-def _share(layer: SparseLayer, first: SparseLayer) -> None:
-    """Gives ``layer`` the weight and masks of ``first``, whose dense weight was the same."""
-    if layer is not first:
-        layer.weight = first.weight
-        layer._buffers = first._buffers
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:

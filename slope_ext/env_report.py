@@ -112,20 +112,16 @@ def _advice(info: dict[str, str]) -> list[str]:
     advice = []
     if not info["cuda"]:
         advice.append(
-            "No CUDA kernels in this build: install the CUDA toolkit (nvcc), `make build`."
+            "No CUDA kernels in this build: install the CUDA toolkit, then `make clean build`."
         )
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             advice.append("This torch has no CUDA: install a CUDA build of torch to use a GPU.")
         else:
             advice.append("torch sees no GPU: check the driver with nvidia-smi.")
-    archs = info["cuda_archs"].replace("a", "").split(",")
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        # Machine code runs on its own major version from its minor version on.
-        if info["cuda"] and not any(
-            int(arch[:-1]) == major and int(arch[-1]) <= minor for arch in archs
-        ):
+        if info["cuda"] and not _library.covers(major, minor):
             advice.append(
                 f"GPU {index} is sm_{major}{minor}, which this build does not cover: rebuild with "
                 f"SLOPE_CUDA_ARCHS={major}{minor}-real."

@@ -39,16 +39,19 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     The gradient, optimizer state, clipping, gradient scaling, DDP and checkpoints see an ordinary
     Parameter of half the elements. The backward copy is compared with ``weight`` in every backward
-    and refreshed if that changed, whatever changed it. Its mask is chosen when the layer is made or
-    its bitmask changes, and again by :meth:`update_transposed_mask` (``slope_ext.optim.AdamW`` does
-    that every ``mask_interval`` steps).
+    and refreshed if that changed, by whatever optimizer, ``copy_``, ``load_state_dict`` or
+    rebinding of ``.data`` (what torch cannot see: :meth:`mark_backward_copy_stale`). Its mask is
+    chosen when the layer is made or its bitmask changes, and again by
+    :meth:`update_transposed_mask` (``slope_ext.optim.AdamW`` does that every ``mask_interval``
+    steps).
 
     Args:
         in_features, out_features: logical sizes, multiples of 8.
         bias: whether to learn a bias.
         device, dtype: as in ``nn.Linear``; fp16, bf16, fp32 (or fp64 on the CPU).
         backward_copy: "cached" keeps the transposed values (fastest); "recompute" derives them in
-            every backward (least memory).
+            every backward (least memory). Take "recompute" for fp32 weights under autocast, which
+            derives them from the cast weight anyway.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -152,10 +155,10 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = X W^T + b [+ lora_scale (X A^T) B^T]; x [..., in] -> [..., out]."""
-        if self.weight_t is not None and (
-            self.weight_t.dtype != self.weight.dtype or self.weight_t.device != self.weight.device
-        ):
-            self._allocate_backward_copy()  # weight.data took another dtype or device
+        if self.weight_t is not None and self.weight_t.dtype != self.weight.dtype:
+            self.weight_t = torch.empty_like(self.weight_t, dtype=self.weight.dtype)
+        if self.weight_t_bitmask.device != self.weight.device:
+            self._allocate_backward_copy()  # weight.data moved
         weight = (self.weight, self.weight_bitmask)
         backward_copy = (self.weight_t_bitmask, self.weight_t)
         if self.lora_A is None:
@@ -190,8 +193,8 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     def mark_backward_copy_stale(self) -> None:
         """Has the next backward refresh the copy; its mask stays.
 
-        Needed only after a write through ``weight.data`` outside any ``torch.optim.Optimizer``,
-        which no version counter shows.
+        Needed only after a write through ``weight.data`` that no optimizer step follows, which no
+        version counter shows.
         """
         if self.weight_t is not None:
             _freshness.mark_stale(self.weight_t)

@@ -29,7 +29,10 @@ class AdamW(torch.optim.Optimizer):
     masked. Moments are fp32 for fp16 and bf16 parameters, else of the parameter's dtype.
 
     Load a checkpoint's model before its optimizer: the optimizer's state holds the transposed masks
-    too, which are chosen again when a model is loaded.
+    too, which are chosen again when a model is loaded. A write through ``weight.data`` after
+    ``step()`` (clamping, say) is invisible to torch and needs
+    ``SLoPeLinear.mark_backward_copy_stale()``; under ``torch.no_grad()`` without ``.data`` it does
+    not.
 
     Args:
         params: parameters or parameter groups, sparse and dense ones in any mix.
@@ -39,7 +42,8 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: decoupled; each step multiplies a weight by 1 - lr * weight_decay.
         mask_interval: steps between two choices of the transposed masks (100 in the paper,
             arXiv 2405.16325 section 3.1); 0 never chooses them again.
-        master_weights: keep fp32 copies of fp16 and bf16 parameters and update those.
+        master_weights: keep fp32 copies of fp16 and bf16 parameters and update those; a weight that
+            is set by hand later is overwritten from its copy.
         maximize: ascend instead of descend.
 
     Raises:
@@ -48,7 +52,7 @@ class AdamW(torch.optim.Optimizer):
 
     # GradScaler hands grad_scale and found_inf over instead of unscaling in a pass of its own.
     _step_supports_amp_scaling = True
-    # Stamps its own writes, see slope_ext/_freshness.py.
+    # Counts its steps and stamps its own writes, see slope_ext/_freshness.py.
     keeps_backward_copies = True
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -76,6 +80,13 @@ class AdamW(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A checkpoint of torch.optim.AdamW lacks this class's options.
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its options are checked as the constructor's are."""
         options = {**self.defaults, **param_group}
@@ -97,6 +108,7 @@ class AdamW(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return loss
+        _freshness.count_optimizer_step()
         layers = layers_by_weight()
         for group in self.param_groups:
             self._step_group(group, layers)
@@ -167,8 +179,12 @@ class AdamW(torch.optim.Optimizer):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
-            if group["master_weights"] and low_precision:
-                state["master"] = param.detach().float()
+        if (
+            group["master_weights"]
+            and "master" not in state
+            and state["exp_avg"].dtype != param.dtype
+        ):
+            state["master"] = param.detach().float()
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,7 +203,9 @@ class AdamW(torch.optim.Optimizer):
         layers = layers_by_weight()
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for saved_id, (_, param) in zip(saved_ids, self._indexed_params(), strict=True):
-            saved = state_dict["state"].get(saved_id, {})
+            saved = state_dict["state"].get(saved_id)
+            if saved is None:
+                continue
             # torch casts state to the parameter's dtype, which would round fp32 moments.
             for name in _STATE_TENSORS:
                 if name in saved:

@@ -67,7 +67,7 @@ class _MaskedLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, mask_rc = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dx = dy @ (weight * mask_rc) if needs[0] else None
+        dx = dy @ (weight * (mask & mask_rc)) if needs[0] else None
         rows_dy, rows_x = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (dy, x))
         dw = (rows_dy.t() @ rows_x) * mask if needs[1] else None
         db = rows_dy.sum(0) if needs[4] else None
@@ -146,10 +146,18 @@ class MaskedLinear(SparseLayer, nn.Linear):
         if not self.weight.is_meta:
             self.update_transposed_mask()
 
+    def reset_parameters(self) -> None:
+        """nn.Linear's initialisation; the largest magnitudes of each group are kept."""
+        super().reset_parameters()
+        if "weight_mask" in self._buffers and not self.weight.is_meta:
+            self.weight_mask.copy_(prune_nm(self.weight.detach().abs(), self.n, self.m))
+            self.update_transposed_mask()
+
     def update_transposed_mask(self) -> None:
         """Chooses the mask of W^{R,C} again, from the present weight."""
         with torch.no_grad():
-            survivors = self.weight.abs() * self.weight_mask
+            # A kept zero survives before what was pruned.
+            survivors = self.weight.abs().masked_fill(~self.weight_mask, -1.0)
             kept = prune_nm(survivors.t(), self.n, self.m).t() & self.weight_mask
             self.set_transposed_mask(kept)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class SparseLayer(nn.Module):
 
     Adapter: Y += lora_scale (X lora_A^T) lora_B^T with ``lora_A`` [rank, in] and ``lora_B``
     [out, rank], both None until :meth:`add_adapter`. The state_dict holds them and the scale
-    (``lora_scale``, an fp32 scalar) only where they exist; loading a state_dict that has them adds
+    (``lora_scale``, an fp64 scalar) only where they exist; loading a state_dict that has them adds
     them.
     """
 
@@ -142,7 +143,7 @@ class SparseLayer(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.has_adapter:
-            destination[prefix + "lora_scale"] = torch.tensor(self.lora_scale)
+            destination[prefix + "lora_scale"] = torch.tensor(self.lora_scale, dtype=torch.float64)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -154,6 +155,38 @@ class SparseLayer(nn.Module):
         if scale is not None:
             self.lora_scale = float(scale)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def update_transposed_masks(model: nn.Module) -> None:
+    """Chooses every transposed mask of ``model`` again, from its present weights.
+
+    ``slope_ext.optim.AdamW`` does this on schedule; with another optimizer call it every 100 steps.
+    """
+    for _, layer in _named_layers(model):
+        layer.update_transposed_mask()
+
+
+def transposed_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The transposed masks of ``model`` by layer name, to be saved beside its state_dict.
+
+    A state_dict leaves them out, since they can be derived; but a mask of an earlier weight cannot,
+    so an exact resume needs them. ``slope_ext.optim.AdamW`` keeps them in its own state.
+    """
+    return {name: layer.transposed_mask for name, layer in _named_layers(model)}
+
+
+def load_transposed_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Puts back what :func:`transposed_masks` returned; after the model's own load_state_dict.
+
+    Raises:
+        KeyError: a sparse layer of ``model`` has no mask in ``masks``; its name is the key.
+    """
+    for name, layer in _named_layers(model):
+        layer.set_transposed_mask(masks[name])
+
+
+def _named_layers(model: nn.Module) -> list[tuple[str, SparseLayer]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, SparseLayer)]
 
 
 def layers_by_weight() -> dict[int, SparseLayer]:

@@ -74,6 +74,7 @@ def test_sparse_weight_stays_sparse_beside_the_adapter():
 def test_resume_on_either_side_of_the_switch(optimizer, stop, model_first):
     model, opt, adapters = make(optimizer=optimizer)
     train(model, opt, adapters, 0, stop)
+    masks = copy.deepcopy(slope.transposed_masks(model))
     state = copy.deepcopy((adapters.state_dict(), model.state_dict(), opt.state_dict()))
     rng = torch.get_rng_state()
     expected = train(model, opt, adapters, stop, 20)
@@ -87,33 +88,75 @@ def test_resume_on_either_side_of_the_switch(optimizer, stop, model_first):
         resumed.load_state_dict(state[1])
     opt_resumed.load_state_dict(state[2])
     if optimizer is not slope.optim.AdamW:
-        # A stock optimizer does not know the transposed masks; they are chosen from the weights.
-        for ours, theirs in zip(resumed[::2], model[::2], strict=True):
-            ours.set_transposed_mask(theirs.transposed_mask)
+        # A stock optimizer does not keep the transposed masks; they are saved beside it.
+        slope.load_transposed_masks(resumed, masks)
     torch.set_rng_state(rng)
     assert train(resumed, opt_resumed, adapters_resumed, stop, 20) == expected
     for ours, theirs in zip(resumed.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_group_options_and_scheduler():
+SCHEDULERS = {
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+    "SequentialLR": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+            torch.optim.lr_scheduler.CosineAnnealingLR(o, 7),
+        ],
+        milestones=[3],
+    ),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=11),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+def test_schedulers_drive_the_adapters_group(name):
+    model, opt, adapters = make(total_steps=10, fraction=0.3)
+    scheduler = SCHEDULERS[name](opt)
+    for step in range(10):
+        train(model, opt, adapters, step, step + 1)
+        scheduler.step()
+        first, added = opt.param_groups
+        assert added["lr"] == pytest.approx(first["lr"])
+    assert model[0].lora_B.abs().sum() > 0
+
+
+def test_reduce_on_plateau():
+    model, opt, adapters = make(total_steps=10, fraction=0.3)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0)
+    for step in range(10):
+        train(model, opt, adapters, step, step + 1)
+        scheduler.step(1.0)
+    assert opt.param_groups[1]["lr"] < 0.02
+
+
+def test_group_options():
     model = make_model()
     opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.3)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
-    adapters = slope.LazyAdapters(
-        model, opt, rank=2, total_steps=3, fraction=0.5, scheduler=scheduler,
-        group={"weight_decay": 0.0, "lr": 0.4},
-    )  # fmt: skip
-    for _ in range(3):
-        adapters.step()
-        model(torch.randn(2, 16)).sum().backward()
-        opt.step()
-        scheduler.step()
+    slope.LazyAdapters(
+        model, opt, rank=2, total_steps=3, group={"weight_decay": 0.0, "lr": 0.4}
+    ).activate()
     first, added = opt.param_groups
-    assert added["weight_decay"] == 0.0
-    assert first["weight_decay"] == 0.3
-    assert first["lr"] == pytest.approx(0.1 * 0.5**3)
-    assert added["lr"] == pytest.approx(0.4 * 0.5**3)
+    assert (first["lr"], first["weight_decay"]) == (0.1, 0.3)
+    assert (added["lr"], added["weight_decay"], len(added["params"])) == (0.4, 0.0, 4)
+
+
+def test_scheduler_built_before_raises_at_once():
+    model = make_model()
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
+    with pytest.raises(ValueError, match="optimizer has a learning-rate scheduler already"):
+        slope.LazyAdapters(model, opt, rank=2, total_steps=3)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adafactor, torch.optim.AdamW])
+def test_empty_group_bothers_no_stock_optimizer(optimizer):
+    model, opt, adapters = make(total_steps=4, fraction=0.3, optimizer=optimizer)
+    train(model, opt, adapters, 0, 4)
+    assert model[0].lora_B.abs().sum() > 0
 
 
 def test_other_rank_than_the_checkpoint_raises():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import oracle
 import slope_ext as slope
@@ -110,6 +111,11 @@ def test_skips_with_reasons_and_strict_raises():
             "subclass": Odd(16, 16),
             "attention": nn.MultiheadAttention(16, 2),
             "normed": torch.nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+            "old_normed": torch.nn.utils.weight_norm(nn.Linear(16, 16)),
+            "pruned": prune.identity(nn.Linear(16, 16), "weight"),
+            "empty": nn.Linear(16, 0),
+            "float8": nn.Linear(16, 16).to(torch.float8_e4m3fn),
+            "encoder": nn.TransformerEncoderLayer(16, 2, 32),
             "good": nn.Linear(16, 16),
         }
     )
@@ -119,8 +125,14 @@ def test_skips_with_reasons_and_strict_raises():
     assert "odd_shape: out x in = 16 x 12, both must be multiples of 8" in message
     assert "subclass: Odd is a subclass" in message
     assert "attention.out_proj: NonDynamicallyQuantizableLinear is a subclass" in message
-    assert "normed: " in message
+    assert "  normed: ParametrizedLinear is a subclass" in message
+    for name in ("old_normed", "pruned"):
+        assert f"{name}: its weight is computed from other parameters" in message
+    assert "empty: out x in = 0 x 16" in message
+    assert "float8: weight has dtype float8_e4m3fn" in message
+    assert "encoder.linear1: nn.TransformerEncoderLayer reads its weight by itself" in message
     assert sparse_names(model) == ["good"]
+    model["encoder"].eval()(torch.randn(3, 1, 16))
 
     model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(12, 16)})
     with pytest.raises(ValueError, match=r"strict[\s\S]*b: out x in"):
@@ -198,6 +210,46 @@ def test_shared_modules_and_weights_stay_shared():
     assert model["c"].weight is model["a"].weight
 
 
+def test_weight_tied_to_a_layer_that_stays_dense_stays_tied():
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16), "c": nn.Linear(16, 16)})
+    model["b"].weight = model["a"].weight
+    with pytest.warns(slope.SlopeConversionWarning, match="a: weight is tied to b, which stays"):
+        slope.convert(model, slope.SlopeConfig(exclude_modules=["b"]))
+    assert model["a"].weight is model["b"].weight
+    assert sparse_names(model) == ["c"]
+
+
+def test_weight_that_a_conv1d_reads_transposed_stays_dense():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": pytorch_utils.Conv1D(16, 16)})
+    model["b"].weight = model["a"].weight
+    with pytest.warns(slope.SlopeConversionWarning, match="which reads it transposed"):
+        slope.convert(model)
+    assert sparse_names(model) == []
+
+
+def test_to_dense_of_tied_layers_of_which_one_has_an_adapter():
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
+    model["b"].weight = model["a"].weight
+    slope.convert(model)
+    model["a"].add_adapter(2)
+    nn.init.normal_(model["a"].lora_B)
+    x = torch.randn(3, 16)
+    expected = [layer(x) for layer in model.values()]
+    slope.to_dense(model)
+    for layer, y in zip(model.values(), expected, strict=True):
+        torch.testing.assert_close(layer(x), y)
+    assert not hasattr(model["a"], "backward_copy")
+
+
+def test_keeps_attributes_of_parameters():
+    linear = nn.Linear(16, 16)
+    linear.weight._no_weight_decay = True
+    sparse = slope.convert(linear)
+    assert sparse.weight._no_weight_decay
+    assert slope.to_dense(sparse).weight._no_weight_decay
+
+
 def test_head_tied_to_the_embedding_stays_dense_and_tied():
     model = Model()
     model.projection = nn.Linear(16, 32, bias=False)
@@ -269,6 +321,24 @@ def test_given_masks_in_every_form(key, form):
     model = nn.ModuleDict({"fc": nn.Linear(16, 24)})
     slope.convert(model, slope.SlopeConfig(masks={key: form(mask)}))
     assert torch.equal(mask_of(model["fc"]), mask)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_mask_given_under_any_name_of_a_shared_weight(name):
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(16, 16)})
+    model["c"].weight = shared.weight
+    mask = oracle.keep_two_of_four(torch.rand(16, 16))
+    slope.convert(model, slope.SlopeConfig(masks={name: mask}))
+    assert all(torch.equal(mask_of(layer), mask) for layer in model.values())
+
+
+def test_two_masks_for_one_weight_raise():
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    mask = oracle.keep_two_of_four(torch.rand(16, 16))
+    with pytest.raises(ValueError, match=r"masks has one weight twice: a, b\.weight"):
+        slope.convert(model, slope.SlopeConfig(masks={"a": mask, "b.weight": mask}))
 
 
 def test_kept_zero_stays_kept():

@@ -206,6 +206,15 @@ def reload(layer, assign):
     layer.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=assign)
 
 
+def flat_view(layer):
+    """The weight becomes a view of a larger buffer, which is then written: a flat parameter."""
+    flat = torch.randn(8 + layer.weight.numel(), device=layer.weight.device)
+    layer.weight.data = flat[8:].view_as(layer.weight)
+    with torch.enable_grad():
+        assert_backward_is_current(layer)
+    flat.mul_(2)
+
+
 CHANGES = {
     "in place": lambda layer: layer.weight.mul_(-2),
     "copy_": lambda layer: layer.weight.copy_(torch.randn_like(layer.weight)),
@@ -231,6 +240,7 @@ CHANGES = {
         layer.to_empty(device=layer.weight.device),
         reload(layer, False),
     ),
+    "view of a flat buffer": lambda layer: flat_view(layer),
     "write through data, told": lambda layer: (
         layer.weight.data.mul_(3),
         layer.mark_backward_copy_stale(),
@@ -258,15 +268,31 @@ def test_copy_is_not_refreshed_without_need(device):
     assert layer.weight_t._version == version
 
 
-def test_stepping_an_unrelated_slope_optimizer_leaves_the_copy(device):
-    layer, other = (slope.SLoPeLinear(24, 16, device=device) for _ in range(2))
-    optimizer = slope.optim.AdamW(other.parameters())
-    other(torch.randn(2, 24, device=device)).sum().backward()
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, slope.optim.AdamW])
+@pytest.mark.parametrize("through", ["flat view", "masters"])
+def test_follows_an_optimizer_of_other_tensors(optimizer, through, device):
+    """The weight is a view of what is stepped, or is copied from it through .data."""
+    layer = slope.SLoPeLinear(24, 16, device=device)
+    size = layer.weight.numel()
+    stepped = nn.Parameter(torch.randn(size if through == "masters" else 2 * size, device=device))
+    if through == "flat view":
+        layer.weight.data = stepped.data[size:].view_as(layer.weight)
+    opt = optimizer([stepped], lr=0.5)
+    for _ in range(3):
+        assert_backward_is_current(layer)
+        stepped.grad = torch.randn_like(stepped)
+        opt.step()
+        if through == "masters":
+            layer.weight.data.copy_(stepped.data.view_as(layer.weight))
     assert_backward_is_current(layer)
-    version = layer.weight_t._version
-    optimizer.step()
+
+
+def test_closure_of_our_optimizer(device):
+    """Its backward runs inside of step, before the write."""
+    layer = slope.SLoPeLinear(24, 16, device=device)
+    optimizer = slope.optim.AdamW(layer.parameters(), lr=0.1)
+    optimizer.step(lambda: assert_backward_is_current(layer))
     assert_backward_is_current(layer)
-    assert layer.weight_t._version == version
 
 
 def test_recompute_keeps_no_copy():
@@ -358,6 +384,36 @@ def test_state_dict_round_trip(assign, how, tmp_path):
     assert twin.lora_scale == 2.0
     layer.update_transposed_mask()  # a loaded layer chooses its mask from the loaded weight
     assert_same_function(layer, twin)
+
+
+def test_adapter_scale_survives_exactly():
+    layer = slope.SLoPeLinear(24, 16)
+    layer.add_adapter(4, scale=0.1)
+    twin = slope.SLoPeLinear(24, 16)
+    twin.load_state_dict(layer.state_dict())
+    assert twin.lora_scale == 0.1
+
+
+def test_transposed_masks_are_saved_and_restored_by_hand():
+    """For an exact resume with an optimizer that does not know of them."""
+    layer = drifted_layer()
+    model, twin = nn.Sequential(layer), nn.Sequential(slope.SLoPeLinear(24, 16))
+    twin.load_state_dict(model.state_dict())
+    slope.load_transposed_masks(twin, slope.transposed_masks(model))
+    assert_same_function(layer, twin[0])
+    slope.update_transposed_masks(twin)
+    assert not torch.equal(twin[0].weight_t_bitmask, layer.weight_t_bitmask)
+    with pytest.raises(KeyError):
+        slope.load_transposed_masks(twin, {})
+
+
+@pytest.mark.parametrize("backward_copy", ["cached", "recompute"])
+def test_inference_mode_layer(backward_copy, device):
+    with torch.inference_mode():
+        layer = slope.SLoPeLinear(24, 16, device=device, backward_copy=backward_copy)
+        weight = layer.backward_weight()
+        layer.weight.mul_(2)
+        torch.testing.assert_close(layer.backward_weight(), 2 * weight)
 
 
 def test_load_reports_missing_and_unexpected_keys():

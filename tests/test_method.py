@@ -130,6 +130,34 @@ def _ddp_worker(rank, data, folder):
 
 
 @pytest.mark.slow
+def _adapter_worker(rank, data, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/lora", rank=rank, world_size=2)
+    model = _ddp_model()
+    optimizer = slope.optim.AdamW(model.parameters(), lr=0.01)
+    adapters = slope.LazyAdapters(model, optimizer, rank=2, total_steps=4, fraction=0.5)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(ValueError, match="module inside DistributedDataParallel"):
+        slope.LazyAdapters(ddp, optimizer, rank=2, total_steps=4)
+    for batch in data:
+        if adapters.step():
+            ddp = nn.parallel.DistributedDataParallel(model)
+        optimizer.zero_grad()
+        ddp(batch.chunk(2)[rank]).square().mean().backward()
+        optimizer.step()
+    torch.save(model.state_dict(), f"{folder}/lora{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_7_ddp_keeps_lazy_adapters_equal_on_all_ranks(tmp_path):
+    mp.spawn(_adapter_worker, args=(torch.randn(4, 8, 16), tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"lora{rank}.pt") for rank in (0, 1))
+    assert first["0.lora_B"].abs().sum() > 0
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
 def test_7_ddp_averages_compressed_gradients(tmp_path):
     """Two processes on half batches equal one process on the whole batch."""
     data = torch.randn(4, 8, 16)

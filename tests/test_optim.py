@@ -46,7 +46,7 @@ def assert_weights_agree(net, twin, **tolerance):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("mask_interval", [100, 7])
 def test_300_steps_equal_torch_adamw_on_the_masked_twin(dtype, mask_interval):
-    """The transposed masks change every mask_interval steps, in both."""
+    """The transposed masks change every mask_interval steps, adapters join at step 250, in both."""
     net = Net(dtype=dtype)
     twin = dense_twin(net)
     ours = slope.optim.AdamW(net.parameters(), **OPTIONS, mask_interval=mask_interval)
@@ -54,6 +54,13 @@ def test_300_steps_equal_torch_adamw_on_the_masked_twin(dtype, mask_interval):
     target = nn.Linear(8, 24, dtype=dtype).requires_grad_(False)
     changed = 0
     for step in range(1, 301):
+        if step == 250:
+            for name in ("up", "down"):
+                layer, dense = getattr(net, name), getattr(twin, name)
+                layer.add_adapter(3, scale=0.5)
+                dense.add_adapter(layer)
+                ours.add_param_group({"params": [layer.lora_A, layer.lora_B]})
+                theirs.add_param_group({"params": list(dense.lora)})
         x = torch.randn(6, 8, dtype=dtype)
         losses = []
         for model, optimizer in ((net, ours), (twin, theirs)):
@@ -71,6 +78,8 @@ def test_300_steps_equal_torch_adamw_on_the_masked_twin(dtype, mask_interval):
             twin.down.choose()
             changed += not torch.equal(before, twin.up.mask_rc)
     assert changed >= 2
+    torch.testing.assert_close(net.up.lora_B, twin.up.lora[1], rtol=1e-3, atol=1e-4)
+    assert net.up.lora_B.abs().max() > 1e-3
     tolerance = (
         {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
     )
@@ -161,6 +170,48 @@ def test_resume_is_bit_equal(dtype, stop, device):
         assert torch.equal(ours, theirs)
     assert torch.equal(resumed.up.weight_t_bitmask, net.up.weight_t_bitmask)
     assert optimizer_resumed.state[resumed.up.weight]["exp_avg"].dtype == torch.float32
+
+
+def test_checkpoint_of_torch_adamw_loads():
+    net = Net()
+    theirs = torch.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, theirs, 3, seed=1)
+    twin = copy.deepcopy(net)
+    ours = slope.optim.AdamW(twin.parameters(), lr=1.0)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for model, optimizer in ((net, theirs), (twin, ours)):
+        train(model, optimizer, 3, seed=2)
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_state_round_trip_of_a_parameter_without_gradient():
+    net = Net()
+    net.up.requires_grad_(False)
+    optimizer = slope.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, optimizer, 1, seed=1)
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(copy.deepcopy(state))
+    assert optimizer.state_dict()["state"].keys() == state["state"].keys()
+
+
+def test_masters_can_be_turned_on_later():
+    layer = slope.SLoPeLinear(24, 16, dtype=torch.bfloat16)
+    optimizer = slope.optim.AdamW(layer.parameters())
+    for masters in (False, True):
+        optimizer.param_groups[0]["master_weights"] = masters
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+        assert ("master" in optimizer.state[layer.weight]) == masters
+    assert torch.equal(optimizer.state[layer.weight]["master"].bfloat16(), layer.weight)
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(8, 4, sparse=True)
+    optimizer = slope.optim.AdamW(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="AdamW: sparse gradients"):
+        optimizer.step()
 
 
 def test_loaded_state_is_a_copy():

@@ -562,14 +562,15 @@ def test_resume_with_other_arguments_is_refused(
     assert f"error: {option} {value}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("same_size", [False, True])
 def test_resume_with_changed_text_is_refused(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    same_size: bool, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(document(0))
     options = arguments(inputs, tmp_path / "run", "--data", text, "--valid-fraction", 0.2)
     assert main([*options, "--stop-after", "2"]) == 0
-    text.write_text(document(1))
+    text.write_text(document(0).swapcase() if same_size else document(1))
     assert main(options) == 2
     assert f"--data {text}: its text changed" in capsys.readouterr().err
 

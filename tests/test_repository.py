@@ -165,6 +165,27 @@ def test_ci_script_is_executable():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
+@pytest.mark.slow
+def test_wheel_holds_everything_and_works_elsewhere(tmp_path):
+    """Built without isolation, installed without dependencies, used from another directory."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = ["wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run([*pip, *build], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    target = tmp_path / "site"
+    install = ["install", "-q", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run([*pip, *install], check=True, capture_output=True)
+    program = (
+        "import pathlib, torch, slope_ext as s; "
+        "assert s.__file__.startswith(str(pathlib.Path('site').resolve())); "
+        "assert s.convert(torch.nn.Linear(16, 16))(torch.ones(1, 16)).shape == (1, 16); "
+        "from slope_ext.recipes.data import DEMO_TEXT as d; assert len(list(d.glob('*.txt'))) > 9"
+    )
+    environment = os.environ | {"PYTHONPATH": "site"}
+    run = [sys.executable, "-c", program]
+    subprocess.run(run, check=True, cwd=tmp_path, env=environment, capture_output=True)
+
+
 def test_readme_tables_are_what_the_records_say():
     plot = [sys.executable, str(ROOT / "benchmarks" / "plot.py"), "--check"]
     assert subprocess.run(plot, check=False).returncode == 0

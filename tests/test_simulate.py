@@ -46,11 +46,14 @@ def test_gradients_follow_the_masks(device):
     torch.testing.assert_close(layer.bias.grad, dy.sum((0, 1)))
 
 
-def test_2_4_simulation_equals_the_compressed_layer():
-    """Same config, same masks, same training, whichever implementation runs."""
+@pytest.mark.parametrize("zeros", [False, True])
+def test_2_4_simulation_equals_the_compressed_layer(zeros):
+    """Same config, same masks, same training, whichever implementation runs; kept zeros too."""
     dense = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16)).double()
+    if zeros:
+        nn.init.zeros_(dense[0].weight)
     models = [
-        slope.convert(copy.deepcopy(dense), slope.SlopeConfig(simulate=simulate))
+        slope.convert(copy.deepcopy(dense), slope.SlopeConfig(simulate=simulate, mask="random"))
         for simulate in (False, True)
     ]
     optimizers = [slope.optim.AdamW(m.parameters(), lr=0.02, mask_interval=3) for m in models]
@@ -78,6 +81,14 @@ def test_state_dict_round_trip_and_masks_follow():
         y.sum().backward()
         results.append((y, x_.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_meta_then_reset_parameters():
+    layer = slope.MaskedLinear(32, 16, pattern="2:8", device="meta").to_empty(device="cpu")
+    layer.weight_mask.fill_(True)
+    layer.reset_parameters()
+    assert (layer.weight_mask.view(16, -1, 8).sum(-1) == 2).all()
+    assert layer.transposed_mask_is_fresh()
 
 
 def test_autocast_and_compile(device):

@@ -45,7 +45,7 @@ def save_checkpoint(
     save_file(_unique_tensors(model), temporary / WEIGHTS, metadata={"format": "pt"})
     model.config.save_pretrained(temporary)  # type: ignore[operator, union-attr]
     torch.save(state, temporary / STATE)
-    sums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+    sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
     (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
     for path in [*temporary.iterdir(), temporary]:
         _sync(path)
@@ -75,7 +75,7 @@ def damage(path: Path) -> str | None:
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
         for name, expected in sums.items():
-            if _checksum(path / name) != expected:
+            if checksum(path / name) != expected:
                 return f"{name} is damaged"
     except (OSError, ValueError) as error:
         return str(error)
@@ -134,7 +134,8 @@ def _steps(root: Path) -> list[Path]:
     return sorted(root.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _checksum(file: Path) -> str:
+def checksum(file: Path) -> str:
+    """Hash of a file's bytes, 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):

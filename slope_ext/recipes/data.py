@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from slope_ext.recipes import UsageError
+from slope_ext.recipes.checkpoint import checksum
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -69,7 +70,9 @@ def open_source(spec: str) -> Source:
         train, valid = path / "train.jsonl", path / "valid.jsonl"
         if train.is_file() and valid.is_file():
             return Source(
-                partial(_read_files, [train]), partial(_read_files, [valid]), _sizes([train, valid])
+                partial(_read_files, [train]),
+                partial(_read_files, [valid]),
+                _identity([train, valid]),
             )
         files = sorted(path.glob("*.txt"))
     elif path.is_file():
@@ -79,11 +82,17 @@ def open_source(spec: str) -> Source:
     if not files:
         problem = "holds no .txt files" if path.is_dir() else "no such file, directory or glob"
         raise UsageError(f"--data {spec}: {problem}")
-    return Source(partial(_read_files, files), None, _sizes(files))
+    return Source(partial(_read_files, files), None, _identity(files))
 
 
-def _sizes(files: Iterable[Path]) -> list[list[str | int]]:
-    return [[file.name, file.stat().st_size] for file in files]
+def _identity_of(tokenizer: str) -> str | None:
+    # A missing file is reported where the tokenizer is loaded.
+    return checksum(Path(tokenizer)) if Path(tokenizer).is_file() else None
+
+
+def _identity(files: Iterable[Path]) -> list[list[str]]:
+    """Names and hashes: a cache of tokens serves only the very text that it was made from."""
+    return [[file.name, checksum(file)] for file in files]
 
 
 def _read_files(files: Iterable[Path]) -> Iterator[str]:
@@ -273,7 +282,7 @@ def tokenize_corpus(
     made_from = {
         "data": [data, source.identity],
         "valid_fraction": valid_fraction,
-        "tokenizer": [tokenizer, vocab_size if tokenizer == "train" else None],
+        "tokenizer": [tokenizer, vocab_size if tokenizer == "train" else _identity_of(tokenizer)],
     }
     description = _read_description(cache)
     if description.get("made_from") != made_from:
@@ -287,7 +296,8 @@ def tokenize_corpus(
         )
         codec.save(str(directory / "tokenizer.json"))
         dtype = "uint16" if _vocab_size(codec) <= 2**16 else "uint32"
-        digest = hashlib.blake2b(digest_size=16)
+        # The tokenizer too: other letters in the same places give the same numbers.
+        digest = hashlib.blake2b(codec.to_str().encode(), digest_size=16)
         for name, documents in (("train", train), ("valid", valid)):
             with (cache / f"{name}.bin").open("wb") as file:
                 for tokens in _encode(documents(), codec, dtype):
