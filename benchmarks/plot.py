@@ -4,8 +4,8 @@
     python benchmarks/plot.py            rewrite the tables
     python benchmarks/plot.py --check    exit 1 if a table is not what the records say
 
-A table stands between ``<!-- records: GPU/FILE -->`` and ``<!-- /records -->``, where GPU/FILE.json
-lies under benchmarks/results.
+A table stands between ``<!-- records: GPU/FILE DTYPE -->`` and ``<!-- /records -->``, where
+GPU/FILE.json lies under benchmarks/results; it shows the records of that dtype.
 """
 
 from __future__ import annotations
@@ -19,25 +19,24 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"(<!-- records: (\S+) -->\n).*?(<!-- /records -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- records: (\S+) (\w+) -->\n).*?(<!-- /records -->)", re.DOTALL)
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """A Markdown table with a line per record, and where and when they were measured."""
     lines = [
-        "| op | weight | dtype | time | limit | of limit | against |",
-        "|---|---|---|---:|---:|---:|---|",
+        "| op | weight | time | limit | of limit | against |",
+        "|---|---|---:|---:|---:|---|",
     ]
     for r in records:
         time = f"{r['value']:.1f} ± {r['spread']:.1f} {r['unit']}"
         lines.append(
-            f"| {r['bench']} | {r['case']} | {r['dtype']} | {time} | {r['limit']:.1f} {r['unit']} "
+            f"| {r['bench']} | {r['case']} | {time} | {r['limit']:.1f} {r['unit']} "
             f"| {r['limit_fraction']:.0%} | {r['ratio']:.1f}x {r['baseline']} |"
         )
-    first = records[0]
-    where = f"{first['gpu']}, torch {first['torch']}, {first['date']}, commit {first['commit']}."
-    note = "Medians ± interquartile range."
-    return "\n".join(lines) + f"\n\n{where} {note}\n"
+    r = records[0]
+    where = f"{r['dtype']}, {r['gpu']}, torch {r['torch']}, {r['date']}, commit {r['commit']}"
+    return "\n".join(lines) + f"\n\n{where}. Medians ± interquartile range.\n"
 
 
 def render(text: str) -> str:
@@ -45,7 +44,7 @@ def render(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         records = json.loads((RESULTS / f"{match[2]}.json").read_text())
-        return match[1] + table(records) + match[3]
+        return match[1] + table([r for r in records if r["dtype"] == match[3]]) + match[4]
 
     return BLOCK.sub(replace, text)
 
