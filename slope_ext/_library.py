@@ -131,6 +131,24 @@ def _warn_reference_on_gpu(name: str) -> None:
     )
 
 
+def register_write(name: str, argument: str) -> None:
+    """Has op ``name`` advance the version counter of the tensor ``argument`` that it writes.
+
+    torch does this for its own ops; for a compiled op of a library somebody must.
+    """
+    op = getattr(torch.ops.slope, name).default
+    position = [a.name for a in op._schema.arguments].index(argument)
+
+    def write(*args: Any, **kwargs: Any) -> None:
+        with torch._C._ExcludeDispatchKeyGuard(_WRITE_KEYS):
+            op(*args, **kwargs)
+        target = kwargs[argument] if argument in kwargs else args[position]
+        if not target.is_inference():
+            torch.autograd.graph.increment_version(target)
+
+    _registrations.impl(name, write, "ADInplaceOrView")
+
+
 def register_autocast(name: str) -> None:
     """Under torch.autocast, floating-point arguments of op ``name`` take the autocast dtype.
 
@@ -158,6 +176,9 @@ def register_autocast(name: str) -> None:
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCPU
 ) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+
+_WRITE_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -209,10 +209,10 @@ def test_operands_on_two_devices(name, argument):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["compress", "decompress"])
+@pytest.mark.parametrize("name", slope._library.CUDA_KERNELS)
 def test_float64_has_no_cuda_kernel(name):
     arguments = good("cuda")[name]
-    key = "dense" if name == "compress" else "values"
+    key = {"compress": "dense", "prune_24": "scores"}.get(name, "values")
     with pytest.raises(RuntimeError, match=rf"slope::{name}: {key} must be float16"):
         getattr(ops, name)(**{**arguments, key: arguments[key].double()})
 

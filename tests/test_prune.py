@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from slope_ext import ops
+from cases import TILE_SHAPES
+from slope_ext import ops, reference
 
 # Eight columns a row, so that a byte is written out; only the first group varies.
 REST = [4.0, 3.0, 2.0, 1.0]
@@ -28,6 +29,8 @@ LITERAL = [
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("group", "kept"), LITERAL)
 def test_prune_24_literal(group, kept, dtype, device):
+    if dtype == torch.float64 and device.type == "cuda":
+        pytest.skip("float64 is for the CPU")
     scores = torch.tensor([group + REST], dtype=dtype, device=device)
     bitmask = ops.prune_24(scores)
     assert oracle.unbits(bitmask).int().tolist() == [[*kept, 1, 1, 0, 0]]
@@ -116,3 +119,18 @@ def test_double_pruning_loses_a_sixteenth_and_a_half():
     bitmask_t = ops.prune_transposed(ops.compress(weight, bitmask), bitmask)
     kept = oracle.unbits(bitmask_t).t() & oracle.unbits(bitmask)
     assert 0.5 - kept.double().mean().item() == pytest.approx(0.09375, abs=0.002)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", TILE_SHAPES)
+def test_cuda_kernels_equal_reference_bits(shape, dtype):
+    """Many ties (bf16 of a coarse grid), zeros of both signs, infinities and NaN among them."""
+    weight = (torch.randn(shape, device="cuda") * 4).round().to(dtype)
+    for value in (0.0, -0.0, float("inf"), float("-inf"), float("nan")):
+        weight[torch.rand(shape, device="cuda") < 0.03] = value
+    assert torch.equal(ops.prune_24(weight), reference.prune_24(weight))
+    bitmask = reference.prune_24(torch.rand(shape, device="cuda"))
+    values = ops.compress(weight, bitmask)
+    expected = reference.prune_transposed(values, bitmask)
+    assert torch.equal(ops.prune_transposed(values, bitmask), expected)

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 import oracle
-from slope_ext import ops
+from cases import TILE_SHAPES, Operands
+from slope_ext import ops, reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -42,3 +43,32 @@ def test_mask_that_is_not_the_layers_own(device):
     ops.transpose_values(values, bitmask, bitmask_t, out)
     expected = weight.cpu() * oracle.unbits(bitmask) * oracle.unbits(bitmask_t).t()
     assert torch.equal(ops.decompress(out, bitmask_t).cpu(), expected.t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", TILE_SHAPES)
+def test_cuda_kernel_equals_reference_bits(shape, dtype):
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    limits = torch.iinfo(integer)
+    patterns = torch.randint(limits.min, limits.max, shape, device="cuda", dtype=integer)
+    bitmask, other = (reference.prune_24(torch.rand(shape, device="cuda")) for _ in range(2))
+    values = ops.compress(patterns.view(dtype), bitmask)
+    # A mask of other values: survivors, fill-ups and both.
+    bitmask_t = reference.prune_transposed(ops.compress(patterns.view(dtype), other), other)
+    block = torch.full((shape[1] * shape[0] // 2 + 8,), 7, dtype=integer, device="cuda")
+    out = block[4:-4].view(shape[1], shape[0] // 2)  # starts at a multiple of 8 bytes only
+    ops.transpose_values(values, bitmask, bitmask_t, out.view(dtype))
+    expected = torch.empty(out.shape, dtype=dtype, device="cuda")
+    reference.transpose_values(values, bitmask, bitmask_t, expected)
+    assert torch.equal(out, expected.view(integer))
+    assert (block[:4] == 7).all()
+    assert (block[-4:] == 7).all()
+
+
+@pytest.mark.gpu
+def test_misaligned_output_is_refused():
+    o = Operands(16, 24, torch.bfloat16, torch.device("cuda"))
+    out = torch.empty(24 * 8 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(24, 8)
+    with pytest.raises(RuntimeError, match="slope::transpose_values: out must start at a multiple"):
+        ops.transpose_values(o.values, o.bitmask, o.bitmask_t, out)

@@ -3,35 +3,17 @@
 // compress and decompress on CUDA: checks, allocation, launch.
 #include "ops/compress.h"
 
+#include "common/check_operands.h"
 #include "common/cuda_check.h"
-#include "common/sparse24.h"
 #include "common/torch_stable.h"
 
 namespace slope {
 namespace {
 
-// Raises unless `data` (named `name`) is fp16, bf16 or fp32 [rows, cols * keep] and bitmask is
-// uint8 [rows, cols / 8] on the same GPU, cols a multiple of 8.
-void check_operands(const char* op, const char* name, const Tensor& data, const Tensor& bitmask,
-                    bool compressed) {
-  const ScalarType dtype = data.scalar_type();
-  check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
-        "slope::", op, ": ", name, " must be float16, bfloat16 or float32 on CUDA");
-  check(data.dim() == 2, "slope::", op, ": ", name, " must have 2 dimensions, got ", data.dim());
-  const int64_t cols = data.size(1) * (compressed ? kGroup / kKept : 1);
-  check(cols % kColumnsPerByte == 0, "slope::", op, ": ", name, " must have a last dimension of ",
-        compressed ? "in/2 with in" : "in", " a multiple of 8, got ", ShapeOf{data});
-  check(bitmask.is_cuda() && bitmask.get_device() == data.get_device(), "slope::", op,
-        ": bitmask must be on the same device as ", name);
-  check(bitmask.scalar_type() == ScalarType::Byte, "slope::", op, ": bitmask must be uint8");
-  check(bitmask.dim() == 2 && bitmask.size(0) == data.size(0) &&
-            bitmask.size(1) == cols / kColumnsPerByte,
-        "slope::", op, ": bitmask must be [", data.size(0), ", ", cols / kColumnsPerByte, "] for ",
-        name, " ", ShapeOf{data}, ", got ", ShapeOf{bitmask});
-}
-
 Tensor compress(const Tensor& dense, const Tensor& bitmask) {
-  check_operands("compress", "dense", dense, bitmask, /*compressed=*/false);
+  check_matrix("compress", "dense", dense);
+  check_columns("compress", "dense", "its last dimension", dense.size(1));
+  check_bitmask("compress", "bitmask", bitmask, dense.size(0), dense.size(1), "dense", dense);
   const torch::stable::accelerator::DeviceGuard guard(dense.get_device());
 
   Tensor values = torch::stable::new_empty(dense, {dense.size(0), dense.size(1) / 2});
@@ -52,7 +34,7 @@ Tensor compress(const Tensor& dense, const Tensor& bitmask) {
 }
 
 Tensor decompress(const Tensor& values, const Tensor& bitmask) {
-  check_operands("decompress", "values", values, bitmask, /*compressed=*/true);
+  check_compressed("decompress", values, bitmask);
   const torch::stable::accelerator::DeviceGuard guard(values.get_device());
 
   Tensor dense = torch::stable::new_empty(values, {values.size(0), values.size(1) * 2});

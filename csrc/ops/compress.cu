@@ -18,7 +18,7 @@
 //
 // Preconditions, which the launcher's caller checks: as in CompressParams; every nibble of the
 // bitmask has exactly two bits. Other nibbles give unspecified values but no stray access.
-#include "common/sparse24.h"
+#include "common/unit.cuh"
 #include "ops/compress.h"
 
 namespace slope {
@@ -26,66 +26,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;
-
-// ---- one unit: uint4 of dense <-> uint2 of values ----------------------------------------
-
-template <int kElementBytes>
-struct Unit;
-
-// Two groups (a b c d)(e f g h) of 16-bit elements; a word holds two elements, the earlier one in
-// its low half. __byte_perm picks bytes from a pair of words: element j of a group is bytes 2j and
-// 2j+1, so selector nibbles 2j, 2j+1 = 0x10 + 0x22 * j.
-template <>
-struct Unit<2> {
-  static __device__ __forceinline__ uint32_t bits(const uint8_t* bitmask, int64_t unit) {
-    return bitmask[unit];
-  }
-
-  static __device__ __forceinline__ uint32_t keep(uint32_t ab, uint32_t cd, uint32_t nibble) {
-    return __byte_perm(ab, cd, 0x1010 + 0x22 * first_kept(nibble) + 0x2200 * second_kept(nibble));
-  }
-
-  static __device__ __forceinline__ uint2 compress(uint4 dense, uint32_t bits) {
-    return {keep(dense.x, dense.y, bits & 15), keep(dense.z, dense.w, bits >> 4)};
-  }
-
-  // Elements j and j+1 of a group whose values are one word; __byte_perm's second word is zero.
-  static __device__ __forceinline__ uint32_t place(uint32_t values, uint32_t nibble, int j) {
-    const uint32_t low = value_of(nibble, j);
-    const uint32_t high = value_of(nibble, j + 1);
-    return __byte_perm(values, 0, 0x1010 + 0x22 * low + 0x2200 * high);
-  }
-
-  static __device__ __forceinline__ uint4 decompress(uint2 values, uint32_t bits) {
-    return {place(values.x, bits & 15, 0), place(values.x, bits & 15, 2),
-            place(values.y, bits >> 4, 0), place(values.y, bits >> 4, 2)};
-  }
-};
-
-// One group of 32-bit elements; a byte of bitmask serves two units.
-template <>
-struct Unit<4> {
-  static __device__ __forceinline__ uint32_t bits(const uint8_t* bitmask, int64_t unit) {
-    return bitmask[unit / 2] >> (unit % 2 * 4) & 15;
-  }
-
-  static __device__ __forceinline__ uint2 compress(uint4 dense, uint32_t nibble) {
-    const uint32_t first = first_kept(nibble);
-    const uint32_t second = second_kept(nibble);
-    return {first == 0 ? dense.x : (first == 1 ? dense.y : dense.z),
-            second == 1 ? dense.y : (second == 2 ? dense.z : dense.w)};
-  }
-
-  static __device__ __forceinline__ uint32_t place(uint2 values, uint32_t nibble, int j) {
-    const uint32_t value = value_of(nibble, j);
-    return value == 0 ? values.x : (value == 1 ? values.y : 0u);
-  }
-
-  static __device__ __forceinline__ uint4 decompress(uint2 values, uint32_t nibble) {
-    return {place(values, nibble, 0), place(values, nibble, 1), place(values, nibble, 2),
-            place(values, nibble, 3)};
-  }
-};
 
 // ---- kernels -----------------------------------------------------------------------------
 

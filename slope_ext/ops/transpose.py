@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slope_ext import reference
 from slope_ext._check import Checker
-from slope_ext._library import register
+from slope_ext._library import register, register_write
 
 
 def transpose_values(values: Tensor, bitmask: Tensor, bitmask_t: Tensor, out: Tensor) -> None:
@@ -47,3 +47,4 @@ register(
     reference=reference.transpose_values,
     fake=lambda values, bitmask, bitmask_t, out: None,
 )
+register_write("transpose_values", "out")

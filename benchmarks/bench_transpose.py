@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transpose_values against copy bandwidth and against a gather from the dense transpose.
+
+Limit: bytes that must move (per dense element of b bytes: values b/2 and both masks 1/8 each read,
+values b/2 written) over the copy bandwidth measured in the same run. Baseline: torch.gather from a
+transposed view of the dense weight with precomputed int64 indices, without the cost of making
+either.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import harness
+from slope_ext import ops, reference
+
+SHAPES = [(1024, 4096), (4096, 4096), (8192, 8192), (14336, 4096), (20480, 5120)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def bench_shape(rows: int, columns: int, dtype: torch.dtype, bandwidth: float) -> harness.Record:
+    """Record of one weight [rows, columns]."""
+    moved = rows * columns * (dtype.itemsize + 2 / 8)
+    sets = harness.buffer_sets(int(moved))
+    weights = [torch.randn(rows, columns, device="cuda").to(dtype) for _ in range(sets)]
+    bitmasks = [ops.prune_24(weight) for weight in weights]
+    values = [ops.compress(w, b) for w, b in zip(weights, bitmasks, strict=True)]
+    bitmasks_t = [ops.prune_transposed(v, b) for v, b in zip(values, bitmasks, strict=True)]
+    outs = [torch.empty(columns, rows // 2, dtype=dtype, device="cuda") for _ in range(sets)]
+    index = reference._kept_columns(bitmasks_t[0])
+    timings = harness.time_cases(
+        {
+            "ours": lambda i: ops.transpose_values(values[i], bitmasks[i], bitmasks_t[i], outs[i]),
+            "gather": lambda i: torch.gather(weights[i].t(), -1, index, out=outs[i]),
+        },
+        sets,
+    )
+    return harness.time_record(
+        bench="transpose_values",
+        case=f"{rows}x{columns}",
+        dtype=dtype,
+        tokens=0,
+        ours=timings["ours"],
+        baseline="torch.gather",
+        theirs=timings["gather"],
+        limit=moved / bandwidth,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder of the record file")
+    arguments = parser.parse_args()
+
+    bandwidth = harness.copy_bandwidth()
+    records = [
+        bench_shape(rows, columns, dtype, bandwidth) for dtype in DTYPES for rows, columns in SHAPES
+    ]
+    harness.print_table(records)
+    print(harness.save(records, "transpose", arguments.out))
+
+
+if __name__ == "__main__":
+    main()

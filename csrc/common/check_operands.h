@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Argument checks that several ops share. Each raises RuntimeError "slope::<op>: <argument> ...".
+#pragma once
+
+#include "common/sparse24.h"
+#include "common/torch_stable.h"
+
+namespace slope {
+
+// `data` (named `name`) must be a matrix of fp16, bf16 or fp32; the types with CUDA kernels.
+inline void check_matrix(const char* op, const char* name, const Tensor& data) {
+  const ScalarType dtype = data.scalar_type();
+  check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
+        "slope::", op, ": ", name, " must be float16, bfloat16 or float32 on CUDA");
+  check(data.dim() == 2, "slope::", op, ": ", name, " must have 2 dimensions, got ", data.dim());
+}
+
+// `size` (the `axis` of argument `name`) must be a multiple of 8: whole bytes of bitmask.
+inline void check_columns(const char* op, const char* name, const char* axis, int64_t size) {
+  check(size % kColumnsPerByte == 0, "slope::", op, ": ", name, " must have ", axis,
+        " a multiple of 8, got ", axis, " = ", size);
+}
+
+// Tiles of 128 rows lie along a grid dimension of at most 65535 blocks (common/tile.cuh).
+inline void check_tile_rows(const char* op, int64_t rows) {
+  constexpr int64_t kMaxRows = int64_t{128} * 65535;
+  check(rows <= kMaxRows, "slope::", op, ": values must have at most ", kMaxRows, " rows, got ",
+        rows);
+}
+
+// `bitmask` must be uint8 [rows, columns / 8] on the device of `beside` (named `beside_name`).
+inline void check_bitmask(const char* op, const char* name, const Tensor& bitmask, int64_t rows,
+                          int64_t columns, const char* beside_name, const Tensor& beside) {
+  check(bitmask.is_cuda() && bitmask.get_device() == beside.get_device(), "slope::", op, ": ", name,
+        " must be on the same device as ", beside_name);
+  check(bitmask.scalar_type() == ScalarType::Byte, "slope::", op, ": ", name, " must be uint8");
+  check(
+      bitmask.dim() == 2 && bitmask.size(0) == rows && bitmask.size(1) == columns / kColumnsPerByte,
+      "slope::", op, ": ", name, " must be [", rows, ", ", columns / kColumnsPerByte, "] beside ",
+      beside_name, " ", ShapeOf{beside}, ", got ", ShapeOf{bitmask});
+}
+
+// A compressed weight: values [out, in/2] and bitmask [out, in/8], `in` a multiple of 8.
+inline void check_compressed(const char* op, const Tensor& values, const Tensor& bitmask) {
+  check_matrix(op, "values", values);
+  const int64_t columns = values.size(1) * (kGroup / kKept);
+  check_columns(op, "values", "in", columns);
+  check_bitmask(op, "bitmask", bitmask, values.size(0), columns, "values", values);
+}
+
+}  // namespace slope
