@@ -125,10 +125,12 @@ def test_double_pruning_loses_a_sixteenth_and_a_half():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", TILE_SHAPES)
 def test_cuda_kernels_equal_reference_bits(shape, dtype):
-    """Many ties (bf16 of a coarse grid), zeros of both signs, infinities and NaN among them."""
+    """Many ties, zeros of both signs, infinities, NaN and subnormal numbers among them."""
     weight = (torch.randn(shape, device="cuda") * 4).round().to(dtype)
     for value in (0.0, -0.0, float("inf"), float("-inf"), float("nan")):
         weight[torch.rand(shape, device="cuda") < 0.03] = value
+    tiny = torch.randn(shape, device="cuda").to(dtype) * torch.finfo(dtype).smallest_normal
+    weight = torch.where(torch.rand(shape, device="cuda") < 0.2, tiny, weight)
     assert torch.equal(ops.prune_24(weight), reference.prune_24(weight))
     bitmask = reference.prune_24(torch.rand(shape, device="cuda"))
     values = ops.compress(weight, bitmask)

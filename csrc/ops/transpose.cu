@@ -77,17 +77,29 @@ __global__ void __launch_bounds__(kTileThreads)
   constexpr int kColumns = kTileColumns<kElementBytes>;
   __shared__ alignas(16) uint8_t tile[kTileRows * kTilePitch];
   __shared__ uint4 staged[kColumns * C::kPerColumn];
+  constexpr int kMaskBytes = kTileRows / 8;   // of a column of the tile: 16
+  constexpr int kMaskPitch = kMaskBytes + 2;  // lanes hit different banks
+  __shared__ alignas(16) uint8_t masks[kColumns * kMaskPitch];
 
   const int64_t row0 = int64_t{blockIdx.y} * kTileRows;
   const int64_t column0 = int64_t{blockIdx.x} * kColumns;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
+  // Mask of the tile's columns, 16 lanes a column; load_tile ends with a barrier
+  const int64_t mask_bytes = weight.rows / 8;  // of one row of bitmask_t
+#pragma unroll
+  for (int task = threadIdx.x; task < kColumns * kMaskBytes; task += kTileThreads) {
+    const int column = task / kMaskBytes;
+    const int64_t byte = row0 / 8 + task % kMaskBytes;
+    const bool inside = column0 + column < weight.columns && byte < mask_bytes;
+    masks[column * kMaskPitch + task % kMaskBytes] =
+        inside ? bitmask_t[(column0 + column) * mask_bytes + byte] : 0;
+  }
   load_tile<kElementBytes>(tile, weight, row0, column0,
                            [](uint4 dense, uint32_t) { return dense; });
 
   // Read columns, keep what bitmask_t keeps, stage
-  const int64_t mask_bytes = weight.rows / 8;  // of one row of bitmask_t
 #pragma unroll
   for (int chunk = warp; chunk < C::kPerColumn; chunk += kTileThreads / 32) {
     uint32_t words[C::kRows];
@@ -98,14 +110,9 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
     for (int half = 0; half < C::kColumnsPerLane; ++half) {
       const int column = lane * C::kColumnsPerLane + half;
-      uint32_t bits = 0;
-#pragma unroll
-      for (int byte = 0; byte < C::kRows / 8; ++byte) {
-        const int64_t index = row0 / 8 + chunk * (C::kRows / 8) + byte;
-        if (column0 + column < weight.columns && index < mask_bytes) {
-          bits |= uint32_t{bitmask_t[(column0 + column) * mask_bytes + index]} << (8 * byte);
-        }
-      }
+      const uint8_t* mask = &masks[column * kMaskPitch + chunk * (C::kRows / 8)];
+      const uint32_t bits =
+          C::kRows == 16 ? *reinterpret_cast<const uint16_t*>(mask) : uint32_t{*mask};
       staged[column * C::kPerColumn + (chunk ^ C::swizzle(column))] = C::make(words, half, bits);
     }
   }
