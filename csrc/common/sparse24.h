@@ -26,23 +26,28 @@ constexpr int kGroup = 4;           // dense columns of one group
 constexpr int kKept = 2;            // kept columns of one group
 constexpr int kColumnsPerByte = 8;  // dense columns of one bitmask byte
 
-// Answers about a nibble n are looked up in a word of 16 entries of 2 bits: entry n at bit 2 n.
-// That is two instructions, where a count of leading zeros runs at a quarter of the rate. Entries
-// of nibbles without exactly two bits are 0, but for value_of(0, j) = 2.
-SLOPE_HOST_DEVICE uint32_t look_up(uint32_t table, uint32_t nibble) {
-  return table >> (2 * nibble) & 3;
+// Column (0..2) of the first kept element. nibble must have two bits set.
+SLOPE_HOST_DEVICE uint32_t first_kept(uint32_t nibble) {
+#ifdef __CUDA_ARCH__
+  return __ffs(nibble) - 1;
+#else
+  return __builtin_ctz(nibble);
+#endif
 }
 
-// Column (0..2) of the first kept element.
-SLOPE_HOST_DEVICE uint32_t first_kept(uint32_t nibble) { return look_up(0x02101000, nibble); }
-
-// Column (1..3) of the second kept element.
-SLOPE_HOST_DEVICE uint32_t second_kept(uint32_t nibble) { return look_up(0x033c2840, nibble); }
+// Column (1..3) of the second kept element. nibble must have two bits set.
+SLOPE_HOST_DEVICE uint32_t second_kept(uint32_t nibble) {
+#ifdef __CUDA_ARCH__
+  return 31 - __clz(nibble);
+#else
+  return 31 - __builtin_clz(nibble);
+#endif
+}
 
 // Where element j (0..3) of a group comes from: value 0, value 1, or 2 = it was pruned.
 SLOPE_HOST_DEVICE uint32_t value_of(uint32_t nibble, int j) {
-  constexpr uint32_t kTables[4] = {0x02202002, 0x02080842, 0x00281482, 0x01142882};
-  return look_up(kTables[j], nibble);
+  const uint32_t kept_before = nibble & ((1u << j) - 1);
+  return (nibble >> j & 1) == 0 ? 2 : (kept_before == 0 ? 0 : 1);
 }
 
 }  // namespace slope
