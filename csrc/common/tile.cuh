@@ -33,35 +33,40 @@ struct CompressedView {
 template <int kElementBytes>
 constexpr int kTileColumns = 128 / kElementBytes;
 
-// Fills the tile whose corner is (row0, column0) with convert(unit of dense, its mask bits);
-// outside of the weight both are 0. Ends with a barrier.
+// Fills the tile whose corner is (row0, column0) with convert(values of a unit, its mask bits);
+// outside of the weight both are 0. Begins and ends with a barrier.
 template <int kElementBytes, typename Convert>
 __device__ __forceinline__ void load_tile(uint8_t* tile, const CompressedView& weight, int64_t row0,
                                           int64_t column0, Convert convert) {
   constexpr int kPasses = kTileRows / kTileRowsPerPass;
   const int column_unit = threadIdx.x % kTileRowUnits;
-  const int64_t row_units = weight.columns / Unit<kElementBytes>::kElements;
-  const int64_t unit_in_row = column0 / Unit<kElementBytes>::kElements + column_unit;
+  const int first_row = threadIdx.x / kTileRowUnits;
+  // One 64-bit product a block; inside of a tile 32 bits do
+  const int row_units = static_cast<int>(weight.columns / Unit<kElementBytes>::kElements);
+  const int rows_left = static_cast<int>(min(int64_t{kTileRows}, weight.rows - row0));
+  const int unit_in_row = static_cast<int>(column0) / Unit<kElementBytes>::kElements + column_unit;
+  const uint2* tile_values = weight.values + row0 * row_units;
+  const uint8_t* tile_bitmask = weight.bitmask + row0 * (weight.columns / 8);
 
   // Load
   uint2 values[kPasses];
   uint32_t bits[kPasses];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
-    const int64_t row = row0 + pass * kTileRowsPerPass + threadIdx.x / kTileRowUnits;
-    const bool inside = row < weight.rows && unit_in_row < row_units;
-    const int64_t unit = row * row_units + unit_in_row;
-    values[pass] = inside ? weight.values[unit] : uint2{0, 0};
-    bits[pass] = inside ? Unit<kElementBytes>::bits(weight.bitmask, unit) : 0;
+    const int row = pass * kTileRowsPerPass + first_row;
+    const bool inside = row < rows_left && unit_in_row < row_units;
+    const int unit = row * row_units + unit_in_row;
+    values[pass] = inside ? tile_values[unit] : uint2{0, 0};
+    bits[pass] = inside ? Unit<kElementBytes>::bits(tile_bitmask, unit) : 0;
   }
+  __syncthreads();  // what convert reads from shared memory is there
 
-  // Decompress into shared memory
+  // Convert into shared memory
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
-    const int row = pass * kTileRowsPerPass + threadIdx.x / kTileRowUnits;
-    const uint4 dense = Unit<kElementBytes>::decompress(values[pass], bits[pass]);
+    const int row = pass * kTileRowsPerPass + first_row;
     *reinterpret_cast<uint4*>(tile + row * kTilePitch + column_unit * 16) =
-        convert(dense, bits[pass]);
+        convert(values[pass], bits[pass]);
   }
   __syncthreads();
 }

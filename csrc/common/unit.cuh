@@ -10,11 +10,42 @@
 
 namespace slope {
 
+// Selectors of __byte_perm for 16-bit elements. It picks bytes 0-7 from a pair of words: element j
+// of four is bytes 2j and 2j+1, so selector nibbles 0x10 + 0x22 * j.
+//
+//   keep(nibble)   from the words (a b)(c d) of a group: its two kept elements
+//   place(nibble)  from the word of values and zero: elements 0, 1 (low 16 bits) and 2, 3 (high)
+//
+// Computed, for kernels that wait for memory anyway; or looked up in shared memory, one load
+// instead of some twenty instructions, for those that do not.
+struct ComputedSelectors {
+  __device__ __forceinline__ uint32_t keep(uint32_t nibble) const {
+    return 0x1010 + 0x22 * first_kept(nibble) + 0x2200 * second_kept(nibble);
+  }
+  __device__ __forceinline__ uint32_t place(uint32_t nibble) const {
+    return 0x10101010 + 0x22 * value_of(nibble, 0) + 0x2200 * value_of(nibble, 1) +
+           0x220000 * value_of(nibble, 2) + 0x22000000 * value_of(nibble, 3);
+  }
+};
+
+struct SelectorTable {
+  uint32_t keep_entries[16];
+  uint32_t place_entries[16];
+
+  // By 16 threads; a barrier must follow.
+  __device__ __forceinline__ void fill() {
+    if (threadIdx.x < 16) {
+      keep_entries[threadIdx.x] = ComputedSelectors().keep(threadIdx.x);
+      place_entries[threadIdx.x] = ComputedSelectors().place(threadIdx.x);
+    }
+  }
+  __device__ __forceinline__ uint32_t keep(uint32_t nibble) const { return keep_entries[nibble]; }
+  __device__ __forceinline__ uint32_t place(uint32_t nibble) const { return place_entries[nibble]; }
+};
+
 template <int kElementBytes>
 struct Unit;
 
-// A word holds two 16-bit elements, the earlier one in its low half. __byte_perm picks bytes from a
-// pair of words: element j of a group is bytes 2j and 2j+1, so selector nibbles 0x10 + 0x22 * j.
 template <>
 struct Unit<2> {
   static constexpr int kElements = 8;
@@ -23,24 +54,20 @@ struct Unit<2> {
     return bitmask[unit];
   }
 
-  static __device__ __forceinline__ uint32_t keep(uint32_t ab, uint32_t cd, uint32_t nibble) {
-    return __byte_perm(ab, cd, 0x1010 + 0x22 * first_kept(nibble) + 0x2200 * second_kept(nibble));
+  template <typename Selectors>
+  static __device__ __forceinline__ uint2 compress(uint4 dense, uint32_t bits,
+                                                   const Selectors& selectors) {
+    return {__byte_perm(dense.x, dense.y, selectors.keep(bits & 15)),
+            __byte_perm(dense.z, dense.w, selectors.keep(bits >> 4))};
   }
 
-  static __device__ __forceinline__ uint2 compress(uint4 dense, uint32_t bits) {
-    return {keep(dense.x, dense.y, bits & 15), keep(dense.z, dense.w, bits >> 4)};
-  }
-
-  // Elements j and j+1 of a group whose values are one word; __byte_perm's second word is zero.
-  static __device__ __forceinline__ uint32_t place(uint32_t values, uint32_t nibble, int j) {
-    const uint32_t low = value_of(nibble, j);
-    const uint32_t high = value_of(nibble, j + 1);
-    return __byte_perm(values, 0, 0x1010 + 0x22 * low + 0x2200 * high);
-  }
-
-  static __device__ __forceinline__ uint4 decompress(uint2 values, uint32_t bits) {
-    return {place(values.x, bits & 15, 0), place(values.x, bits & 15, 2),
-            place(values.y, bits >> 4, 0), place(values.y, bits >> 4, 2)};
+  template <typename Selectors>
+  static __device__ __forceinline__ uint4 decompress(uint2 values, uint32_t bits,
+                                                     const Selectors& selectors) {
+    const uint32_t low = selectors.place(bits & 15);
+    const uint32_t high = selectors.place(bits >> 4);
+    return {__byte_perm(values.x, 0, low), __byte_perm(values.x, 0, low >> 16),
+            __byte_perm(values.y, 0, high), __byte_perm(values.y, 0, high >> 16)};
   }
 };
 
@@ -53,7 +80,8 @@ struct Unit<4> {
     return bitmask[unit / 2] >> (unit % 2 * 4) & 15;
   }
 
-  static __device__ __forceinline__ uint2 compress(uint4 dense, uint32_t nibble) {
+  template <typename Selectors>
+  static __device__ __forceinline__ uint2 compress(uint4 dense, uint32_t nibble, const Selectors&) {
     const uint32_t first = first_kept(nibble);
     const uint32_t second = second_kept(nibble);
     return {first == 0 ? dense.x : (first == 1 ? dense.y : dense.z),
@@ -65,7 +93,9 @@ struct Unit<4> {
     return value == 0 ? values.x : (value == 1 ? values.y : 0u);
   }
 
-  static __device__ __forceinline__ uint4 decompress(uint2 values, uint32_t nibble) {
+  template <typename Selectors>
+  static __device__ __forceinline__ uint4 decompress(uint2 values, uint32_t nibble,
+                                                     const Selectors&) {
     return {place(values, nibble, 0), place(values, nibble, 1), place(values, nibble, 2),
             place(values, nibble, 3)};
   }

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kUnroll; ++i) {
     const int64_t unit = first + i * kThreads;
     if (unit < units) {
-      values[unit] = Unit<kElementBytes>::compress(group[i], bits[i]);
+      values[unit] = Unit<kElementBytes>::compress(group[i], bits[i], ComputedSelectors());
     }
   }
 }
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kUnroll; ++i) {
     const int64_t unit = first + i * kThreads;
     if (unit < units) {
-      dense[unit] = Unit<kElementBytes>::decompress(kept[i], bits[i]);
+      dense[unit] = Unit<kElementBytes>::decompress(kept[i], bits[i], ComputedSelectors());
     }
   }
 }

@@ -176,14 +176,17 @@ __global__ void __launch_bounds__(kTileThreads)
   constexpr int kMaskPitch = kMaskBytes + 2;                  // lanes hit different banks
   __shared__ alignas(16) uint8_t tile[kTileRows * kTilePitch];
   __shared__ alignas(16) uint8_t masks[kColumns * kMaskPitch];
+  __shared__ SelectorTable selectors;
 
   const int64_t row0 = int64_t{blockIdx.y} * kTileRows;
   const int64_t column0 = int64_t{blockIdx.x} * kColumns;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
-  load_tile<K::kBytes>(tile, weight, row0, column0, [](uint4 dense, uint32_t bits) {
-    const uint4 kept = Unit<K::kBytes>::decompress({~0u, ~0u}, bits);
+  selectors.fill();
+  load_tile<K::kBytes>(tile, weight, row0, column0, [&](uint2 values, uint32_t bits) {
+    const uint4 dense = Unit<K::kBytes>::decompress(values, bits, selectors);
+    const uint4 kept = Unit<K::kBytes>::decompress({~0u, ~0u}, bits, selectors);
     const auto key = [](uint32_t word, uint32_t kept) {
       return (K::nan_to_infinity(word & ~K::kSigns) & kept) | (K::kMinusOne & ~kept);
     };

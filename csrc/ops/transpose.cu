@@ -38,12 +38,12 @@ struct Chunk<2> {
 
   // Elements of the low (high) halves of 16 words, kept by 16 mask bits.
   static __device__ __forceinline__ uint4 make(const uint32_t (&words)[kRows], int half,
-                                               uint32_t bits) {
+                                               uint32_t bits, const SelectorTable& selectors) {
     const uint32_t selector = half == 0 ? 0x5410 : 0x7632;
     const auto group = [&](int g) {
       const uint32_t ab = __byte_perm(words[4 * g], words[4 * g + 1], selector);
       const uint32_t cd = __byte_perm(words[4 * g + 2], words[4 * g + 3], selector);
-      return Unit<2>::keep(ab, cd, bits >> (4 * g) & 15);
+      return __byte_perm(ab, cd, selectors.keep(bits >> (4 * g) & 15));
     };
     return {group(0), group(1), group(2), group(3)};
   }
@@ -57,9 +57,12 @@ struct Chunk<4> {
   static constexpr int kColumnsPerLane = 1;
   static constexpr int kPerColumn = kTileRows / kRows;
 
-  static __device__ __forceinline__ uint4 make(const uint32_t (&words)[kRows], int, uint32_t bits) {
-    const uint2 a = Unit<4>::compress({words[0], words[1], words[2], words[3]}, bits & 15);
-    const uint2 b = Unit<4>::compress({words[4], words[5], words[6], words[7]}, bits >> 4 & 15);
+  static __device__ __forceinline__ uint4 make(const uint32_t (&words)[kRows], int, uint32_t bits,
+                                               const SelectorTable& selectors) {
+    const uint2 a =
+        Unit<4>::compress({words[0], words[1], words[2], words[3]}, bits & 15, selectors);
+    const uint2 b =
+        Unit<4>::compress({words[4], words[5], words[6], words[7]}, bits >> 4 & 15, selectors);
     return {a.x, a.y, b.x, b.y};
   }
 
@@ -80,6 +83,7 @@ __global__ void __launch_bounds__(kTileThreads)
   constexpr int kMaskBytes = kTileRows / 8;   // of a column of the tile: 16
   constexpr int kMaskPitch = kMaskBytes + 2;  // lanes hit different banks
   __shared__ alignas(16) uint8_t masks[kColumns * kMaskPitch];
+  __shared__ SelectorTable selectors;
 
   const int64_t row0 = int64_t{blockIdx.y} * kTileRows;
   const int64_t column0 = int64_t{blockIdx.x} * kColumns;
@@ -87,17 +91,21 @@ __global__ void __launch_bounds__(kTileThreads)
   const int warp = threadIdx.x / 32;
 
   // Mask of the tile's columns, 16 lanes a column; load_tile ends with a barrier
-  const int64_t mask_bytes = weight.rows / 8;  // of one row of bitmask_t
+  const int mask_bytes = static_cast<int>(weight.rows / 8);  // of one row of bitmask_t
+  const int mask_bytes_left = mask_bytes - static_cast<int>(row0 / 8);
+  const int columns_left = static_cast<int>(min(int64_t{kColumns}, weight.columns - column0));
+  const uint8_t* tile_mask = bitmask_t + column0 * mask_bytes + row0 / 8;
 #pragma unroll
   for (int task = threadIdx.x; task < kColumns * kMaskBytes; task += kTileThreads) {
     const int column = task / kMaskBytes;
-    const int64_t byte = row0 / 8 + task % kMaskBytes;
-    const bool inside = column0 + column < weight.columns && byte < mask_bytes;
-    masks[column * kMaskPitch + task % kMaskBytes] =
-        inside ? bitmask_t[(column0 + column) * mask_bytes + byte] : 0;
+    const int byte = task % kMaskBytes;
+    const bool inside = column < columns_left && byte < mask_bytes_left;
+    masks[column * kMaskPitch + byte] = inside ? tile_mask[column * mask_bytes + byte] : 0;
   }
-  load_tile<kElementBytes>(tile, weight, row0, column0,
-                           [](uint4 dense, uint32_t) { return dense; });
+  selectors.fill();
+  load_tile<kElementBytes>(tile, weight, row0, column0, [&](uint2 values, uint32_t bits) {
+    return Unit<kElementBytes>::decompress(values, bits, selectors);
+  });
 
   // Read columns, keep what bitmask_t keeps, stage
 #pragma unroll
@@ -113,23 +121,25 @@ __global__ void __launch_bounds__(kTileThreads)
       const uint8_t* mask = &masks[column * kMaskPitch + chunk * (C::kRows / 8)];
       const uint32_t bits =
           C::kRows == 16 ? *reinterpret_cast<const uint16_t*>(mask) : uint32_t{*mask};
-      staged[column * C::kPerColumn + (chunk ^ C::swizzle(column))] = C::make(words, half, bits);
+      staged[column * C::kPerColumn + (chunk ^ C::swizzle(column))] =
+          C::make(words, half, bits, selectors);
     }
   }
   __syncthreads();
 
   // Store rows of out, 8 bytes a lane: a row starts at a multiple of 8 bytes only
   constexpr int kRowPieces = 2 * C::kPerColumn;
-  const int64_t out_pieces = weight.rows * kElementBytes / 16;  // of one row of out
+  const int out_pieces = static_cast<int>(weight.rows * kElementBytes / 16);  // of one row of out
+  const int pieces_left = out_pieces - static_cast<int>(row0 * kElementBytes / 16);
+  uint2* tile_out = out + column0 * out_pieces + row0 * kElementBytes / 16;
 #pragma unroll
   for (int task = threadIdx.x; task < kColumns * kRowPieces; task += kTileThreads) {
     const int column = task / kRowPieces;
     const int piece = task % kRowPieces;
-    const int64_t index = row0 * kElementBytes / 16 + piece;
-    if (column0 + column < weight.columns && index < out_pieces) {
+    if (column < columns_left && piece < pieces_left) {
       const int chunk = piece / 2 ^ C::swizzle(column);
       const auto* source = reinterpret_cast<const uint2*>(&staged[column * C::kPerColumn + chunk]);
-      out[(column0 + column) * out_pieces + index] = source[piece % 2];
+      tile_out[column * out_pieces + piece] = source[piece % 2];
     }
   }
 }
