@@ -157,8 +157,10 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument(
         "--backward-copy",
         choices=("cached", "recompute"),
-        default="cached",
-        help="keep the transposed compressed weights, or rebuild them in each backward pass",
+        default=argparse.SUPPRESS,
+        help="keep the transposed compressed weights, or rebuild them in each backward pass "
+        "(default: cached; recompute for float32 parameters under autocast, which derives them "
+        "from the cast weights anyway)",
     )
     method.add_argument(
         "--mask-interval",
@@ -324,6 +326,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "autocast" not in args:
         args.autocast = args.device == "cuda"
+    if "backward_copy" not in args:
+        cast = args.autocast and args.dtype == "float32"
+        args.backward_copy = "recompute" if cast else "cached"
     if "output_dir" not in args:
         args.output_dir = f"runs/{short_name(args.model)}-{args.method}"
     return args

@@ -107,7 +107,8 @@ def prepare_dense(model: nn.Module, args: argparse.Namespace) -> Prepared:
     """The baseline: leave the model as it is."""
     groups = decay_groups(model, args.weight_decay, args.decay_embeddings)
     betas = (args.beta1, args.beta2)
-    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps), None
+    fused = args.device == "cuda"
+    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=fused), None
 
 
 def prepare_slope(model: nn.Module, args: argparse.Namespace) -> Prepared:
