@@ -21,7 +21,8 @@ PYTEST_ARGS ?=
 
 # "system" if PYTHON already has a torch that can use CUDA, else "own".
 TORCH_FROM := $(shell $(PYTHON) -c "import torch; print('system' if torch.version.cuda else 'own')" 2>/dev/null || echo own)
-VENV_FLAGS := $(if $(filter system,$(TORCH_FROM)),--system-site-packages)
+# Its packages are then seen through a .pth file: venv's own flag sees nothing of a PYTHON in a venv.
+SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 TORCH_SPEC := $(if $(filter own,$(TORCH_FROM)),'$(TORCH)')
 
 .PHONY: demo test test-gpu lint build wheel clean demo-clean
@@ -30,9 +31,11 @@ TORCH_SPEC := $(if $(filter own,$(TORCH_FROM)),'$(TORCH)')
 # ---- environment and build -------------------------------------------------------------------------
 
 $(VENV)/.stamp: pyproject.toml
-	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(if $(filter system,$(TORCH_FROM)),$(PYTHON) -c $(SITE) > $$($(BIN)/python -c $(SITE))/parent.pth)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q $(TORCH_SPEC) setuptools wheel cmake ninja pybind11
+	$(BIN)/python -m pip install -q --ignore-installed 'setuptools>=77' wheel 'cmake>=3.26' ninja pybind11
+	$(if $(TORCH_SPEC),$(BIN)/python -m pip install -q $(TORCH_SPEC))
 	SLOPE_CUDA=$(SLOPE_CUDA) $(BIN)/python -m pip install -q --no-build-isolation -e '.[pretrain,test,lint]'
 	touch $@
 
