@@ -8,16 +8,12 @@ precomputed int64 indices, i.e. without the cost of making them.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 import harness
 from slope_ext import ops, reference
 
-SHAPES = [(1024, 4096), (4096, 4096), (8192, 8192), (14336, 4096), (20480, 5120)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -61,24 +57,15 @@ def bench_shape(
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, help="folder of the record file (default: results/<gpu>)"
-    )
-    arguments = parser.parse_args()
-
-    bandwidth = harness.copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s on {torch.cuda.get_device_name()}")
-    records = [
+def bench(bandwidth: float) -> list[harness.Record]:
+    """Records of every type and shape."""
+    return [
         record
         for dtype in DTYPES
-        for rows, columns in SHAPES
+        for rows, columns in harness.WEIGHT_SHAPES
         for record in bench_shape(rows, columns, dtype, bandwidth)
     ]
-    harness.print_table(records)
-    print(harness.save(records, "compress", arguments.out))
 
 
 if __name__ == "__main__":
-    main()
+    harness.main("compress", __doc__, bench)

@@ -7,15 +7,10 @@ bytes: prune_24 reads b and writes 1/8; prune_transposed reads b/2 + 1/8 and wri
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
 import harness
 from slope_ext import ops, reference
-
-SHAPES = [(1024, 4096), (4096, 4096), (8192, 8192), (14336, 4096), (20480, 5120)]
 
 
 def bench_shape(
@@ -56,20 +51,14 @@ def bench_shape(
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder of the record file")
-    arguments = parser.parse_args()
-
-    bandwidth = harness.copy_bandwidth()
-    records = [
+def bench(bandwidth: float) -> list[harness.Record]:
+    """Records of every shape, in bf16."""
+    return [
         record
-        for rows, columns in SHAPES
+        for rows, columns in harness.WEIGHT_SHAPES
         for record in bench_shape(rows, columns, torch.bfloat16, bandwidth)
     ]
-    harness.print_table(records)
-    print(harness.save(records, "prune", arguments.out))
 
 
 if __name__ == "__main__":
-    main()
+    harness.main("prune", __doc__, bench)

@@ -9,15 +9,11 @@ either.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
 import harness
 from slope_ext import ops, reference
 
-SHAPES = [(1024, 4096), (4096, 4096), (8192, 8192), (14336, 4096), (20480, 5120)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -50,18 +46,14 @@ def bench_shape(rows: int, columns: int, dtype: torch.dtype, bandwidth: float) -
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder of the record file")
-    arguments = parser.parse_args()
-
-    bandwidth = harness.copy_bandwidth()
-    records = [
-        bench_shape(rows, columns, dtype, bandwidth) for dtype in DTYPES for rows, columns in SHAPES
+def bench(bandwidth: float) -> list[harness.Record]:
+    """Records of every type and shape."""
+    return [
+        bench_shape(rows, columns, dtype, bandwidth)
+        for dtype in DTYPES
+        for rows, columns in harness.WEIGHT_SHAPES
     ]
-    harness.print_table(records)
-    print(harness.save(records, "transpose", arguments.out))
 
 
 if __name__ == "__main__":
-    main()
+    harness.main("transpose", __doc__, bench)

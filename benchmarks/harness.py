@@ -11,7 +11,9 @@ interquartile range.
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import functools
 import json
 import os
 import random
@@ -26,6 +28,9 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 Case = Callable[[int], Any]
+
+# Weights [out, in] that the memory-bound kernels are timed on.
+WEIGHT_SHAPES = [(1024, 4096), (4096, 4096), (8192, 8192), (14336, 4096), (20480, 5120)]
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,7 @@ def time_record(
     )
 
 
+@functools.cache
 def environment() -> dict[str, str]:
     """GPU, versions, commit and date, as the records hold them."""
     version = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else 0
@@ -177,6 +183,25 @@ def environment() -> dict[str, str]:
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def main(name: str, description: str | None, bench: Callable[[float], list[Record]]) -> None:
+    """The command line of a bench: prints and writes the records that ``bench`` returns.
+
+    Args:
+        name: of the record file, without its suffix.
+        description: shown by --help.
+        bench: called with the copy bandwidth in bytes per second.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, help="folder of the records (default: results/<gpu>)")
+    arguments = parser.parse_args()
+
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s on {torch.cuda.get_device_name()}")
+    records = bench(bandwidth)
+    print_table(records)
+    print(save(records, name, arguments.out))
 
 
 def save(records: Sequence[Record], name: str, directory: Path | None = None) -> Path:

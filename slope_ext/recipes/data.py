@@ -44,7 +44,7 @@ class Source:
 
     ``documents`` and ``valid`` open an iterator over the documents and can be called many times;
     ``valid`` is None when the corpus brings no split of its own. ``identity`` is a JSON value
-    that changes when the files behind the corpus do (names and sizes in bytes).
+    that changes when the files behind the corpus do (names and hashes).
     """
 
     documents: Documents
@@ -85,14 +85,15 @@ def open_source(spec: str) -> Source:
     return Source(partial(_read_files, files), None, _identity(files))
 
 
-def _identity_of(tokenizer: str) -> str | None:
-    # A missing file is reported where the tokenizer is loaded.
-    return checksum(Path(tokenizer)) if Path(tokenizer).is_file() else None
-
-
-def _identity(files: Iterable[Path]) -> list[list[str]]:
-    """Names and hashes: a cache of tokens serves only the very text that it was made from."""
-    return [[file.name, checksum(file)] for file in files]
+def _identity(files: Iterable[Path], option: str = "--data") -> list[list[str]]:
+    """Names and hashes: a cache of tokens serves only the very files that it was made from."""
+    identity = []
+    for file in files:
+        try:
+            identity.append([file.name, checksum(file)])
+        except OSError as error:
+            raise UsageError(f"{option} {file}: {error.strerror}") from error
+    return identity
 
 
 def _read_files(files: Iterable[Path]) -> Iterator[str]:
@@ -282,7 +283,10 @@ def tokenize_corpus(
     made_from = {
         "data": [data, source.identity],
         "valid_fraction": valid_fraction,
-        "tokenizer": [tokenizer, vocab_size if tokenizer == "train" else _identity_of(tokenizer)],
+        "tokenizer": [tokenizer, vocab_size]
+        if tokenizer == "train"
+        # A missing file is reported where the tokenizer is loaded.
+        else _identity(filter(Path.is_file, [Path(tokenizer)]), "--tokenizer"),
     }
     description = _read_description(cache)
     if description.get("made_from") != made_from:
