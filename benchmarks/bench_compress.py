@@ -8,6 +8,8 @@ precomputed int64 indices, i.e. without the cost of making them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def bench_shape(
-    rows: int, columns: int, dtype: torch.dtype, bandwidth: float
+    rows: int, columns: int, dtype: torch.dtype, run: harness.Run
 ) -> list[harness.Record]:
     """Records of compress and decompress of one weight [rows, columns]."""
     moved = rows * columns * (1.5 * dtype.itemsize + 1 / 8)
@@ -51,20 +53,17 @@ def bench_shape(
             ours=timings[bench],
             baseline=baseline,
             theirs=timings[baseline.removeprefix("torch.")],
-            limit=moved / bandwidth,
+            limit=run.limit(moved),
         )
         for bench, baseline in (("compress", "torch.gather"), ("decompress", "torch.scatter"))
     ]
 
 
-def bench(bandwidth: float) -> list[harness.Record]:
+def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of every type and shape."""
-    return [
-        record
-        for dtype in DTYPES
-        for rows, columns in harness.WEIGHT_SHAPES
-        for record in bench_shape(rows, columns, dtype, bandwidth)
-    ]
+    for dtype in run.first(DTYPES, 1):
+        for rows, columns in run.first(harness.WEIGHT_SHAPES, 3):
+            yield from bench_shape(rows, columns, dtype, run)
 
 
 if __name__ == "__main__":

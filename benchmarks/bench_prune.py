@@ -7,6 +7,8 @@ bytes: prune_24 reads b and writes 1/8; prune_transposed reads b/2 + 1/8 and wri
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 import harness
@@ -14,7 +16,7 @@ from slope_ext import ops, reference
 
 
 def bench_shape(
-    rows: int, columns: int, dtype: torch.dtype, bandwidth: float
+    rows: int, columns: int, dtype: torch.dtype, run: harness.Run
 ) -> list[harness.Record]:
     """Records of both ops on one weight [rows, columns]."""
     moved = {
@@ -45,19 +47,16 @@ def bench_shape(
             ours=timings[bench],
             baseline="torch.compile",
             theirs=timings[f"{bench} compiled"],
-            limit=moved[bench] / bandwidth,
+            limit=run.limit(moved[bench]),
         )
         for bench in moved
     ]
 
 
-def bench(bandwidth: float) -> list[harness.Record]:
+def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of every shape, in bf16."""
-    return [
-        record
-        for rows, columns in harness.WEIGHT_SHAPES
-        for record in bench_shape(rows, columns, torch.bfloat16, bandwidth)
-    ]
+    for rows, columns in run.first(harness.WEIGHT_SHAPES, 3):
+        yield from bench_shape(rows, columns, torch.bfloat16, run)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ either.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 import harness
@@ -17,7 +19,7 @@ from slope_ext import ops, reference
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def bench_shape(rows: int, columns: int, dtype: torch.dtype, bandwidth: float) -> harness.Record:
+def bench_shape(rows: int, columns: int, dtype: torch.dtype, run: harness.Run) -> harness.Record:
     """Record of one weight [rows, columns]."""
     moved = rows * columns * (dtype.itemsize + 2 / 8)
     sets = harness.buffer_sets(int(moved))
@@ -42,17 +44,15 @@ def bench_shape(rows: int, columns: int, dtype: torch.dtype, bandwidth: float) -
         ours=timings["ours"],
         baseline="torch.gather",
         theirs=timings["gather"],
-        limit=moved / bandwidth,
+        limit=run.limit(moved),
     )
 
 
-def bench(bandwidth: float) -> list[harness.Record]:
+def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of every type and shape."""
-    return [
-        bench_shape(rows, columns, dtype, bandwidth)
-        for dtype in DTYPES
-        for rows, columns in harness.WEIGHT_SHAPES
-    ]
+    for dtype in run.first(DTYPES, 1):
+        for rows, columns in run.first(harness.WEIGHT_SHAPES, 3):
+            yield bench_shape(rows, columns, dtype, run)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times CUDA work and writes records; every bench_<family>.py is built on it.
+"""Times CUDA work and host work and writes records; every bench_<family>.py is built on it.
 
-How a figure comes about. A case is a function of one argument, the index of a buffer set. It is
-captured into a CUDA graph once per buffer set; the sets together are larger than the L2 cache, so
-that no run finds its operands there. A replay of one graph is timed by a pair of CUDA events behind
-a backlog that keeps the GPU busy while the host enqueues. Competing cases take turns in one run,
-in shuffled order, so that clock and temperature drift hit all alike. Reported: median and
-interquartile range.
+How a figure of GPU time comes about. A case is a function of one argument, the index of a buffer
+set. The sets together are larger than the L2 cache, so that no call finds its operands there. A
+CUDA graph holds calls on one set after the other, as many as make a replay last 200 us: what it
+costs to start a graph is then 2 % of the time or less. The time of a replay is taken by a pair of
+CUDA events, behind a backlog that empties the L2 cache and keeps the GPU busy while the host
+enqueues, and is divided by the calls. A call's time is thus what it adds to a row of calls, the gap
+between two kernels included. Competing cases take turns in one run, in shuffled order, so that
+clock and temperature drift hit all alike. Reported: median and interquartile range over the rounds.
+
+Host time is another figure: what a call keeps the Python thread busy for, with the GPU idle.
 """
 
 from __future__ import annotations
@@ -15,19 +19,28 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import os
 import random
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 Case = Callable[[int], Any]
+T = TypeVar("T")
+
+REPLAY_SECONDS = 200e-6  # a replay lasts at least this long,
+MAX_CALLS = 512  # unless it would hold more calls than this
+CASE_SECONDS = 0.2  # the replays of a case take no longer, but there are at least MIN_ROUNDS
+MIN_ROUNDS = 10
 
 # Weights [out, in] that the memory-bound kernels are timed on.
 WEIGHT_SHAPES = [(1024, 4096), (4096, 4096), (8192, 8192), (14336, 4096), (20480, 5120)]
@@ -43,7 +56,10 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One line of a result file. ratio > 1: ours is better; limit_fraction 1: at the limit."""
+    """One line of a result file. ratio > 1: ours is better; limit_fraction 1: at the limit.
+
+    limit and limit_fraction are None where no limit of the hardware applies, as to host time.
+    """
 
     bench: str
     case: str
@@ -57,13 +73,30 @@ class Record:
     baseline_value: float
     baseline_spread: float
     ratio: float
-    limit: float
-    limit_fraction: float
+    limit: float | None
+    limit_fraction: float | None
     gpu: str
     torch: str
     cusparselt: str
     commit: str
     date: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a bench is told: how much to do, and the limits of this card in this run."""
+
+    quick: bool
+    bandwidth: float  # bytes/s, copy_bandwidth()
+    matmul_rate: float  # FLOP/s, matmul_rate()
+
+    def first(self, items: Sequence[T], count: int) -> Sequence[T]:
+        """The first ``count`` items in a quick run, otherwise all."""
+        return items[:count] if self.quick else items
+
+    def limit(self, moved: float, flops: float = 0.0) -> float:
+        """Least seconds of work that must move that many bytes and do that many FLOP."""
+        return max(moved / self.bandwidth, flops / self.matmul_rate)
 
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -75,35 +108,86 @@ def buffer_sets(bytes_of_one: int) -> int:
     return max(2, -(-3 * l2 // max(1, bytes_of_one)))
 
 
-def time_cases(cases: dict[str, Case], sets: int, rounds: int = 60) -> dict[str, Timing]:
-    """Times cases against each other.
+def time_cases(
+    cases: dict[str, Case], sets: int, rounds: int = 60, optional: Collection[str] = ()
+) -> dict[str, Timing]:
+    """GPU times of cases, taken against each other. Not for work that waits for the GPU.
 
     Args:
-        cases: name -> function that launches the work on buffer set ``i``, 0 <= i < sets.
+        cases: name -> function that launches the work on buffer set ``i``, 0 <= i < sets. What it
+            returns is kept until its set comes round again, so that outputs rotate too.
         sets: number of buffer sets, from :func:`buffer_sets`.
-        rounds: timed replays of each case, after a fifth as many untimed ones.
+        rounds: timed replays of each case, after a fifth as many untimed ones; fewer if the longest
+            case takes more than CASE_SECONDS.
+        optional: names that are left out of the result, with a line of output, if they cannot be
+            captured into a CUDA graph.
 
     Returns:
-        name -> Timing in seconds.
+        name -> Timing of one call, in seconds.
     """
-    graphs = {name: [_capture(case, i) for i in range(sets)] for name, case in cases.items()}
     busy = torch.empty(1 << 26, device="cuda")
-    samples: dict[str, list[float]] = {name: [] for name in cases}
-    order = list(cases)
+    graphs: dict[str, _Graph] = {}
+    for name, case in cases.items():
+        try:
+            graphs[name] = _Graph.of(case, sets, busy)
+        except RuntimeError as error:
+            if name not in optional:
+                raise
+            print(f"left out: {name} cannot be captured ({str(error).splitlines()[0]})")
+    longest = max(graph.replay_seconds(busy) for graph in graphs.values())
+    rounds = max(MIN_ROUNDS, min(rounds, int(CASE_SECONDS / longest)))
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    order = list(graphs)
     shuffle = random.Random(0).shuffle
-    for turn in range(rounds + rounds // 5):
+    for turn in range(-(rounds // 5), rounds):
         shuffle(order)
         for name in order:
-            graph = graphs[name][turn % sets]
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            busy.fill_(turn)  # backlog: the events and the replay are queued before it ends
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if turn >= rounds // 5:
-                samples[name].append(start.elapsed_time(end) * 1e-3)
-    return {name: _timing(values) for name, values in samples.items()}
+            seconds = graphs[name].replay_seconds(busy) / graphs[name].calls
+            if turn >= 0:
+                samples[name].append(seconds)
+    return {name: timing_of(values) for name, values in samples.items()}
+
+
+def host_time(case: Callable[[], Any], calls: int = 50, batches: int = 40) -> Timing:
+    """Host seconds of a call: how long it keeps the Python thread busy.
+
+    Batches of calls are enqueued without waiting for the GPU. Between batches the GPU is waited
+    for, outside the time, so that its queue never fills up; the GPU work of a call must be shorter
+    than its host work for that.
+
+    Args:
+        case: makes one call.
+        calls: calls of a batch, at most 100.
+        batches: timed batches, after a fifth as many untimed ones.
+
+    Returns:
+        Timing of one call over the batches, in seconds.
+
+    Raises:
+        ValueError: calls is not in [1, 100].
+    """
+    if not 1 <= calls <= 100:
+        raise ValueError(f"host_time: calls must be in [1, 100], got {calls}")
+    samples: list[float] = []
+    for batch in range(-(batches // 5), batches):
+        _wait_for_gpu()
+        start = time.perf_counter()
+        for _ in range(calls):
+            case()
+        seconds = time.perf_counter() - start
+        if batch >= 0:
+            samples.append(seconds / calls)
+    _wait_for_gpu()
+    return timing_of(samples)
+
+
+def wall_time(case: Callable[[], Any]) -> float:
+    """Seconds of one call, by the wall clock, from an idle GPU until it is idle again."""
+    _wait_for_gpu()
+    start = time.perf_counter()
+    case()
+    _wait_for_gpu()
+    return time.perf_counter() - start
 
 
 def copy_bandwidth() -> float:
@@ -121,19 +205,64 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / fastest
 
 
-def _capture(case: Case, index: int) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        case(index)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        case(index)
-    return graph
+def matmul_rate(size: int = 8192) -> float:
+    """FLOP per second of a dense bf16 product by cuBLAS, both factors [size, size], in a burst."""
+    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    timing = time_cases({"matmul": lambda _: torch.mm(a, b, out=out)}, sets=1, rounds=20)
+    return 2 * size * size * size / timing["matmul"].median
 
 
-def _timing(samples: Sequence[float]) -> Timing:
+@dataclass(frozen=True)
+class _Graph:
+    """A CUDA graph of ``calls`` calls of one case."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+
+    @classmethod
+    def of(cls, case: Case, sets: int, busy: Tensor) -> _Graph:
+        """As many calls as REPLAY_SECONDS wants, at least two, going by a first, small graph."""
+        first = cls._capture(case, sets, min(4, sets))
+        first.replay_seconds(busy)
+        seconds = first.replay_seconds(busy) / first.calls
+        calls = min(MAX_CALLS, max(2, math.ceil(REPLAY_SECONDS / seconds)))
+        return first if calls == first.calls else cls._capture(case, sets, calls)
+
+    @classmethod
+    def _capture(cls, case: Case, sets: int, calls: int) -> _Graph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        outputs: list[Any] = [None] * sets
+        with torch.cuda.stream(stream):
+            for i in range(min(sets, calls)):
+                case(i)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # The outer context restores the stream even if the capture fails on its way out.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            for call in range(calls):
+                outputs[call % sets] = case(call % sets)
+        return cls(graph, calls)
+
+    def replay_seconds(self, busy: Tensor) -> float:
+        """Seconds of a replay that starts behind writing ``busy``."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        busy.zero_()  # backlog: the events and the replay are queued before it ends
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timing_of(samples: Sequence[float]) -> Timing:
+    """Median and interquartile range of two samples or more."""
     first, median, third = statistics.quantiles(samples, n=4)
     return Timing(median=median, iqr=third - first)
 
@@ -150,7 +279,7 @@ def time_record(
     ours: Timing,
     baseline: str,
     theirs: Timing,
-    limit: float,
+    limit: float | None = None,
 ) -> Record:
     """A record of metric "time": microseconds, limit and timings given in seconds."""
     return Record(
@@ -166,8 +295,8 @@ def time_record(
         baseline_value=_microseconds(theirs.median),
         baseline_spread=_microseconds(theirs.iqr),
         ratio=round(theirs.median / ours.median, 3),
-        limit=_microseconds(limit),
-        limit_fraction=round(limit / ours.median, 3),
+        limit=None if limit is None else _microseconds(limit),
+        limit_fraction=None if limit is None else round(limit / ours.median, 3),
         **environment(),
     )
 
@@ -177,7 +306,7 @@ def environment() -> dict[str, str]:
     """GPU, versions, commit and date, as the records hold them."""
     version = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else 0
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "cusparselt": str(version or "none"),
         "commit": _commit(),
@@ -185,28 +314,42 @@ def environment() -> dict[str, str]:
     }
 
 
-def main(name: str, description: str | None, bench: Callable[[float], list[Record]]) -> None:
-    """The command line of a bench: prints and writes the records that ``bench`` returns.
+def main(name: str, description: str | None, bench: Callable[[Run], Iterable[Record]]) -> None:
+    """The command line of a bench: prints and writes the records that ``bench`` yields.
+
+    The file is written anew after every record: a bench that is stopped leaves what it has. A quick
+    run writes one only where --out says so, lest it replace the records of a whole one.
 
     Args:
         name: of the record file, without its suffix.
         description: shown by --help.
-        bench: called with the copy bandwidth in bytes per second.
+        bench: called with the limits of this run.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder of the records (default: results/<gpu>)")
+    parser.add_argument("--quick", action="store_true", help="few shapes and types")
     arguments = parser.parse_args()
 
-    bandwidth = copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s on {torch.cuda.get_device_name()}")
-    records = bench(bandwidth)
-    print_table(records)
-    print(save(records, name, arguments.out))
+    started = time.perf_counter()
+    run = Run(quick=arguments.quick, bandwidth=copy_bandwidth(), matmul_rate=matmul_rate())
+    print(
+        f"{torch.cuda.get_device_name()}: copy bandwidth {run.bandwidth / 1e12:.2f} TB/s, "
+        f"dense bf16 product {run.matmul_rate / 1e12:.0f} TFLOP/s"
+    )
+    records: list[Record] = []
+    for record in bench(run):
+        records.append(record)
+        print(line(record), flush=True)
+        if arguments.out or not run.quick:
+            save(records, name, arguments.out)
+    print(f"{len(records)} records of {name} in {time.perf_counter() - started:.0f} s")
 
 
 def save(records: Sequence[Record], name: str, directory: Path | None = None) -> Path:
     """Writes results/<gpu>/<name>.json (or directory/<name>.json); returns the path."""
-    gpu = torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
+    gpu = records[0].gpu.lower().removeprefix("nvidia ").replace(" ", "-")
     folder = directory or RESULTS / gpu
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
@@ -214,13 +357,16 @@ def save(records: Sequence[Record], name: str, directory: Path | None = None) ->
     return path
 
 
-def print_table(records: Sequence[Record]) -> None:
-    """A line per record, for reading along."""
-    for r in records:
-        print(
-            f"{r.bench:<12} {r.case:<14} {r.dtype:<9} {r.value:9.1f} +- {r.spread:5.1f} {r.unit}"
-            f"  {r.ratio:5.2f}x {r.baseline}  {r.limit_fraction:6.1%} of limit {r.limit:.1f}"
-        )
+def line(r: Record) -> str:
+    """A record in a line, for reading along."""
+    tokens = f"{r.tokens:6d}" if r.tokens else " " * 6
+    text = (
+        f"{r.bench:<26} {r.case:<22} {tokens} {r.dtype:<9} {r.value:9.1f} +- {r.spread:6.1f} "
+        f"{r.unit}  {r.ratio:5.2f}x {r.baseline}"
+    )
+    if r.limit is None or r.limit_fraction is None:
+        return text
+    return f"{text}  {r.limit_fraction:6.1%} of limit {r.limit:.1f}"
 
 
 def _microseconds(seconds: float) -> float:

@@ -1,52 +1,260 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the benchmark tables of README.md from the committed records.
+"""Writes the tables of README.md and docs/performance.md and the charts, from committed records.
 
-    python benchmarks/plot.py            rewrite the tables
-    python benchmarks/plot.py --check    exit 1 if a table is not what the records say
+    python benchmarks/plot.py            rewrite the tables, draw the charts (needs matplotlib)
+    python benchmarks/plot.py --check    exit 1 if a table or a chart is not what the records say
 
 A table stands between ``<!-- records: GPU/FILE DTYPE -->`` and ``<!-- /records -->``, where
-GPU/FILE.json lies under benchmarks/results; it shows the records of that dtype.
+GPU/FILE.json lies under benchmarks/results; it shows the records of that dtype. More words
+``field=value`` or ``field=value,value`` narrow them down further, e.g. ``tokens=8192,16384``.
+
+The charts are docs/images/CHART-GPU.svg. A chart ends in a comment with a digest of the records it
+was drawn from, which is what --check compares; a chart that has no records is skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
+import itertools
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"(<!-- records: (\S+) (\w+) -->\n).*?(<!-- /records -->)", re.DOTALL)
+from model_shapes import BAR_SHAPES
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
+BLOCK = re.compile(
+    r"(<!-- records: (\S+) (\w+)((?: \w+=\S+)*) -->\n).*?(<!-- /records -->)", re.DOTALL
+)
+
+RawRecord = dict[str, Any]
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """A Markdown table with a line per record, and where and when they were measured."""
-    lines = [
-        "| op | weight | time | limit | of limit | against |",
-        "|---|---|---:|---:|---:|---|",
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def table(records: list[RawRecord]) -> str:
+    """A Markdown table, and where and when its records were measured.
+
+    A line for each time measured: records that differ in the baseline only share one. Columns for
+    tokens and for the limit are there if a record has them.
+    """
+    tokens = any(r["tokens"] for r in records)
+    limit = any(r["limit"] is not None for r in records)
+    columns = [("op", "---"), ("weight", "---"), ("tokens", "---:"), ("time", "---:")]
+    columns += [("limit", "---:"), ("of limit", "---:"), ("against", "---")]
+    shown = [
+        name for name, _ in columns if {"tokens": tokens}.get(name, limit or "limit" not in name)
     ]
-    for r in records:
-        time = f"{r['value']:.1f} ± {r['spread']:.1f} {r['unit']}"
-        lines.append(
-            f"| {r['bench']} | {r['case']} | {time} | {r['limit']:.1f} {r['unit']} "
-            f"| {r['limit_fraction']:.0%} | {r['ratio']:.1f}x {r['baseline']} |"
-        )
+    lines = [
+        f"| {' | '.join(shown)} |",
+        f"|{'|'.join(rule for name, rule in columns if name in shown)}|",
+    ]
+    for same in _lines(records):
+        r = same[0]
+        cells = {
+            "op": r["bench"],
+            "weight": r["case"],
+            "tokens": str(r["tokens"] or ""),
+            "time": f"{r['value']:.1f} ± {r['spread']:.1f} {r['unit']}",
+            "limit": "" if r["limit"] is None else f"{r['limit']:.1f} {r['unit']}",
+            "of limit": "" if r["limit"] is None else f"{r['limit_fraction']:.0%}",
+            "against": ", ".join(_against(r) for r in same),
+        }
+        lines.append(f"| {' | '.join(cells[name] for name in shown)} |")
+    return "\n".join(lines) + f"\n\n{where(records)}. Medians ± interquartile range.\n"
+
+
+def where(records: list[RawRecord]) -> str:
+    """Type, card, versions, date and commit of the first record."""
     r = records[0]
-    where = f"{r['dtype']}, {r['gpu']}, torch {r['torch']}, {r['date']}, commit {r['commit']}"
-    return "\n".join(lines) + f"\n\n{where}. Medians ± interquartile range.\n"
+    return f"{r['dtype']}, {r['gpu']}, torch {r['torch']}, {r['date']}, commit {r['commit']}"
 
 
 def render(text: str) -> str:
     """``text`` with every table made anew from its records."""
 
     def replace(match: re.Match[str]) -> str:
-        records = json.loads((RESULTS / f"{match[2]}.json").read_text())
-        return match[1] + table([r for r in records if r["dtype"] == match[3]]) + match[4]
+        start, file, dtype, words, end = match.groups()
+        wanted = {"dtype": [dtype]}
+        for word in words.split():
+            field, values = word.split("=")
+            wanted[field] = values.split(",")
+        records = [
+            r
+            for r in json.loads((RESULTS / f"{file}.json").read_text())
+            if all(str(r[field]) in values for field, values in wanted.items())
+        ]
+        if not records:
+            raise SystemExit(f"no records for {start.strip()}")
+        return start + table(records) + end
 
     return BLOCK.sub(replace, text)
+
+
+def _lines(records: list[RawRecord]) -> Iterator[list[RawRecord]]:
+    def key(r: RawRecord) -> tuple[Any, ...]:
+        return tuple(r[name] for name in ("bench", "case", "dtype", "tokens", "metric", "value"))
+
+    for _, same in itertools.groupby(records, key):
+        yield list(same)
+
+
+def _against(r: RawRecord) -> str:
+    digits = 1 if r["tokens"] == 0 else 2  # products differ by per cents, moving kernels by factors
+    return f"{r['ratio']:.{digits}f}x {r['baseline']}"
+
+
+# ---- charts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture of some records of one card."""
+
+    name: str
+    files: tuple[str, ...]  # of results/<gpu>, those that exist
+    wants: Callable[[RawRecord], bool]
+    draw: Callable[[Any, list[RawRecord]], None]  # onto matplotlib axes
+
+    def records(self, folder: Path) -> list[RawRecord]:
+        paths = [folder / f"{file}.json" for file in self.files]
+        found = [r for p in paths if p.is_file() for r in json.loads(p.read_text())]
+        return [r for r in found if self.wants(r)]
+
+
+def draw_speedup(axes: Any, records: list[RawRecord]) -> None:
+    """Speedup over the dense product against tokens, a line for each weight."""
+    for case in dict.fromkeys(r["case"] for r in records):
+        line = sorted((r["tokens"], r["ratio"]) for r in records if r["case"] == case)
+        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=case)
+    tokens = sorted({r["tokens"] for r in records})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [str(count) for count in tokens])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("speedup over cuBLAS")
+    axes.set_ylim(bottom=0)
+    axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
+    axes.set_title("2:4 forward product", loc="left")
+    axes.legend(title="out x in", frameon=False, ncols=2, loc="lower right")
+
+
+def draw_limits(axes: Any, records: list[RawRecord]) -> None:
+    """Fraction of copy bandwidth: a group of bars for each kernel, a bar for each weight."""
+    kernels = list(dict.fromkeys(r["bench"] for r in records))
+    cases = list(dict.fromkeys(r["case"] for r in records))
+    width = 0.8 / len(cases)
+    for i, case in enumerate(cases):
+        bars = {r["bench"]: r["limit_fraction"] for r in records if r["case"] == case}
+        left = [kernels.index(kernel) - 0.4 + (i + 0.5) * width for kernel in bars]
+        axes.bar(left, list(bars.values()), width, label=case)
+    axes.set_xticks(range(len(kernels)), kernels)
+    axes.set_ylabel("of what copy bandwidth allows")
+    axes.set_ylim(0, 1.05)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
+    axes.set_title("Memory-bound kernels", loc="left")
+    axes.legend(
+        title="out x in",
+        frameon=False,
+        ncols=len(cases),
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.08),
+    )
+
+
+BAR_CASES = [f"{rows}x{columns}" for rows, columns in BAR_SHAPES]
+
+CHARTS = [
+    Chart(
+        "speedup",
+        ("spmm",),
+        lambda r: (r["bench"], r["baseline"], r["dtype"])
+        == ("linear_forward", "F.linear", "bfloat16")
+        and r["case"] in BAR_CASES,
+        draw_speedup,
+    ),
+    Chart(
+        "limits",
+        ("compress", "prune", "transpose", "pack"),
+        lambda r: r["dtype"] == "bfloat16" and r["limit"] is not None and not r["tokens"],
+        draw_limits,
+    ),
+]
+
+
+def digest(records: list[RawRecord]) -> str:
+    """What a chart of these records carries."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def comment(records: list[RawRecord]) -> str:
+    """The last line of a chart but one."""
+    return f"<!-- records: {where(records)}; sha256 {digest(records)} -->"
+
+
+def svg(chart: Chart, records: list[RawRecord]) -> str:
+    """The chart; the same records give the same text with the same release of matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.hashsalt": chart.name,
+        "svg.fonttype": "none",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": "0.9",
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        chart.draw(figure.add_subplot(), records)
+        figure.supxlabel(where(records), fontsize=7, color="0.4")
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    body, end, _ = out.getvalue().rpartition("</svg>")
+    text = f"{body}{comment(records)}\n{end}\n"
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+def charts() -> Iterator[tuple[Path, Chart, list[RawRecord]]]:
+    """Every chart that has records, with the path of its file."""
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        for chart in CHARTS:
+            if records := chart.records(folder):
+                yield IMAGES / f"{chart.name}-{folder.name}.svg", chart, records
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def check() -> int:
+    """1 and a line for each table or chart that is not what the records say, otherwise 0."""
+    wrong = [
+        f"{path.name}: a table differs from its records"
+        for path in DOCUMENTS
+        if render(path.read_text()) != path.read_text()
+    ]
+    wrong += [
+        f"{path.name}: was not drawn from the present records"
+        for path, _, records in charts()
+        if not path.is_file() or comment(records) not in path.read_text()
+    ]
+    for message in wrong:
+        print(f"{message}; run python benchmarks/plot.py")
+    return int(bool(wrong))
 
 
 def main() -> int:
@@ -54,14 +262,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    check = parser.parse_args().check
-    current = README.read_text()
-    rendered = render(current)
-    if check:
-        if rendered != current:
-            print("README.md: a table differs from its records; run python benchmarks/plot.py")
-        return int(rendered != current)
-    README.write_text(rendered)
+    if parser.parse_args().check:
+        return check()
+    for path in DOCUMENTS:
+        path.write_text(render(path.read_text()))
+    for path, chart, records in charts():
+        path.write_text(svg(chart, records))
     return 0
 
 

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first call of a new shape: what making a plan costs, and what tuning it costs.
+
+Wall time from an idle GPU until it is idle again, of calls with token counts that were never used
+before, around the one that the case names; median and interquartile range over them. The library is
+warm: another shape ran first. ``plan`` makes a plan with the default algorithm (policy "off"),
+``tune`` measures the candidates first (policy "on_first_use"). Baseline: F.linear with the dense
+weight and the same token counts, also for the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import harness
+from model_shapes import BAR_SHAPES, Shape
+from slope_ext import SLoPeLinear, plan_cache
+
+TOKENS = [64, 2048]
+CALLS = 6
+STEP = 16  # between token counts
+
+
+def first_calls(linear: Callable[[Tensor], Tensor], xs: list[Tensor]) -> harness.Timing:
+    """One call for each input, the first of its shape."""
+    seconds = [harness.wall_time(lambda x=x: linear(x)) for x in xs]  # type: ignore[misc]
+    return harness.timing_of(seconds)
+
+
+def bench_shape(shape: Shape, tokens: int) -> Iterator[harness.Record]:
+    """Records of one weight [out, in] in bf16."""
+    dense = torch.randn(*shape, device="cuda").bfloat16()
+    layer = SLoPeLinear.from_dense(dense)
+    counts = range(tokens, tokens + 2 * CALLS * STEP, STEP)
+    xs = [torch.randn(count, shape[1], device="cuda").bfloat16() for count in counts]
+    for case, policy, inputs in (
+        ("plan", "off", xs[:CALLS]),
+        ("tune", "on_first_use", xs[CALLS:]),
+    ):
+        plan_cache.set_policy(policy)
+        yield harness.time_record(
+            bench="first_call",
+            case=f"{shape[0]}x{shape[1]};{case}",
+            dtype=dense.dtype,
+            tokens=tokens,
+            ours=first_calls(layer, inputs),
+            baseline="F.linear",
+            theirs=first_calls(lambda x: F.linear(x, dense), inputs),
+        )
+
+
+@torch.no_grad()
+def bench(run: harness.Run) -> Iterator[harness.Record]:
+    """Records of two bar shapes, or one in a quick run."""
+    plan_cache.set_policy("off")
+    warm = torch.randn(512, 512, device="cuda").bfloat16()
+    for linear in (SLoPeLinear.from_dense(warm), lambda x: F.linear(x, warm)):
+        linear(warm)
+    for shape in run.first(BAR_SHAPES[:2], 1):
+        for tokens in TOKENS:
+            yield from bench_shape(shape, tokens)
+
+
+if __name__ == "__main__":
+    harness.main("first_call", __doc__, bench)
