@@ -3,12 +3,14 @@
 
 How a figure of GPU time comes about. A case is a function of one argument, the index of a buffer
 set. The sets together are larger than the L2 cache, so that no call finds its operands there. A
-CUDA graph holds calls on one set after the other, as many as make a replay last 200 us: what it
-costs to start a graph is then 2 % of the time or less. The time of a replay is taken by a pair of
-CUDA events, behind a backlog that empties the L2 cache and keeps the GPU busy while the host
-enqueues, and is divided by the calls. A call's time is thus what it adds to a row of calls, the gap
-between two kernels included. Competing cases take turns in one run, in shuffled order, so that
-clock and temperature drift hit all alike. Reported: median and interquartile range over the rounds.
+CUDA graph holds calls on one set after the other, as many as make a replay last 500 us (two at
+least): what it costs to start a graph, 4 or 5 us, is then 1 % of the time, and so is what the last
+calls leave unwritten in the L2 cache. The time of a replay is taken by a pair of CUDA events and
+divided by the calls. Before it a backlog keeps the GPU busy while the host enqueues; it reads more
+than the L2 cache holds, so that no operand and nothing to be written back is left there. A call's
+time is thus what it adds to a row of calls, the gap between two kernels included. Competing cases
+take turns in one run, in shuffled order, so that clock and temperature drift hit all alike.
+Reported: median and interquartile range over the rounds.
 
 Host time is another figure: what a call keeps the Python thread busy for, with the GPU idle.
 """
@@ -37,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 Case = Callable[[int], Any]
 T = TypeVar("T")
 
-REPLAY_SECONDS = 200e-6  # a replay lasts at least this long,
+REPLAY_SECONDS = 500e-6  # a replay lasts at least this long,
 MAX_CALLS = 512  # unless it would hold more calls than this
 CASE_SECONDS = 0.2  # the replays of a case take no longer, but there are at least MIN_ROUNDS
 MIN_ROUNDS = 10
@@ -125,7 +127,7 @@ def time_cases(
     Returns:
         name -> Timing of one call, in seconds.
     """
-    busy = torch.empty(1 << 26, device="cuda")
+    busy = torch.zeros(1 << 26, device="cuda")
     graphs: dict[str, _Graph] = {}
     for name, case in cases.items():
         try:
@@ -246,9 +248,9 @@ class _Graph:
         return cls(graph, calls)
 
     def replay_seconds(self, busy: Tensor) -> float:
-        """Seconds of a replay that starts behind writing ``busy``."""
+        """Seconds of a replay that starts behind a read of ``busy``."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        busy.zero_()  # backlog: the events and the replay are queued before it ends
+        busy.sum()  # backlog: the events and the replay are queued before it ends
         start.record()
         self.graph.replay()
         end.record()

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of benchmarks/ runs without a GPU: records, host time, tables, digests of charts."""
+
+import importlib
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name):
+    """A module of benchmarks/, which finds its neighbours as it does when run as a script."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+harness, plot, model_shapes = load("harness"), load("plot"), load("model_shapes")
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """A record of 10 us against 15 us, with a limit of 8 us."""
+    environment = {
+        "gpu": "NVIDIA Test 1",
+        "torch": "2.0",
+        "cusparselt": "0",
+        "commit": "c",
+        "date": "d",
+    }
+    monkeypatch.setattr(harness, "environment", lambda: environment)
+    return harness.time_record(
+        bench="op",
+        case="64x32",
+        dtype=torch.bfloat16,
+        tokens=0,
+        ours=harness.Timing(10e-6, 1e-6),
+        baseline="theirs",
+        theirs=harness.Timing(15e-6, 2e-6),
+        limit=8e-6,
+    )
+
+
+# ---- records -------------------------------------------------------------------------------------
+
+
+def test_record_holds_microseconds_and_ratios(record):
+    assert (record.value, record.spread, record.baseline_value) == (10.0, 1.0, 15.0)
+    assert (record.ratio, record.limit, record.limit_fraction) == (1.5, 8.0, 0.8)
+    assert "80.0% of limit 8.0" in harness.line(record)
+
+
+def test_record_without_limit(record):
+    host = replace(record, limit=None, limit_fraction=None)
+    assert "limit" not in harness.line(host)
+    assert json.loads(json.dumps(asdict(host)))["limit"] is None
+
+
+def test_records_round_trip(record, tmp_path):
+    path = harness.save([record, record], "op", tmp_path / "new")
+    assert path == tmp_path / "new" / "op.json"
+    assert [harness.Record(**fields) for fields in json.loads(path.read_text())] == [record] * 2
+
+
+def test_records_of_a_card_have_its_folder(record, monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    assert harness.save([record], "op") == tmp_path / "test-1" / "op.json"
+
+
+def test_limit_is_the_longer_of_bytes_and_flops():
+    run = harness.Run(quick=True, bandwidth=10.0, matmul_rate=100.0)
+    assert run.limit(moved=20.0) == 2.0
+    assert run.limit(moved=20.0, flops=500.0) == 5.0
+    assert run.first([1, 2, 3], 2) == [1, 2]
+    assert replace(run, quick=False).first([1, 2, 3], 2) == [1, 2, 3]
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+def test_host_time_is_that_of_a_call(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: 4.0 * next(clock))
+    calls = []
+    timing = harness.host_time(lambda: calls.append(0), calls=8, batches=10)
+    assert timing == harness.Timing(median=0.5, iqr=0.0)
+    assert len(calls) == 8 * 12  # two batches untimed
+
+
+@pytest.mark.parametrize("calls", [0, 101])
+def test_host_time_refuses_batches_that_fill_the_queue(calls):
+    with pytest.raises(ValueError, match="calls"):
+        harness.host_time(lambda: None, calls=calls)
+
+
+def test_timing_of_samples():
+    assert harness.timing_of([1.0, 2.0, 3.0]) == harness.Timing(median=2.0, iqr=2.0)
+
+
+# ---- shapes --------------------------------------------------------------------------------------
+
+
+def test_target_shapes_are_shapes_of_models():
+    users = model_shapes.users()
+    assert set(model_shapes.BAR_SHAPES) <= set(users)
+    assert "LLaMA-3-8B gate, up" in users[14336, 4096]
+    assert "OPT-66B q, k, v, o" in users[9216, 9216]
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def test_table_of_a_kernel(record):
+    head, rule, line, _, foot = plot.table([asdict(record)]).splitlines()
+    assert head == "| op | weight | time | limit | of limit | against |"
+    assert rule == "|---|---|---:|---:|---:|---|"
+    assert line == "| op | 64x32 | 10.0 ± 1.0 us | 8.0 us | 80% | 1.5x theirs |"
+    assert foot.startswith("bfloat16, NVIDIA Test 1, torch 2.0, d, commit c.")
+
+
+def test_table_with_tokens_puts_baselines_into_a_line(record):
+    records = [
+        replace(record, tokens=8),
+        replace(record, tokens=8, baseline="others", ratio=0.994),
+        replace(record, tokens=64),
+    ]
+    head, _, first, second, *_ = plot.table([asdict(r) for r in records]).splitlines()
+    assert head == "| op | weight | tokens | time | limit | of limit | against |"
+    assert first.endswith("| 8 | 10.0 ± 1.0 us | 8.0 us | 80% | 1.50x theirs, 0.99x others |")
+    assert second.endswith("| 64 | 10.0 ± 1.0 us | 8.0 us | 80% | 1.50x theirs |")
+
+
+def test_table_without_limits(record):
+    head, _, line, *_ = plot.table(
+        [asdict(replace(record, limit=None, limit_fraction=None))]
+    ).splitlines()
+    assert head == "| op | weight | time | against |"
+    assert line == "| op | 64x32 | 10.0 ± 1.0 us | 1.5x theirs |"
+
+
+def test_block_shows_the_records_it_names(record, monkeypatch, tmp_path):
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    records = [replace(record, tokens=tokens) for tokens in (8, 64, 512)]
+    harness.save([*records, replace(record, tokens=8, dtype="float16")], "op", tmp_path / "card")
+    block = "a\n<!-- records: card/op bfloat16 tokens=8,512 -->\nold\n<!-- /records -->\nb\n"
+    rendered = plot.render(block)
+    assert plot.render(rendered) == rendered
+    assert [line.split(" | ")[2] for line in rendered.splitlines()[4:6]] == ["8", "512"]
+    assert "| 64 |" not in rendered
+    assert rendered.startswith("a\n<!--")
+    assert rendered.endswith("<!-- /records -->\nb\n")
+    with pytest.raises(SystemExit, match="no records"):
+        plot.render(block.replace("bfloat16", "float32"))
+
+
+# ---- charts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(record, monkeypatch, tmp_path):
+    """results/card with one record that a chart wants; documents without tables."""
+    document = tmp_path / "README.md"
+    document.write_text("no tables\n")
+    monkeypatch.setattr(plot, "DOCUMENTS", [document])
+    monkeypatch.setattr(plot, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(plot, "IMAGES", tmp_path)
+    harness.save([record], "compress", tmp_path / "results" / "card")
+    return tmp_path
+
+
+def test_check_wants_charts_of_the_present_records(tree, record, capsys):
+    ((path, chart, records),) = plot.charts()
+    assert (path, chart.name, len(records)) == (tree / "limits-card.svg", "limits", 1)
+    assert plot.check() == 1
+    assert "limits-card.svg" in capsys.readouterr().out
+
+    path.write_text(f"<svg>{plot.comment(records)}</svg>")
+    assert plot.check() == 0
+
+    harness.save([replace(record, value=11.0)], "compress", tree / "results" / "card")
+    assert plot.check() == 1
+
+
+def test_charts_are_deterministic(tree, record):
+    pytest.importorskip("matplotlib")
+    ((_, limits, records),) = plot.charts()
+    text = plot.svg(limits, records)
+    assert text == plot.svg(limits, records)
+    assert plot.comment(records) in text
+    assert text.endswith("</svg>\n")
+
+    (speedup,) = (chart for chart in plot.CHARTS if chart.name == "speedup")
+    wanted = replace(record, bench="linear_forward", case="4096x4096", baseline="F.linear")
+    lines = [asdict(replace(wanted, tokens=tokens)) for tokens in (8, 512)]
+    assert all(speedup.wants(r) for r in lines)
+    assert not speedup.wants(lines[0] | {"baseline": "others"})
+    assert "4096x4096" in plot.svg(speedup, lines)
