@@ -157,7 +157,8 @@ def draw_limits(axes: Any, records: list[RawRecord]) -> None:
         bars = {r["bench"]: r["limit_fraction"] for r in records if r["case"] == case}
         left = [kernels.index(kernel) - 0.4 + (i + 0.5) * width for kernel in bars]
         axes.bar(left, list(bars.values()), width, label=case)
-    axes.set_xticks(range(len(kernels)), [kernel.replace("_", "_\n", 1) for kernel in kernels])
+    labels = [k.replace("_", "_\n", 1) if len(k) > 12 else k for k in kernels]
+    axes.set_xticks(range(len(kernels)), labels)
     axes.set_ylabel("of what copy bandwidth allows")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -168,7 +169,7 @@ def draw_limits(axes: Any, records: list[RawRecord]) -> None:
         frameon=False,
         ncols=len(cases),
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.12),
+        bbox_to_anchor=(0.5, -0.16),
     )
 
 
