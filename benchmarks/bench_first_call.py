@@ -37,10 +37,11 @@ def bench_shape(shape: Shape, tokens: int) -> Iterator[harness.Record]:
     layer = SLoPeLinear.from_dense(dense)
     counts = range(tokens, tokens + 2 * CALLS * STEP, STEP)
     xs = [torch.randn(count, shape[1], device="cuda").bfloat16() for count in counts]
-    for case, policy, inputs in (
+    cases: list[tuple[str, plan_cache.Policy, list[Tensor]]] = [
         ("plan", "off", xs[:CALLS]),
         ("tune", "on_first_use", xs[CALLS:]),
-    ):
+    ]
+    for case, policy, inputs in cases:
         plan_cache.set_policy(policy)
         yield harness.time_record(
             bench="first_call",

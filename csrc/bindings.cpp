@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // slope_ext._C: what is no tensor op. No torch header, no tensor crosses this boundary.
+//
+// The plan cache lives in the op library, beside the ops that use it. Python loads that library
+// first and hands over the address of its function table (connect).
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 namespace py = pybind11;
 
@@ -20,9 +25,168 @@ py::dict build_info() {
 
 }  // namespace
 
+#ifdef USE_CUDA
+
+#include "ops/spmm_plan.h"
+
+namespace {
+
+using slope::SpmmAlgorithm;
+using slope::SpmmCacheApi;
+using slope::SpmmProblem;
+
+const SpmmCacheApi* api = nullptr;
+
+const SpmmCacheApi& cache() {
+  if (api == nullptr) {
+    throw std::runtime_error("slope_ext._C: connect() has not been called");
+  }
+  return *api;
+}
+
+// Calls use(error); raises RuntimeError with what was written there if it returns null or false.
+template <typename Use>
+auto raising(Use use) {
+  char error[SpmmCacheApi::kErrorBytes] = "";
+  auto result = use(error);
+  if (!result) {
+    throw std::runtime_error(error);
+  }
+  return result;
+}
+
+// ---- chooser -----------------------------------------------------------------------------
+
+// Never destroyed: threads of torch may ask until the process ends.
+py::function* chooser = nullptr;
+
+SpmmAlgorithm choose(const SpmmProblem& problem, bool capturing) {
+  if (!Py_IsInitialized()) {
+    return {};
+  }
+  const py::gil_scoped_acquire gil;
+  try {
+    return (*chooser)(problem, capturing).cast<SpmmAlgorithm>();
+  } catch (py::error_already_set& error) {
+    error.discard_as_unraisable("slope_ext: choice of a cuSPARSELt algorithm");
+    return {};
+  }
+}
+
+void set_chooser(py::function function) {
+  delete chooser;
+  chooser = new py::function(std::move(function));
+  cache().set_chooser(&choose);
+}
+
+// ---- cache -------------------------------------------------------------------------------
+
+py::dict info() {
+  const auto facts = cache().info();
+  py::dict result;
+  result["plans"] = facts.plans;
+  result["capacity"] = facts.capacity;
+  result["hits"] = facts.hits;
+  result["misses"] = facts.misses;
+  result["evictions"] = facts.evictions;
+  return result;
+}
+
+std::vector<py::tuple> entries() {
+  std::vector<slope::SpmmCacheEntry> found(cache().entries(nullptr, 0) + 64);
+  const int64_t count = cache().entries(found.data(), static_cast<int64_t>(found.size()));
+  found.resize(std::min<size_t>(found.size(), count));
+  std::vector<py::tuple> result;
+  for (const auto& entry : found) {
+    result.push_back(py::make_tuple(entry.problem, entry.algorithm, entry.workspace_bytes));
+  }
+  return result;
+}
+
+std::tuple<int, int, int> cusparselt_version() {
+  int32_t version[3];
+  raising([&](char* error) { return cache().version(version, error); });
+  return {version[0], version[1], version[2]};
+}
+
+// ---- a plan of a tuner ---------------------------------------------------------------------
+
+class Plan {
+ public:
+  Plan(const SpmmProblem& problem, const SpmmAlgorithm& algorithm)
+      : plan_(raising([&](char* error) { return cache().make(problem, algorithm, error); }),
+              cache().free) {}
+
+  void run(uintptr_t packed, uintptr_t x, uintptr_t bias, uintptr_t y, uintptr_t workspace,
+           uintptr_t stream) {
+    const auto address = [](uintptr_t value) { return reinterpret_cast<void*>(value); };
+    const slope::SpmmOperands operands{address(packed), address(x), address(bias), address(y),
+                                       address(workspace)};
+    raising([&](char* error) {
+      return cache().run(plan_.get(), operands, reinterpret_cast<cudaStream_t>(stream), error);
+    });
+  }
+  int64_t workspace_bytes() const { return cache().workspace_bytes(plan_.get()); }
+  int32_t algorithm_count() const { return cache().algorithm_count(plan_.get()); }
+
+ private:
+  std::unique_ptr<slope::SpmmPlan, void (*)(slope::SpmmPlan*)> plan_;
+};
+
+void bind_plan_cache(py::module_& m) {
+  py::class_<SpmmProblem>(m, "SpmmProblem", "What a plan is made for: Y = X W^T.")
+      .def(py::init([](int64_t rows, int64_t columns, int64_t tokens, int32_t device, bool bfloat16,
+                       bool bias, bool accumulate) {
+             return SpmmProblem{rows, columns, tokens, device, bfloat16, bias, accumulate};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("tokens"), py::arg("device"),
+           py::arg("bfloat16"), py::arg("bias") = false, py::arg("accumulate") = false)
+      .def_readonly("rows", &SpmmProblem::rows)
+      .def_readonly("columns", &SpmmProblem::columns)
+      .def_readonly("tokens", &SpmmProblem::tokens)
+      .def_readonly("device", &SpmmProblem::device)
+      .def_property_readonly("bfloat16", [](const SpmmProblem& p) { return p.bfloat16 != 0; })
+      .def_property_readonly("bias", [](const SpmmProblem& p) { return p.bias != 0; })
+      .def_property_readonly("accumulate", [](const SpmmProblem& p) { return p.accumulate != 0; });
+  py::class_<SpmmAlgorithm>(m, "SpmmAlgorithm", "How cuSPARSELt is to do it.")
+      .def(py::init([](int32_t id, int32_t split_k, int32_t split_k_mode) {
+             return SpmmAlgorithm{id, split_k, split_k_mode};
+           }),
+           py::arg("id") = 0, py::arg("split_k") = 1, py::arg("split_k_mode") = 0)
+      .def_readonly("id", &SpmmAlgorithm::id)
+      .def_readonly("split_k", &SpmmAlgorithm::split_k)
+      .def_readonly("split_k_mode", &SpmmAlgorithm::split_k_mode);
+  py::class_<Plan>(m, "SpmmPlan", "A plan outside of the cache; of the thread that made it.")
+      .def(py::init<const SpmmProblem&, const SpmmAlgorithm&>())
+      .def("run", &Plan::run, "Launches the product; addresses as integers.")
+      .def_property_readonly("workspace_bytes", &Plan::workspace_bytes)
+      .def_property_readonly("algorithm_count", &Plan::algorithm_count);
+  m.def("connect", [](uintptr_t address) {
+    const auto function = reinterpret_cast<decltype(&slope_spmm_cache_api)>(address);
+    api = function();
+  });
+  m.def("plan_cache_set_chooser", &set_chooser);
+  m.def("plan_cache_info", &info);
+  m.def("plan_cache_entries", &entries);
+  // The cache has locks of its own: Python's is not held while waiting for them.
+  m.def(
+      "plan_cache_set_capacity", [](int64_t plans) { cache().set_capacity(plans); },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("plan_cache_clear", [] { cache().clear(); }, py::call_guard<py::gil_scoped_release>());
+  m.def("cusparselt_version", &cusparselt_version);
+  m.def("metadata_writer", [](int device) { return cache().metadata_writer(device); });
+}
+
+}  // namespace
+
+#endif  // USE_CUDA
+
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts of slope_ext.";
+  m.doc() = "Build facts of slope_ext, and its plan cache where CUDA is built.";
   m.def("build_info", &build_info,
         "Facts of this build: dict with str values for cuda, cuda_archs (comma-separated), "
         "torch_headers, torch_target and compiler; empty strings where CUDA was left out.");
+#ifdef USE_CUDA
+  bind_plan_cache(m);
+#endif
 }

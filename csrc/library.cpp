@@ -4,7 +4,9 @@
 // the foot of csrc/ops/<family>.cpp, references, fakes and gradients in slope_ext/ops/<family>.py.
 //
 // Shapes: W is [out, in]; values [out, in/2]; bitmask uint8 [out, in/8] (1 = kept);
-//         values_t [in, out/2] and bitmask_t uint8 [in, out/8] are the double-pruned W transposed.
+//         values_t [in, out/2] and bitmask_t uint8 [in, out/8] are the double-pruned W transposed;
+//         metadata, metadata_t uint8: what the sparse tensor cores want of a bitmask. A product on
+//         CUDA reads a weight in place if its metadata lies right behind its values.
 #include "common/torch_stable.h"
 
 STABLE_TORCH_LIBRARY(slope, m) {
@@ -19,16 +21,18 @@ STABLE_TORCH_LIBRARY(slope, m) {
   // transpose: values of W -> values of the double-pruned W, transposed
   m.def("transpose_values(Tensor values, Tensor bitmask, Tensor bitmask_t, Tensor(a!) out) -> ()");
 
-  // pack: the operand as the matrix product reads it
+  // pack: the operand as the matrix product reads it, [values | metadata]
   m.def("pack(Tensor values, Tensor bitmask) -> Tensor");
+  m.def("pack_metadata(Tensor bitmask, Tensor(a!) metadata) -> ()");
 
   // spmm: Y = X W^T + b, and its input gradient
   m.def(
       "linear(Tensor x, Tensor values, Tensor bitmask, Tensor? bias=None, "
-      "Tensor? bitmask_t=None, Tensor? values_t=None) -> Tensor");
+      "Tensor? bitmask_t=None, Tensor? values_t=None, Tensor? metadata=None, "
+      "Tensor? metadata_t=None, str backend=\"auto\") -> Tensor");
   m.def(
       "input_grad(Tensor dy, Tensor values, Tensor bitmask, Tensor bitmask_t, "
-      "Tensor? values_t=None) -> Tensor");
+      "Tensor? values_t=None, Tensor? metadata_t=None, str backend=\"auto\") -> Tensor");
 
   // weight_grad: dW = dY^T X at the kept positions
   m.def("weight_grad(Tensor dy, Tensor x, Tensor bitmask) -> Tensor");
@@ -36,7 +40,8 @@ STABLE_TORCH_LIBRARY(slope, m) {
   // lowrank: Y = X W^T + scale T B^T + b with T = X A^T
   m.def(
       "linear_lowrank(Tensor x, Tensor values, Tensor bitmask, Tensor lora_A, Tensor lora_B, "
-      "float scale=1.0, Tensor? bias=None, Tensor? bitmask_t=None, Tensor? values_t=None) "
+      "float scale=1.0, Tensor? bias=None, Tensor? bitmask_t=None, Tensor? values_t=None, "
+      "Tensor? metadata=None, Tensor? metadata_t=None, str backend=\"auto\") "
       "-> (Tensor y, Tensor t)");
 
   // adamw: one step of many parameters, the backward copies included

@@ -7,7 +7,7 @@ slope.convert(model)                                    # nn.Linear -> SLoPeLine
 opt = slope.optim.AdamW(model.parameters(), lr=3e-4)    # or any torch optimizer
 """
 
-from slope_ext import ops, optim
+from slope_ext import ops, optim, plan_cache
 from slope_ext._library import is_available
 from slope_ext._version import __version__
 from slope_ext.adapters import LazyAdapters
@@ -32,6 +32,7 @@ __all__ = [
     "load_transposed_masks",
     "ops",
     "optim",
+    "plan_cache",
     "to_dense",
     "transposed_masks",
     "update_transposed_masks",

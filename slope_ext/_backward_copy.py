@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward copy of a 2:4 weight, kept up to date: W^{R,C} transposed.
 
-Two derived tensors. The mask ``bitmask_t`` follows ``bitmask`` (and is re-chosen by whoever owns
-its schedule); the values ``values_t`` follow values and both masks. Whoever needs the copy calls
-:func:`follow`; nothing else decides whether it is stale.
+Three derived tensors. The mask ``bitmask_t`` follows ``bitmask`` (and is re-chosen by whoever owns
+its schedule); ``metadata_t``, what the product wants of that mask, follows it; the values
+``values_t`` follow values and both masks. Whoever needs the copy calls :func:`follow`; nothing else
+decides whether it is stale.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from slope_ext import _freshness
+from slope_ext import _freshness, _packed
 
 
 def choose_mask(values: Tensor, bitmask: Tensor, bitmask_t: Tensor) -> None:
@@ -23,8 +24,16 @@ def choose_mask(values: Tensor, bitmask: Tensor, bitmask_t: Tensor) -> None:
     _freshness.mark_fresh(bitmask_t, bitmask)
 
 
-def follow(values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor | None) -> Tensor:
-    """Returns up-to-date transposed values [in, out/2]: ``values_t``, or a new tensor for None.
+def follow(
+    values: Tensor,
+    bitmask: Tensor,
+    bitmask_t: Tensor,
+    values_t: Tensor | None,
+    metadata_t: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the up-to-date transposed values [in, out/2] and their metadata.
+
+    ``values_t`` and ``metadata_t`` themselves, or new tensors where ``values_t`` is None.
 
     ``bitmask_t`` is re-chosen if a layer follows ``bitmask`` with it and that changed; a mask that
     no layer owns is taken as it is. While a CUDA graph is captured the values are always written,
@@ -34,7 +43,6 @@ def follow(values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor 
     first backward refreshes it. To autograd that is no change: the copy says nothing that values
     and masks do not. So version counters stay as they are here.
     """
-    capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
     mask_is_stale = _freshness.is_followed(bitmask_t) and not _freshness.is_fresh(
         bitmask_t, bitmask
     )
@@ -42,19 +50,45 @@ def follow(values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor 
         with _same_version(bitmask_t):
             choose_mask(values, bitmask, bitmask_t)
         _freshness.mark_fresh(bitmask_t, bitmask)
+    if values_t is None:
+        values_t, metadata_t = _new_values_t(values)
+
+    if metadata_t is not None:
+        follow_metadata(bitmask_t, metadata_t)
 
     sources = (values, bitmask, bitmask_t)
-    if values_t is None:
-        values_t = values.new_empty(2 * values.shape[1], values.shape[0] // 2)
-    elif _freshness.is_fresh(values_t, *sources) and not mask_is_stale and not capturing:
-        return values_t
-    with _same_version(values_t):
-        torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
-    if capturing:
-        _freshness.mark_stale(values_t)  # nothing was computed yet
+    capturing = _is_capturing(values)
+    if mask_is_stale or capturing or not _freshness.is_fresh(values_t, *sources):
+        with _same_version(values_t):
+            torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
+        _mark(values_t, *sources)
+    return values_t, metadata_t
+
+
+def _new_values_t(values: Tensor) -> tuple[Tensor, Tensor | None]:
+    rows, columns = 2 * values.shape[1], values.shape[0]
+    if _packed.is_packable(rows, columns, values.dtype, values.device):
+        return _packed.empty(rows, columns, values.dtype, values.device)
+    return values.new_empty(rows, columns // 2), None
+
+
+def follow_metadata(bitmask: Tensor, metadata: Tensor) -> None:
+    """Brings the metadata of a mask up to date."""
+    if not _freshness.is_fresh(metadata, bitmask):
+        with _same_version(metadata), torch.no_grad():
+            torch.ops.slope.pack_metadata(bitmask, metadata)
+        _mark(metadata, bitmask)
+
+
+def _mark(derived: Tensor, *sources: Tensor) -> None:
+    if _is_capturing(derived):
+        _freshness.mark_stale(derived)  # nothing was computed yet
     else:
-        _freshness.mark_fresh(values_t, *sources)
-    return values_t
+        _freshness.mark_fresh(derived, *sources)
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _same_version(tensor: Tensor) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BACKENDS = ("auto", "cusparselt", "reference")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -98,6 +99,21 @@ class Checker:
             self.same_device("values_t", values_t, "values", values)
             self.require(values_t.is_contiguous(), "values_t must be contiguous")
 
+    def metadata(
+        self, name: str, metadata: Tensor | None, rows: int, columns: int, values: Tensor
+    ) -> None:
+        """Checks the metadata of a weight [rows, columns] beside ``values``."""
+        if metadata is not None:
+            self.require(metadata.dtype == torch.uint8, f"{name} must be uint8")
+            size = metadata_bytes(rows, columns, values.device)
+            self.shape(name, metadata, (size,), "the metadata of the weight")
+            self.same_device(name, metadata, "values", values)
+
+    def backend(self, backend: str) -> None:
+        self.require(
+            backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend}"
+        )
+
     def tokens(self, name: str, x: Tensor, features: int, values: Tensor) -> None:
         """Checks an activation [..., features] that meets ``values``."""
         self.require(x.dim() >= 1, f"{name} must have at least 1 dimension, got shape []")
@@ -113,6 +129,17 @@ class Checker:
             self.shape("bias", bias, (values.shape[0],), "[out]")
             self.same_dtype("bias", bias, "values", values)
             self.same_device("bias", bias, "values", values)
+
+
+def metadata_bytes(rows: int, columns: int, device: torch.device) -> int:
+    """Bytes of the metadata of a weight [rows, columns]: on CUDA whole tiles of the hardware."""
+    if device.type == "cpu":
+        return rows * columns // 8
+
+    def up(size: int, multiple: int) -> int:
+        return -(-size // multiple) * multiple
+
+    return max(up(rows, 32) * up(columns, 64), up(rows, 64) * up(columns, 32)) // 8
 
 
 def has_two_of_four(bitmask: Tensor) -> bool:

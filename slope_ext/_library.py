@@ -5,26 +5,26 @@ Which implementation runs:
 
 =========  ======================================================================
 CPU        the plain-PyTorch reference
-CUDA       the compiled kernel where the build has one, else the reference, with
-           one warning per op; ``SLOPE_EXT_FORCE_REFERENCE=1`` takes references only
+CUDA       the compiled kernel where the build has one, or what is composed of such;
+           else the reference, with one warning per op;
+           ``SLOPE_EXT_FORCE_REFERENCE=1`` takes references only
 Meta/Fake  the fake: checks and shapes, no data
 =========  ======================================================================
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LIBRARY_FILE = Path(__file__).with_name("_ops.so")
 FORCE_REFERENCE = os.environ.get("SLOPE_EXT_FORCE_REFERENCE", "0") not in ("", "0")
@@ -37,6 +37,11 @@ if not _LIBRARY_FILE.exists():
 torch.ops.load_library(_LIBRARY_FILE)
 from slope_ext import _C  # noqa: E402  (after the file check, whose message says what to do)
 
+if _C.build_info()["cuda"]:
+    # The plan cache lives in the op library; its function table is all that _C knows of it.
+    _api = ctypes.CDLL(str(_LIBRARY_FILE)).slope_spmm_cache_api
+    _C.connect(ctypes.cast(_api, ctypes.c_void_p).value)
+
 _registrations = torch.library.Library("slope", "IMPL")
 
 
@@ -48,6 +53,7 @@ OPS = (
     "linear",
     "linear_lowrank",
     "pack",
+    "pack_metadata",
     "prune_24",
     "prune_transposed",
     "transpose_values",
@@ -92,10 +98,12 @@ def register(
     check: Callable[..., None],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
 ) -> None:
-    """Binds an op's implementations; all three take the op's arguments.
+    """Binds an op's implementations; all take the op's arguments.
 
-    ``check`` raises RuntimeError that names op and argument, before anything is computed.
+    ``check`` raises RuntimeError that names op and argument, before anything is computed. ``cuda``
+    is for ops without a compiled kernel of their own that are made of ops which have one.
     """
 
     @functools.wraps(reference)
@@ -105,8 +113,13 @@ def register(
 
     @functools.wraps(reference)
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
+        if composed:
+            check(*args, **kwargs)
+            return cuda(*args, **kwargs)  # type: ignore[misc]
         _warn_reference_on_gpu(name)
         return on_cpu(*args, **kwargs)
+
+    composed = cuda is not None and bool(CUDA_KERNELS) and not FORCE_REFERENCE
 
     @functools.wraps(fake)
     def on_fake(*args: Any, **kwargs: Any) -> Any:

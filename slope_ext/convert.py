@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from slope_ext import ops, reference
-from slope_ext._check import FLOAT_DTYPES
+from slope_ext._check import BACKENDS, FLOAT_DTYPES
 from slope_ext.linear import BackwardCopy, SLoPeLinear
+from slope_ext.ops.spmm import Backend
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
 from slope_ext.sparse_layer import SparseLayer
 
@@ -45,6 +46,7 @@ class SlopeConfig:
         pattern: "2:4", compressed; any other N:M, or ``simulate``, is dense masked arithmetic.
         simulate: use MaskedLinear for 2:4 too.
         backward_copy: "cached" or "recompute", see SLoPeLinear.
+        backend: "auto", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`.
         target_modules: "all-linear", a regular expression that must match the whole name, or a
             sequence of names; a name matches its last components ("q_proj" any q_proj).
         exclude_modules: like ``target_modules``, left dense. Output heads always are, unless
@@ -59,6 +61,7 @@ class SlopeConfig:
     pattern: str = "2:4"
     simulate: bool = False
     backward_copy: BackwardCopy = "cached"
+    backend: Backend = "auto"
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
     strict: bool = False
@@ -67,6 +70,10 @@ class SlopeConfig:
         if self.mask not in ("magnitude", "random"):
             raise ValueError(
                 f"SlopeConfig: mask must be 'magnitude' or 'random', got {self.mask!r}"
+            )
+        if self.backend not in BACKENDS:
+            raise ValueError(
+                f"SlopeConfig: backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}"
             )
         if self.backward_copy not in ("cached", "recompute"):
             raise ValueError(
@@ -353,7 +360,13 @@ def _sparse_twin(
     mask = _choose_mask(weight, names, config) if first is None else first.mask
     twin: SparseLayer
     if config.compressed:
-        twin = SLoPeLinear.from_dense(weight, module.bias, mask, backward_copy=config.backward_copy)
+        twin = SLoPeLinear.from_dense(
+            weight,
+            module.bias,
+            mask,
+            backward_copy=config.backward_copy,
+            backend=config.backend,
+        )
     else:
         twin = MaskedLinear.from_dense(weight, module.bias, mask, pattern=config.pattern)
     if first is not None:
@@ -386,7 +399,7 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
 
 
 # What a sparse layer knows and a dense one has no use for.
-_SPARSE_ATTRIBUTES = ("backward_copy", "dense_type", "lora_scale", "m", "n", "pattern")
+_SPARSE_ATTRIBUTES = ("backend", "backward_copy", "dense_type", "lora_scale", "m", "n", "pattern")
 
 
 def _carry_over(old: nn.Module, new: nn.Module) -> None:

@@ -10,11 +10,22 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from slope_ext import _backward_copy, _freshness, ops
-from slope_ext._check import has_two_of_four
+from slope_ext import _backward_copy, _freshness, _packed, ops
+from slope_ext._check import BACKENDS, has_two_of_four
+from slope_ext.ops.spmm import Backend
 from slope_ext.sparse_layer import SparseLayer
 
 BackwardCopy = Literal["cached", "recompute"]
+Operand = tuple[
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Backend,
+]
 
 
 class SLoPeLinear(SparseLayer, nn.Linear):
@@ -35,6 +46,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     ``weight_t``          [in, out/2]              backward copy, derived, not in the state_dict;
                                                    None with ``backward_copy="recompute"``
     ``weight_t_bitmask``  uint8 [in, out/8]        its mask, derived, not in the state_dict
+    ``weight_metadata``,  uint8                    masks as the sparse tensor cores read them, right
+    ``weight_t_metadata``                          behind the values in memory; derived, not in the
+                                                   state_dict; None where those cores are not used
     ====================  =======================  =================================================
 
     The gradient, optimizer state, clipping, gradient scaling, DDP and checkpoints see an ordinary
@@ -45,10 +59,15 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     :meth:`update_transposed_mask` (``slope_ext.optim.AdamW`` does that every ``mask_interval``
     steps).
 
+    On CUDA, fp16 and bf16 weights move to memory where their metadata follows them, in the first
+    forward pass or when the layer is moved. A forward pass that runs as Python sees a bitmask
+    written by hand; compiled or captured ones need :meth:`prepare` after that.
+
     Args:
         in_features, out_features: logical sizes, multiples of 8.
         bias: whether to learn a bias.
         device, dtype: as in ``nn.Linear``; fp16, bf16, fp32 (or fp64 on the CPU).
+        backend: "auto", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`.
         backward_copy: "cached" keeps the transposed values (fastest); "recompute" derives them in
             every backward (least memory). Take "recompute" for fp32 weights under autocast, which
             derives them from the cast weight anyway.
@@ -61,8 +80,10 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     transposed_mask_name = "weight_t_bitmask"
     weight: nn.Parameter
     weight_bitmask: Tensor
+    weight_metadata: Tensor | None
     weight_t: Tensor | None
     weight_t_bitmask: Tensor
+    weight_t_metadata: Tensor | None
 
     def __init__(
         self,
@@ -73,6 +94,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         backward_copy: BackwardCopy = "cached",
+        backend: Backend = "auto",
     ) -> None:
         # nn.Linear's own __init__ would allocate the dense weight.
         nn.Module.__init__(self)
@@ -83,13 +105,19 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             raise ValueError(
                 f"SLoPeLinear: backward_copy must be 'cached' or 'recompute', got {backward_copy!r}"
             )
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"SLoPeLinear: backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
+            )
         self.in_features = in_features
         self.out_features = out_features
         self.backward_copy = backward_copy
+        self.backend = backend
         bitmask = torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
         weight = torch.empty(out_features, in_features // 2, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight)
         self.register_buffer("weight_bitmask", bitmask)
+        self.register_buffer("weight_metadata", None, persistent=False)
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(weight.new_empty(out_features))
@@ -105,6 +133,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         bitmask: Tensor | None = None,
         *,
         backward_copy: BackwardCopy = "cached",
+        backend: Backend = "auto",
     ) -> Self:
         """Compresses a dense weight; nothing dense is allocated.
 
@@ -112,7 +141,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             weight: [out, in], in and out multiples of 8.
             bias: [out] or None; a Parameter is taken over, not copied.
             bitmask: uint8 [out, in/8]; None keeps the two largest magnitudes of each four.
-            backward_copy: as in the constructor.
+            backward_copy, backend: as in the constructor.
 
         Raises:
             ValueError, RuntimeError: an argument has a wrong shape or dtype; the message names it.
@@ -125,6 +154,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             device="meta",
             dtype=weight.dtype,
             backward_copy=backward_copy,
+            backend=backend,
         )
         with torch.no_grad():
             bitmask = ops.prune_24(weight.abs()) if bitmask is None else bitmask
@@ -135,6 +165,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         layer._allocate_backward_copy()
         layer.update_transposed_mask()
+        layer.prepare()
         return layer
 
     def reset_parameters(self) -> None:
@@ -155,17 +186,43 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = X W^T + b [+ lora_scale (X A^T) B^T]; x [..., in] -> [..., out]."""
-        if self.weight_t is not None and self.weight_t.dtype != self.weight.dtype:
-            self.weight_t = torch.empty_like(self.weight_t, dtype=self.weight.dtype)
-        if self.weight_t_bitmask.device != self.weight.device:
-            self._allocate_backward_copy()  # weight.data moved
-        weight = (self.weight, self.weight_bitmask)
-        backward_copy = (self.weight_t_bitmask, self.weight_t)
+        if not torch.compiler.is_compiling():
+            self.prepare()
         if self.lora_A is None:
-            return ops.linear(x, *weight, self.bias, *backward_copy)
-        return ops.linear_lowrank(
-            x, *weight, self.lora_A, self.lora_B, self.lora_scale, self.bias, *backward_copy
+            return ops.linear(x, *self.operand())
+        weight, bitmask, bias, *rest = self.operand()
+        return torch.ops.slope.linear_lowrank.default(  # type: ignore[no-any-return]
+            x, weight, bitmask, self.lora_A, self.lora_B, self.lora_scale, bias, *rest
+        )[0]
+
+    def operand(self) -> Operand:
+        """What :func:`slope_ext.ops.linear` takes after ``x``, in its order."""
+        return (
+            self.weight,
+            self.weight_bitmask,
+            self.bias,
+            self.weight_t_bitmask,
+            self.weight_t,
+            self.weight_metadata,
+            self.weight_t_metadata,
+            self.backend,
         )
+
+    def prepare(self) -> None:
+        """Makes ready what a product wants: buffers on the weight's device, values and metadata
+        side by side, metadata that says what ``weight_bitmask`` says.
+
+        Called by every forward pass that runs as Python; cheap when there is nothing to do.
+        """
+        weight = self.weight
+        if self.weight_t_bitmask.device != weight.device:
+            self._allocate_backward_copy()  # weight.data moved
+        elif self.weight_t is not None and not self._transposed_values_fit(self.weight_t):
+            self._allocate_transposed_values()
+        if not weight.is_cuda:
+            self.weight_metadata = None
+        elif not torch.cuda.is_current_stream_capturing():
+            self._pack()
 
     def dense_weight(self) -> Tensor:
         """The weight [out, in] with its zeros; differentiable in ``weight``."""
@@ -181,12 +238,22 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         """Chooses the mask of W^{R,C} again, from the present weight."""
         with torch.no_grad():
             _backward_copy.choose_mask(self.weight, self.weight_bitmask, self.weight_t_bitmask)
+        self._follow_transposed_mask()
+
+    def set_transposed_mask(self, mask: Tensor) -> None:
+        """Takes a mask of W^{R,C} as it is, e.g. from a checkpoint of an optimizer."""
+        super().set_transposed_mask(mask)
+        self._follow_transposed_mask()
 
     def backward_weight(self) -> Tensor:
         """The double-pruned weight [out, in] that the next backward multiplies with, detached."""
         with torch.no_grad():
-            values_t = _backward_copy.follow(
-                self.weight, self.weight_bitmask, self.weight_t_bitmask, self.weight_t
+            values_t, _ = _backward_copy.follow(
+                self.weight,
+                self.weight_bitmask,
+                self.weight_t_bitmask,
+                self.weight_t,
+                self.weight_t_metadata,
             )
             return ops.decompress(values_t, self.weight_t_bitmask).t()
 
@@ -204,12 +271,68 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         bitmask_t = torch.empty(
             self.in_features, self.out_features // 8, dtype=torch.uint8, device=self.weight.device
         )
-        values_t = None
-        if self.backward_copy == "cached":
-            values_t = self.weight.new_empty(self.in_features, self.out_features // 2)
         self.register_buffer("weight_t_bitmask", bitmask_t, persistent=False)
-        self.register_buffer("weight_t", values_t, persistent=False)
         _freshness.mark_stale(bitmask_t)
+        self._allocate_transposed_values()
+
+    def _allocate_transposed_values(self) -> None:
+        values_t = metadata_t = None
+        if self.backward_copy == "cached":
+            shape = (self.in_features, self.out_features)
+            if self._is_packable(*shape):
+                values_t, metadata_t = _packed.empty(*shape, self.weight.dtype, self.weight.device)
+            else:
+                values_t = self.weight.new_empty(self.in_features, self.out_features // 2)
+        self.register_buffer("weight_t", values_t, persistent=False)
+        self.register_buffer("weight_t_metadata", metadata_t, persistent=False)
+
+    def _transposed_values_fit(self, values_t: Tensor) -> bool:
+        if values_t.dtype != self.weight.dtype:
+            return False
+        if self.weight_t_metadata is not None:
+            return _packed.is_packed(values_t, self.weight_t_metadata)
+        return not self._is_packable(self.in_features, self.out_features)
+
+    def _follow_transposed_mask(self) -> None:
+        # At once, not in the next backward: that may be the replay of a CUDA graph.
+        if self.weight_t_metadata is not None:
+            _backward_copy.follow_metadata(self.weight_t_bitmask, self.weight_t_metadata)
+
+    # ---- packed operand --------------------------------------------------------------------------
+
+    def _pack(self) -> None:
+        weight, metadata = self.weight, self.weight_metadata
+        if metadata is None or not _packed.is_packed(weight, metadata):
+            metadata = self._move_to_packed()
+            self.weight_metadata = metadata
+        if metadata is not None:
+            _backward_copy.follow_metadata(self.weight_bitmask, metadata)
+
+    def _move_to_packed(self) -> Tensor | None:
+        """Gives ``weight`` memory with room for metadata behind it; returns that, if there is."""
+        weight = self.weight
+        shape = (self.out_features, self.in_features)
+        owns_memory = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+        # A DTensor and its like, or a part of somebody's flat buffer, must stay what it is.
+        if type(weight.data) is not Tensor or not owns_memory or not self._is_packable(*shape):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            values, metadata = _packed.empty(*shape, weight.dtype, weight.device)
+            values.copy_(weight)
+            weight.data = values
+        return metadata
+
+    def _is_packable(self, rows: int, columns: int) -> bool:
+        weight = self.weight
+        return self.backend != "reference" and _packed.is_packable(
+            rows, columns, weight.dtype, weight.device
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if not self.weight.is_meta:
+            self.prepare()
+        return self
 
     # ---- state_dict ------------------------------------------------------------------------------
 
@@ -242,4 +365,5 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         if self.weight_t_bitmask.device != self.weight.device:
             self._allocate_backward_copy()
         if not self.weight.is_meta:
+            self.prepare()
             self.update_transposed_mask()

@@ -101,6 +101,11 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
     return torch.cat([values.contiguous().view(torch.uint8).flatten(), bitmask.flatten()])
 
 
+def pack_metadata(bitmask: Tensor, metadata: Tensor) -> None:
+    """The identity layout: the bitmask itself."""
+    metadata.copy_(bitmask.flatten())
+
+
 # ---- products ------------------------------------------------------------------------------------
 
 
@@ -111,16 +116,25 @@ def linear(
     bias: Tensor | None = None,
     bitmask_t: Tensor | None = None,
     values_t: Tensor | None = None,
+    metadata: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "reference",
 ) -> Tensor:
-    """Y = X W^T + b. bitmask_t and values_t serve backward only."""
+    """Y = X W^T + b. What ends in _t serves backward only; there is one backend here."""
     return F.linear(x, decompress(values, bitmask), bias)
 
 
 def input_grad(
-    dy: Tensor, values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor | None = None
+    dy: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bitmask_t: Tensor,
+    values_t: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "reference",
 ) -> Tensor:
     """dX = dY W^{R,C}. values_t is a cache: refreshed here if it is not up to date."""
-    values_t = _backward_copy.follow(values, bitmask, bitmask_t, values_t)
+    values_t, _ = _backward_copy.follow(values, bitmask, bitmask_t, values_t, metadata_t)
     return F.linear(dy, decompress(values_t, bitmask_t))
 
 
@@ -140,6 +154,9 @@ def linear_lowrank(
     bias: Tensor | None = None,
     bitmask_t: Tensor | None = None,
     values_t: Tensor | None = None,
+    metadata: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "reference",
 ) -> tuple[Tensor, Tensor]:
     """Y = X W^T + scale T B^T + b with T = X A^T; returns (Y, T)."""
     t = F.linear(x, lora_A)

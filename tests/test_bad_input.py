@@ -6,9 +6,10 @@ import torch
 
 import slope_ext as slope
 from cases import Operands
+from slope_ext._check import metadata_bytes
 
 ops = torch.ops.slope
-ROWS, COLUMNS, RANK = 16, 24, 4
+ROWS, COLUMNS, RANK = 16, 48, 4
 
 
 def good(device):
@@ -18,6 +19,11 @@ def good(device):
     weight = {"values": o.values, "bitmask": o.bitmask}
     copy = {"bitmask_t": o.bitmask_t, "values_t": o.values_t}
     zeros = torch.zeros_like(o.values)
+    # On CUDA what is packed is what the sparse tensor cores take.
+    packable = {**weight, "values": o.values.half() if device != "cpu" else o.values}
+    metadata = torch.empty(
+        metadata_bytes(ROWS, COLUMNS, torch.device(device)), dtype=torch.uint8, device=device
+    )
     adamw = {
         "params": [o.values], "grads": [zeros + 1], "exp_avgs": [zeros.clone()],
         "exp_avg_sqs": [zeros.clone()], "masters": [], "steps": [torch.tensor(1.0)],
@@ -30,12 +36,16 @@ def good(device):
         "compress": {"dense": o.dense, "bitmask": o.bitmask},
         "decompress": weight,
         "transpose_values": {**weight, "bitmask_t": o.bitmask_t, "out": o.values_t},
-        "pack": weight,
-        "linear": {"x": x, **weight, "bias": o.bias, **copy},
-        "input_grad": {"dy": dy, **weight, **copy},
+        "pack": packable,
+        "pack_metadata": {"bitmask": o.bitmask, "metadata": metadata},
+        "linear": {
+            "x": x, **weight, "bias": o.bias, **copy, "metadata": metadata, "backend": "auto",
+        },
+        "input_grad": {"dy": dy, **weight, **copy, "metadata_t": None, "backend": "auto"},
         "weight_grad": {"dy": dy, "x": x, "bitmask": o.bitmask},
         "linear_lowrank": {
             "x": x, **weight, "lora_A": o.lora_A, "lora_B": o.lora_B, "bias": o.bias, **copy,
+            "backend": "auto",
         },
         "adamw_": adamw,
     }  # fmt: skip
@@ -81,11 +91,15 @@ CASES = [
     ("decompress", "bitmask", lambda t: t.char()),
     ("transpose_values", "out", half),
     ("transpose_values", "out", lambda t: t[:, :4]),
-    ("transpose_values", "out", lambda t: t.new_empty(8, 24).t()),
+    ("transpose_values", "out", lambda t: t.new_empty(8, 48).t()),
     ("transpose_values", "bitmask_t", lambda t: t.t()),
     ("transpose_values", "bitmask_t", half),
     ("pack", "values", integer),
     ("pack", "bitmask", lambda t: t[1:]),
+    ("pack_metadata", "bitmask", torch.flatten),
+    ("pack_metadata", "bitmask", integer),
+    ("pack_metadata", "metadata", lambda t: t[1:]),
+    ("pack_metadata", "metadata", integer),
     ("linear", "x", lambda t: t[:, :16]),
     ("linear", "x", half),
     ("linear", "x", lambda t: t[0, 0]),
@@ -99,6 +113,12 @@ CASES = [
     ("linear", "values_t", half),
     ("linear", "values_t", lambda t: t[1:]),
     ("linear", "values_t", lambda t: t.t().contiguous().t()),
+    ("linear", "metadata", lambda t: t[:-1]),
+    ("linear", "metadata", half),
+    ("linear", "backend", lambda name: "fastest"),
+    ("input_grad", "metadata_t", lambda t: torch.zeros(5)),
+    ("input_grad", "backend", lambda name: ""),
+    ("linear_lowrank", "backend", lambda name: "Auto"),
     ("input_grad", "dy", lambda t: t[:, :8]),
     ("input_grad", "dy", half),
     ("input_grad", "bitmask_t", lambda t: t[1:]),

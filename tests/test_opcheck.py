@@ -6,13 +6,14 @@ import torch
 from torch.library import opcheck
 
 from cases import Operands
-from slope_ext import _library
+from slope_ext import _library, ops
+from slope_ext._check import metadata_bytes
 
 
 def samples(device):
     """op name -> list of (args, kwargs)."""
-    o = Operands(16, 24, torch.float32, device)
-    x, dy = o.randn(2, 3, 24), o.randn(2, 3, 16)
+    o = Operands(16, 32, torch.float32, device)
+    x, dy = o.randn(2, 3, 32), o.randn(2, 3, 16)
     weight = (o.values, o.bitmask)
     copy = (o.bitmask_t, o.values_t)
     trained = (o.values.clone().requires_grad_(), o.bitmask)
@@ -22,6 +23,10 @@ def samples(device):
     # A cache that input_grad finds out of date is written, which its schema leaves unsaid.
     fresh = torch.empty_like(o.values_t)
     torch.ops.slope.transpose_values(*weight, o.bitmask_t, fresh)
+
+    # On CUDA what is packed is what the sparse tensor cores take.
+    packable = (o.values.half() if device != "cpu" else o.values, o.bitmask)
+    metadata = metadata_bytes(*o.dense.shape, torch.device(device))
 
     def adamw(sparse):
         zeros = [torch.zeros_like(o.values) for _ in range(3)]
@@ -39,7 +44,8 @@ def samples(device):
         ],
         "decompress": [(weight, {}), (trained, {})],
         "transpose_values": [((*weight, o.bitmask_t, torch.zeros_like(fresh)), {})],
-        "pack": [(weight, {})],
+        "pack": [(packable, {})],
+        "pack_metadata": [((o.bitmask, ops.pack(*packable)[-metadata:].clone()), {})],
         "linear": [
             ((x, *weight), {}),
             ((x_grad, *trained, bias, o.bitmask_t), {}),

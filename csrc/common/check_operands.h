@@ -8,11 +8,16 @@
 
 namespace slope {
 
-// `data` (named `name`) must be a matrix of fp16, bf16 or fp32; the types with CUDA kernels.
-inline void check_matrix(const char* op, const char* name, const Tensor& data) {
+// `data` (named `name`) must be of fp16, bf16 or fp32; the types with CUDA kernels.
+inline void check_floating(const char* op, const char* name, const Tensor& data) {
   const ScalarType dtype = data.scalar_type();
   check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
         "slope::", op, ": ", name, " must be float16, bfloat16 or float32 on CUDA");
+}
+
+// `data` must be a matrix of such a type.
+inline void check_matrix(const char* op, const char* name, const Tensor& data) {
+  check_floating(op, name, data);
   check(data.dim() == 2, "slope::", op, ": ", name, " must have 2 dimensions, got ", data.dim());
 }
 
@@ -47,6 +52,43 @@ inline void check_compressed(const char* op, const Tensor& values, const Tensor&
   const int64_t columns = values.size(1) * (kGroup / kKept);
   check_columns(op, "values", "in", columns);
   check_bitmask(op, "bitmask", bitmask, values.size(0), columns, "values", values);
+}
+
+// `tensor` must have the dtype and the device of `values`.
+inline void check_like_values(const char* op, const char* name, const Tensor& tensor,
+                              const Tensor& values) {
+  check(tensor.is_cuda() && tensor.get_device() == values.get_device(), "slope::", op, ": ", name,
+        " must be on the same device as values");
+  check(tensor.scalar_type() == values.scalar_type(), "slope::", op, ": ", name,
+        " must have the dtype of values");
+}
+
+// An activation [..., features] that meets `values`.
+inline void check_tokens(const char* op, const char* name, const Tensor& x, int64_t features,
+                         const Tensor& values) {
+  check_like_values(op, name, x, values);
+  check(x.dim() >= 1 && x.size(x.dim() - 1) == features, "slope::", op, ": ", name,
+        " must have a last dimension of ", features, ", got shape ", ShapeOf{x});
+}
+
+// A vector [size], whose `meaning` is told.
+inline void check_vector(const char* op, const char* name, const Tensor& vector, int64_t size,
+                         const char* meaning, const Tensor& values) {
+  check_like_values(op, name, vector, values);
+  check(vector.dim() == 1 && vector.size(0) == size, "slope::", op, ": ", name, " must be ",
+        meaning, " = [", size, "], got ", ShapeOf{vector});
+}
+
+// The backward copy [in, out/2] of `values` [out, in/2].
+inline void check_transposed_values(const char* op, const char* name, const Tensor& values_t,
+                                    const Tensor& values) {
+  check_like_values(op, name, values_t, values);
+  const int64_t rows = values.size(0);
+  const int64_t columns = values.size(1) * 2;
+  check(values_t.dim() == 2 && values_t.size(0) == columns && values_t.size(1) == rows / 2,
+        "slope::", op, ": ", name, " must be [in, out/2] = [", columns, ", ", rows / 2, "], got ",
+        ShapeOf{values_t});
+  check(values_t.is_contiguous(), "slope::", op, ": ", name, " must be contiguous");
 }
 
 }  // namespace slope

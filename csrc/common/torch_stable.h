@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -42,6 +43,16 @@ struct ShapeOf {
     return out << "]";
   }
 };
+
+// Calls an op that returns one tensor through torch's dispatcher: call_op("aten::mm", "out", a, b,
+// c).
+template <typename... Arguments>
+Tensor call_op(const char* name, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 // A contiguous tensor whose data starts at a multiple of 16 bytes: itself, or a copy.
 inline Tensor contiguous_16b(const Tensor& tensor) {

@@ -4,7 +4,7 @@
 from slope_ext.ops.adamw import adamw_
 from slope_ext.ops.compress import compress, decompress
 from slope_ext.ops.lowrank import linear_lowrank
-from slope_ext.ops.pack import pack
+from slope_ext.ops.pack import pack, pack_metadata
 from slope_ext.ops.prune import prune_24, prune_transposed
 from slope_ext.ops.spmm import input_grad, linear
 from slope_ext.ops.transpose import transpose_values
@@ -18,6 +18,7 @@ __all__ = [
     "linear",
     "linear_lowrank",
     "pack",
+    "pack_metadata",
     "prune_24",
     "prune_transposed",
     "transpose_values",

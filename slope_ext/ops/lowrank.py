@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from slope_ext import reference
 from slope_ext._check import Checker
 from slope_ext._library import register, register_autocast
-from slope_ext.ops.spmm import input_grad, needs_grad, require_bitmask_t, rows_of
+from slope_ext.ops.spmm import Backend, input_grad, needs_grad, require_bitmask_t, rows_of
 from slope_ext.ops.weight_grad import weight_grad
 
 
@@ -26,6 +26,9 @@ def linear_lowrank(
     bias: Tensor | None = None,
     bitmask_t: Tensor | None = None,
     values_t: Tensor | None = None,
+    metadata: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Y = X W^T + scale (X A^T) B^T + b (arXiv 2405.16325, equation 11).
 
@@ -39,7 +42,8 @@ def linear_lowrank(
         lora_A: [rank, in], the dtype of ``x``. Differentiable.
         lora_B: [out, rank], the dtype of ``x``. Differentiable.
         scale: factor of the low-rank term.
-        bias, bitmask_t, values_t: as in :func:`slope_ext.ops.linear`.
+        bias, bitmask_t, values_t, metadata, metadata_t, backend: as in
+            :func:`slope_ext.ops.linear`.
 
     Returns:
         y: [..., out], contiguous.
@@ -48,7 +52,18 @@ def linear_lowrank(
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
     y, _ = torch.ops.slope.linear_lowrank.default(
-        x, values, bitmask, lora_A, lora_B, scale, bias, bitmask_t, values_t
+        x,
+        values,
+        bitmask,
+        lora_A,
+        lora_B,
+        scale,
+        bias,
+        bitmask_t,
+        values_t,
+        metadata,
+        metadata_t,
+        backend,
     )
     return y  # type: ignore[no-any-return]
 
@@ -63,6 +78,9 @@ def _check(
     bias: Tensor | None = None,
     bitmask_t: Tensor | None = None,
     values_t: Tensor | None = None,
+    metadata: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "auto",
 ) -> None:
     check = Checker("linear_lowrank")
     rows, columns = check.values(values, bitmask)
@@ -75,6 +93,9 @@ def _check(
     check.shape("lora_B", lora_B, (rows, lora_A.shape[0]), "[out, rank]")
     check.bias(bias, values)
     check.transposed(values, bitmask_t, values_t)
+    check.metadata("metadata", metadata, rows, columns, values)
+    check.metadata("metadata_t", metadata_t, columns, rows, values)
+    check.backend(backend)
 
 
 def _fake(x: Tensor, values: Tensor, bitmask: Tensor, lora_A: Tensor, *_: Any, **__: Any) -> Any:
@@ -83,35 +104,48 @@ def _fake(x: Tensor, values: Tensor, bitmask: Tensor, lora_A: Tensor, *_: Any, *
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, values, bitmask, lora_A, lora_B, scale, bias, bitmask_t, values_t = inputs
+    (
+        x,
+        values,
+        bitmask,
+        lora_A,
+        lora_B,
+        scale,
+        bias,
+        bitmask_t,
+        values_t,
+        _,
+        metadata_t,
+        backend,
+    ) = inputs
     t = output[1]
     ctx.needs = needs_grad(x, values, lora_A, lora_B, bias)
     x_needs, *_ = ctx.needs
     require_bitmask_t("linear_lowrank", x_needs, bitmask_t)
     ctx.mark_non_differentiable(t)
     ctx.set_materialize_grads(False)
-    ctx.scale = scale
-    ctx.save_for_backward(x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t)
+    ctx.scale, ctx.backend = scale, backend
+    ctx.save_for_backward(x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t, metadata_t)
 
 
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 9
-    x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t = ctx.saved_tensors
+        return (None,) * 12
+    x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t, metadata_t = ctx.saved_tensors
     x_needs, values_need, a_needs, b_needs, bias_needs = ctx.needs
     flat_dy = rows_of(dy)
 
     dt = ctx.scale * (flat_dy @ lora_B)  # [tokens, rank]
     dx = None
     if x_needs:
-        dx = input_grad(dy, values, bitmask, bitmask_t, values_t)
+        dx = input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
         dx = dx + (dt @ lora_A).view(dx.shape)
     dw = weight_grad(dy, x, bitmask) if values_need else None
     da = dt.t() @ rows_of(x) if a_needs else None
     db = ctx.scale * (flat_dy.t() @ rows_of(t)) if b_needs else None
     dbias = flat_dy.sum(0) if bias_needs else None
-    return dx, dw, None, da, db, None, dbias, None, None
+    return dx, dw, None, da, db, None, dbias, None, None, None, None, None
 
 
 register("linear_lowrank", check=_check, reference=reference.linear_lowrank, fake=_fake)

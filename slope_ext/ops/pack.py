@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sparse operand as the matrix product reads it: pack."""
+"""The sparse operand as the matrix product reads it: pack and pack_metadata."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import torch
 from torch import Tensor
 
 from slope_ext import reference
-from slope_ext._check import Checker
-from slope_ext._library import register
+from slope_ext._check import Checker, metadata_bytes
+from slope_ext._library import register, register_write
 
 
 def pack(values: Tensor, bitmask: Tensor) -> Tensor:
     """Bytes of the values, row-major, followed by the metadata that the product wants.
 
-    The reference writes the identity layout, in which the metadata is the bitmask itself.
+    On CUDA that is cuSPARSELt's compressed operand (docs/layouts.md). The CPU's reference writes
+    the identity layout, in which the metadata is the bitmask itself.
 
     Args:
-        values: fp16, bf16, fp32 or fp64 [out, in/2], in a multiple of 8.
+        values: [out, in/2]; fp16 or bf16, out and in multiples of 16, on CUDA; on the CPU also
+            fp32 and fp64, in a multiple of 8.
         bitmask: uint8 [out, in/8].
 
     Returns:
-        packed: uint8 [bytes of values + out * in / 8].
+        packed: uint8 [bytes of values + bytes of metadata].
 
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
@@ -29,15 +31,61 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
     return torch.ops.slope.pack.default(values, bitmask)  # type: ignore[no-any-return]
 
 
+def pack_metadata(bitmask: Tensor, metadata: Tensor) -> None:
+    """Writes the metadata of a mask alone; values that lie before it need no packing then.
+
+    Args:
+        bitmask: uint8 [out, in/8]; on CUDA out and in multiples of 16.
+        metadata: uint8 [bytes of metadata], contiguous, from a multiple of 16 bytes; overwritten.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, shape or device; the message names it and
+            ``metadata`` is untouched.
+    """
+    torch.ops.slope.pack_metadata.default(bitmask, metadata)
+
+
 def _check(values: Tensor, bitmask: Tensor) -> None:
-    Checker("pack").values(values, bitmask)
+    check = Checker("pack")
+    rows, columns = check.values(values, bitmask)
+    if values.is_cuda:
+        check.require(
+            values.dtype in (torch.float16, torch.bfloat16),
+            "values must be float16 or bfloat16 for the sparse tensor cores",
+        )
+        _check_multiples(check, "values", rows, columns)
 
 
+def _check_metadata(bitmask: Tensor, metadata: Tensor) -> None:
+    check = Checker("pack_metadata")
+    check.matrix("bitmask", bitmask)
+    rows, columns = bitmask.shape[0], 8 * bitmask.shape[1]
+    check.bitmask("bitmask", bitmask, rows, columns, "bitmask", bitmask)
+    if bitmask.is_cuda:
+        _check_multiples(check, "bitmask", rows, columns)
+    check.metadata("metadata", metadata, rows, columns, bitmask)
+    check.require(metadata.is_contiguous(), "metadata must be contiguous")
+
+
+def _check_multiples(check: Checker, name: str, rows: int, columns: int) -> None:
+    check.require(
+        rows % 16 == 0 and columns % 16 == 0,
+        f"{name} must be of a weight whose out and in are multiples of 16, "
+        f"got out x in = {rows} x {columns}",
+    )
+
+
+def _fake(values: Tensor, bitmask: Tensor) -> Tensor:
+    rows, columns = values.shape[0], 2 * values.shape[1]
+    metadata = metadata_bytes(rows, columns, values.device)
+    return bitmask.new_empty(values.numel() * values.element_size() + metadata)
+
+
+register("pack", check=_check, reference=reference.pack, fake=_fake)
 register(
-    "pack",
-    check=_check,
-    reference=reference.pack,
-    fake=lambda values, bitmask: bitmask.new_empty(
-        values.numel() * values.element_size() + bitmask.numel()
-    ),
+    "pack_metadata",
+    check=_check_metadata,
+    reference=reference.pack_metadata,
+    fake=lambda bitmask, metadata: None,
 )
+register_write("pack_metadata", "metadata")

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slope_ext import reference
+from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
 from slope_ext._library import register, register_autocast
 from slope_ext.ops.weight_grad import weight_grad
+
+Backend = Literal["auto", "cusparselt", "reference"]
 
 
 def linear(
@@ -22,8 +24,14 @@ def linear(
     bias: Tensor | None = None,
     bitmask_t: Tensor | None = None,
     values_t: Tensor | None = None,
+    metadata: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Y = X W^T + b with W 2:4 sparse along ``in``.
+
+    On CUDA through a cached cuSPARSELt plan (:mod:`slope_ext.plan_cache`) for fp16 and bf16 with
+    out and in multiples of 16; other weights are decompressed first, with one warning.
 
     Backward (arXiv 2405.16325, equations 4 to 6): dX = dY W^{R,C} with the double-pruned weight,
     dW = dY^T X at the kept positions, in the shape of ``values``, db = column sums of dY.
@@ -36,6 +44,12 @@ def linear(
         bitmask_t: uint8 [in, out/8]; needed if ``x`` requires grad (out a multiple of 8).
         values_t: [in, out/2] cache of the double-pruned values that backward refreshes when
             ``values`` changed; None computes them in every backward and keeps nothing.
+        metadata: uint8, what :func:`slope_ext.ops.pack_metadata` makes of ``bitmask``; the caller
+            keeps the two in step. Where it lies right behind ``values`` in memory, the product
+            reads both in place; else they are packed in every call.
+        metadata_t: that of ``values_t`` and ``bitmask_t``; a cache, as ``values_t`` is.
+        backend: "auto"; "cusparselt", an error where that cannot be; "reference", a dense product
+            of the decompressed weight.
 
     Returns:
         y: [..., out], contiguous.
@@ -44,17 +58,24 @@ def linear(
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
     return torch.ops.slope.linear.default(  # type: ignore[no-any-return]
-        x, values, bitmask, bias, bitmask_t, values_t
+        x, values, bitmask, bias, bitmask_t, values_t, metadata, metadata_t, backend
     )
 
 
 def input_grad(
-    dy: Tensor, values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor | None = None
+    dy: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bitmask_t: Tensor,
+    values_t: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """dX = dY W^{R,C}: the input gradient of :func:`linear`.
 
-    The result depends on ``values``, ``bitmask`` and ``bitmask_t`` alone. ``values_t`` is a cache
-    whose content never matters: it is overwritten when it is not known to be up to date.
+    The result depends on ``values``, ``bitmask`` and ``bitmask_t`` alone. ``values_t`` and
+    ``metadata_t`` are caches whose content never matters: they are overwritten when they are not
+    known to be up to date.
 
     Args:
         dy: fp16, bf16, fp32 or fp64 [..., out].
@@ -62,6 +83,8 @@ def input_grad(
         bitmask: uint8 [out, in/8].
         bitmask_t: uint8 [in, out/8].
         values_t: cache [in, out/2], the dtype of ``values``, or None.
+        metadata_t: cache of what the product wants of ``bitmask_t``, or None.
+        backend: as in :func:`linear`.
 
     Returns:
         dx: [..., in], contiguous.
@@ -70,7 +93,7 @@ def input_grad(
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
     return torch.ops.slope.input_grad.default(  # type: ignore[no-any-return]
-        dy, values, bitmask, bitmask_t, values_t
+        dy, values, bitmask, bitmask_t, values_t, metadata_t, backend
     )
 
 
@@ -81,21 +104,50 @@ def _check_linear(
     bias: Tensor | None = None,
     bitmask_t: Tensor | None = None,
     values_t: Tensor | None = None,
+    metadata: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "auto",
 ) -> None:
     check = Checker("linear")
-    _, columns = check.values(values, bitmask)
+    rows, columns = check.values(values, bitmask)
     check.tokens("x", x, columns, values)
     check.bias(bias, values)
     check.transposed(values, bitmask_t, values_t)
+    check.metadata("metadata", metadata, rows, columns, values)
+    check.metadata("metadata_t", metadata_t, columns, rows, values)
+    check.backend(backend)
 
 
 def _check_input_grad(
-    dy: Tensor, values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor | None = None
+    dy: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bitmask_t: Tensor,
+    values_t: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "auto",
 ) -> None:
     check = Checker("input_grad")
-    rows, _ = check.values(values, bitmask)
+    rows, columns = check.values(values, bitmask)
     check.tokens("dy", dy, rows, values)
     check.transposed(values, bitmask_t, values_t)
+    check.metadata("metadata_t", metadata_t, columns, rows, values)
+    check.backend(backend)
+
+
+def _input_grad_on_cuda(
+    dy: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bitmask_t: Tensor,
+    values_t: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    values_t, metadata_t = _backward_copy.follow(values, bitmask, bitmask_t, values_t, metadata_t)
+    return torch.ops.slope.linear.default(  # type: ignore[no-any-return]
+        dy, values_t, bitmask_t, None, None, None, metadata_t, None, backend
+    )
 
 
 def needs_grad(*inputs: Tensor | None) -> tuple[bool, ...]:
@@ -115,21 +167,25 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bitmask, bias, bitmask_t, values_t = inputs
+    x, values, bitmask, bias, bitmask_t, values_t, _, metadata_t, ctx.backend = inputs
     ctx.needs = needs_grad(x, values, bias)
     x_needs, values_need, _ = ctx.needs
     require_bitmask_t("linear", x_needs, bitmask_t)
-    ctx.save_for_backward(x if values_need else None, values, bitmask, bitmask_t, values_t)
+    ctx.save_for_backward(
+        x if values_need else None, values, bitmask, bitmask_t, values_t, metadata_t
+    )
 
 
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, bitmask, bitmask_t, values_t = ctx.saved_tensors
+    x, values, bitmask, bitmask_t, values_t, metadata_t = ctx.saved_tensors
     x_needs, values_need, bias_needs = ctx.needs
-    dx = input_grad(dy, values, bitmask, bitmask_t, values_t) if x_needs else None
+    dx = None
+    if x_needs:
+        dx = input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
     dw = weight_grad(dy, x, bitmask) if values_need else None
     dbias = rows_of(dy).sum(0) if bias_needs else None
-    return dx, dw, None, dbias, None, None
+    return dx, dw, None, dbias, None, None, None, None, None
 
 
 register(
@@ -143,6 +199,7 @@ register(
     check=_check_input_grad,
     reference=reference.input_grad,
     fake=lambda dy, values, *_, **__: dy.new_empty(*dy.shape[:-1], 2 * values.shape[1]),
+    cuda=_input_grad_on_cuda,
 )
 torch.library.register_autograd("slope::linear", _backward, setup_context=_setup_context)
 register_autocast("linear")

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// linear_lowrank on CUDA: Y = X W^T + scale T B^T + b with T = X A^T.
+//
+// T and T B^T are dense products; the sparse one then adds to the latter in its epilogue, so that
+// Y is written twice and read once.
+#include "common/check_operands.h"
+#include "common/cuda_check.h"
+#include "ops/spmm.h"
+
+namespace slope {
+namespace {
+
+// scale * t, without a scalar of the host in the way: t itself where scale is 1.
+Tensor scaled(const Tensor& t, double scale) {
+  if (scale == 1.0) {
+    return t;
+  }
+  Tensor factor = torch::stable::new_empty(t, {1});
+  torch::stable::fill_(factor, scale);
+  return call_op("aten::mul", "Tensor", t, factor);
+}
+
+void check_factor(const char* op, const char* name, const Tensor& factor, const Tensor& values) {
+  check_like_values(op, name, factor, values);
+  check(factor.dim() == 2, "slope::", op, ": ", name, " must have 2 dimensions, got shape ",
+        ShapeOf{factor});
+}
+
+std::tuple<Tensor, Tensor> linear_lowrank(
+    const Tensor& x, const Tensor& values, const Tensor& bitmask, const Tensor& lora_A,
+    const Tensor& lora_B, double scale, const OptionalTensor& bias, const OptionalTensor& bitmask_t,
+    const OptionalTensor& values_t, const OptionalTensor& metadata,
+    const OptionalTensor& metadata_t, const std::string& backend) {
+  constexpr const char* kOp = "linear_lowrank";
+  const SparseWeight weight{values, bitmask, bitmask_t, values_t, metadata, metadata_t};
+  check_linear(kOp, x, weight, bias);
+  check_factor(kOp, "lora_A", lora_A, values);
+  check_factor(kOp, "lora_B", lora_B, values);
+  const int64_t rank = lora_A.size(0);
+  check(lora_A.size(1) == values.size(1) * 2, "slope::", kOp, ": lora_A must be [rank, in] = [",
+        rank, ", ", values.size(1) * 2, "], got ", ShapeOf{lora_A});
+  check(lora_B.size(0) == values.size(0) && lora_B.size(1) == rank, "slope::", kOp,
+        ": lora_B must be [out, rank] = [", values.size(0), ", ", rank, "], got ", ShapeOf{lora_B});
+  const torch::stable::accelerator::DeviceGuard guard(values.get_device());
+
+  const OptionalTensor none;
+  const Tensor t = call_op("aten::linear", "", x, lora_A, none);
+  if (takes_plan(kOp, weight, backend) && x.numel() > 0) {
+    const Tensor low_rank = call_op("aten::linear", "", scaled(t, scale), lora_B, none);
+    return {sparse_linear(kOp, x, weight, bias, contiguous_16b(low_rank)), t};
+  }
+  const Tensor low_rank = call_op("aten::linear", "", t, lora_B, none);
+  return {torch::stable::subtract(dense_linear(x, weight, bias), low_rank, -scale), t};
+}
+
+}  // namespace
+}  // namespace slope
+
+STABLE_TORCH_LIBRARY_IMPL(slope, CUDA, m) {
+  m.impl("linear_lowrank", TORCH_BOX(&slope::linear_lowrank));
+}

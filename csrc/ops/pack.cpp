@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// pack and pack_metadata on CUDA.
+//
+// The metadata layout is private to cuSPARSELt, so the library's word is law. It depends on the
+// mask alone, so the library can always be asked: it compresses a surrogate that is 1 where the
+// mask keeps. The own kernel writes the two layouts that were measured, a hundred times faster; it
+// is used on a device once its bytes have been compared with the library's there.
+#include "ops/pack.h"
+
+#include <algorithm>
+#include <array>
+#include <mutex>
+#include <vector>
+
+#include "common/check_operands.h"
+#include "common/cuda_check.h"
+#include "common/cusparselt.h"
+#include "common/torch_stable.h"
+#include "ops/compress.h"
+#include "ops/pack_metadata.h"
+#include "ops/spmm_plan.h"
+
+namespace slope {
+namespace {
+
+constexpr int64_t kMultiple = 16;  // of rows and columns, for the library's 16-bit operands
+constexpr int64_t kMaxRows = int64_t{64} * 65535;
+
+int64_t round_up(int64_t size, int64_t multiple) {
+  return (size + multiple - 1) / multiple * multiple;
+}
+
+// ---- by the library ----------------------------------------------------------------------
+
+void write_by_library(const char* op, const Tensor& bitmask, void* metadata, cudaStream_t stream) {
+  const int64_t rows = bitmask.size(0);
+  const int64_t columns = bitmask.size(1) * kColumnsPerByte;
+
+  // Surrogate: 1 where kept
+  Tensor ones = torch::stable::new_empty(bitmask, {rows, columns / 2}, ScalarType::Half);
+  torch::stable::fill_(ones, 1.0);
+  const Tensor surrogate = torch::stable::new_empty(bitmask, {rows, columns}, ScalarType::Half);
+  const CompressParams params{
+      .dense = surrogate.mutable_data_ptr(),
+      .values = ones.mutable_data_ptr(),
+      .bitmask = static_cast<const uint8_t*>(bitmask.const_data_ptr()),
+      .elements = rows * columns,
+      .element_bytes = 2,
+  };
+  check_cuda(launch_decompress(params, stream), op);
+
+  // Compress it, keep the metadata
+  const auto& lt = cusparselt::api();
+  const auto& handle = spmm_handle(bitmask.get_device());
+  cusparselt::MatDescriptor weight;
+  cusparselt::check(
+      lt.StructuredDescriptorInit(&handle, &weight, rows, columns, columns, kMultiple, CUDA_R_16F,
+                                  cusparselt::kRowMajor, cusparselt::k50Percent),
+      op, "descriptor of the weight");
+  size_t bytes = 0, scratch_bytes = 0;
+  int status = lt.SpMMACompressedSize2(&handle, &weight, &bytes, &scratch_bytes);
+  const auto value_bytes = static_cast<size_t>(rows * columns);
+  if (status == 0) {
+    const auto room = static_cast<int64_t>(std::max<size_t>(bytes, 1));
+    const auto scratch_room = static_cast<int64_t>(std::max<size_t>(scratch_bytes, 1));
+    const Tensor compressed = torch::stable::new_empty(bitmask, {room});
+    const Tensor scratch = torch::stable::new_empty(bitmask, {scratch_room});
+    status = lt.SpMMACompress2(&handle, &weight, 1, cusparselt::kNonTranspose,
+                               surrogate.const_data_ptr(), compressed.mutable_data_ptr(),
+                               scratch.mutable_data_ptr(), stream);
+    if (status == 0) {
+      check(bytes >= value_bytes &&
+                static_cast<int64_t>(bytes - value_bytes) <= metadata_bytes(rows, columns),
+            "slope::", op, ": cuSPARSELt's operand of [", rows, ", ", columns, "] has ", bytes,
+            " bytes, more than is known here");
+      check_cuda(
+          cudaMemcpyAsync(metadata,
+                          static_cast<const uint8_t*>(compressed.const_data_ptr()) + value_bytes,
+                          bytes - value_bytes, cudaMemcpyDeviceToDevice, stream),
+          op);
+    }
+  }
+  lt.MatDescriptorDestroy(&weight);
+  cusparselt::check(status, op, "compression");
+}
+
+// ---- by the own kernel, once it has shown itself right -------------------------------------
+
+MetadataLayout layout_of(int device, const char* op) {
+  int major = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op);
+  return major == 9 ? MetadataLayout::kSm90 : MetadataLayout::kSm80;
+}
+
+bool own_kernel_takes(MetadataLayout layout, int64_t rows, int64_t columns) {
+  const bool sm90 = layout == MetadataLayout::kSm90;
+  return rows % (sm90 ? 64 : 128) == 0 && columns % (sm90 ? 32 : 128) == 0 && rows <= kMaxRows;
+}
+
+void write_by_own_kernel(const char* op, const Tensor& bitmask, void* metadata,
+                         MetadataLayout layout, cudaStream_t stream) {
+  const PackMetadataParams params{
+      .bitmask = static_cast<const uint8_t*>(bitmask.const_data_ptr()),
+      .metadata = metadata,
+      .rows = bitmask.size(0),
+      .columns = bitmask.size(1) * kColumnsPerByte,
+      .layout = layout,
+  };
+  check_cuda(launch_pack_metadata(params, stream), op);
+}
+
+// Both writers on a random mask: are the bytes the same?
+bool writes_as_library(const char* op, const Tensor& like, int64_t rows, int64_t columns,
+                       MetadataLayout layout, cudaStream_t stream) {
+  constexpr std::array<uint8_t, 6> kNibbles{3, 5, 6, 9, 10, 12};
+  std::vector<uint8_t> mask(rows * columns / kColumnsPerByte);
+  uint32_t random = 0x2545f491;
+  for (uint8_t& byte : mask) {
+    random = random * 1664525u + 1013904223u;
+    byte = static_cast<uint8_t>(kNibbles[(random >> 8) % 6] | kNibbles[(random >> 20) % 6] << 4);
+  }
+  const int64_t bytes = metadata_bytes(rows, columns);
+  const Tensor bitmask = torch::stable::new_empty(like, {rows, columns / kColumnsPerByte});
+  const Tensor own = torch::stable::new_empty(like, {bytes});
+  const Tensor library = torch::stable::new_empty(like, {bytes});
+  check_cuda(cudaMemcpyAsync(bitmask.mutable_data_ptr(), mask.data(), mask.size(),
+                             cudaMemcpyHostToDevice, stream),
+             op);
+  write_by_own_kernel(op, bitmask, own.mutable_data_ptr(), layout, stream);
+  write_by_library(op, bitmask, library.mutable_data_ptr(), stream);
+
+  std::vector<uint8_t> own_bytes(bytes), library_bytes(bytes);
+  check_cuda(cudaMemcpyAsync(own_bytes.data(), own.const_data_ptr(), bytes, cudaMemcpyDeviceToHost,
+                             stream),
+             op);
+  check_cuda(cudaMemcpyAsync(library_bytes.data(), library.const_data_ptr(), bytes,
+                             cudaMemcpyDeviceToHost, stream),
+             op);
+  check_cuda(cudaStreamSynchronize(stream), op);
+  return own_bytes == library_bytes;
+}
+
+constexpr int kMaxDevices = 64;
+constexpr int kUntested = -1;
+
+struct Writers {
+  std::mutex mutex;
+  std::array<int, kMaxDevices> by_device;
+
+  Writers() { by_device.fill(kUntested); }
+};
+
+Writers& writers() {
+  static Writers* const instance = new Writers;
+  return *instance;
+}
+
+bool own_kernel_is_right(const char* op, const Tensor& like, MetadataLayout layout,
+                         cudaStream_t stream) {
+  const int device = like.get_device();
+  if (device >= kMaxDevices) {
+    return false;
+  }
+  const std::lock_guard lock(writers().mutex);
+  int& right = writers().by_device[device];
+  if (right == kUntested) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    check_cuda(cudaStreamIsCapturing(stream, &capture), op);
+    if (capture != cudaStreamCaptureStatusNone) {
+      return false;  // the test waits for the device
+    }
+    right = writes_as_library(op, like, 256, 256, layout, stream) &&
+            writes_as_library(op, like, 384, 896, layout, stream);
+  }
+  return right == 1;
+}
+
+// ---- ops -----------------------------------------------------------------------------------
+
+Tensor pack(const Tensor& values, const Tensor& bitmask) {
+  constexpr const char* kOp = "pack";
+  check_compressed(kOp, values, bitmask);
+  const int64_t rows = values.size(0);
+  const int64_t columns = values.size(1) * 2;
+  check_packable(kOp, "values", values, rows, columns);
+  const torch::stable::accelerator::DeviceGuard guard(values.get_device());
+
+  const int64_t value_bytes = values.numel() * 2;
+  Tensor packed = torch::stable::new_empty(bitmask, {value_bytes + metadata_bytes(rows, columns)});
+  if (values.numel() == 0) {
+    return packed;
+  }
+  const Tensor source = torch::stable::contiguous(values);
+  const Tensor mask = contiguous_16b(bitmask);
+  auto* const bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  const cudaStream_t stream = current_stream(values, kOp);
+  check_cuda(cudaMemcpyAsync(bytes, source.const_data_ptr(), value_bytes, cudaMemcpyDeviceToDevice,
+                             stream),
+             kOp);
+  write_metadata(kOp, mask, bytes + value_bytes, stream);
+  return packed;
+}
+
+void pack_metadata(const Tensor& bitmask, Tensor metadata) {
+  constexpr const char* kOp = "pack_metadata";
+  check(bitmask.dim() == 2, "slope::", kOp, ": bitmask must have 2 dimensions, got shape ",
+        ShapeOf{bitmask});
+  check(bitmask.scalar_type() == ScalarType::Byte, "slope::", kOp, ": bitmask must be uint8");
+  const int64_t rows = bitmask.size(0);
+  const int64_t columns = bitmask.size(1) * kColumnsPerByte;
+  check(rows % kMultiple == 0 && columns % kMultiple == 0, "slope::", kOp,
+        ": bitmask must be of a weight whose out and in are multiples of ", kMultiple,
+        ", got out x in = ", rows, " x ", columns);
+  const int64_t bytes = metadata_bytes(rows, columns);
+  check(metadata.is_cuda() && metadata.get_device() == bitmask.get_device(), "slope::", kOp,
+        ": metadata must be on the same device as bitmask");
+  check(metadata.scalar_type() == ScalarType::Byte && metadata.dim() == 1 &&
+            metadata.size(0) == bytes && metadata.is_contiguous(),
+        "slope::", kOp, ": metadata must be contiguous uint8 [", bytes, "], got ",
+        ShapeOf{metadata});
+  check(reinterpret_cast<uintptr_t>(metadata.const_data_ptr()) % 16 == 0, "slope::", kOp,
+        ": metadata must start at a multiple of 16 bytes");
+  if (bitmask.numel() == 0) {
+    return;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(bitmask.get_device());
+  write_metadata(kOp, contiguous_16b(bitmask), metadata.mutable_data_ptr(),
+                 current_stream(bitmask, kOp));
+}
+
+}  // namespace
+
+int64_t metadata_bytes(int64_t rows, int64_t columns) {
+  return std::max(round_up(rows, 32) * round_up(columns, 64),
+                  round_up(rows, 64) * round_up(columns, 32)) /
+         8;
+}
+
+void check_packable(const char* op, const char* name, const Tensor& values, int64_t rows,
+                    int64_t columns) {
+  const ScalarType dtype = values.scalar_type();
+  check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "slope::", op, ": ", name,
+        " must be float16 or bfloat16 for the sparse tensor cores");
+  check(rows % kMultiple == 0 && columns % kMultiple == 0, "slope::", op, ": ", name,
+        " must have out and in multiples of ", kMultiple,
+        " for the sparse tensor cores, got out x "
+        "in = ",
+        rows, " x ", columns);
+}
+
+void write_metadata(const char* op, const Tensor& bitmask, void* metadata, cudaStream_t stream) {
+  const MetadataLayout layout = layout_of(bitmask.get_device(), op);
+  if (own_kernel_takes(layout, bitmask.size(0), bitmask.size(1) * kColumnsPerByte) &&
+      own_kernel_is_right(op, bitmask, layout, stream)) {
+    write_by_own_kernel(op, bitmask, metadata, layout, stream);
+  } else {
+    write_by_library(op, bitmask, metadata, stream);
+  }
+}
+
+int metadata_writer(int device) {
+  const std::lock_guard lock(writers().mutex);
+  return device < kMaxDevices ? writers().by_device[device] : 0;
+}
+
+}  // namespace slope
+
+STABLE_TORCH_LIBRARY_IMPL(slope, CUDA, m) {
+  m.impl("pack", TORCH_BOX(&slope::pack));
+  m.impl("pack_metadata", TORCH_BOX(&slope::pack_metadata));
+}

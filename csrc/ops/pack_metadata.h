@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The metadata part of the packed operand, for whoever has the bitmask.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/torch_stable.h"
+
+namespace slope {
+
+// Bytes of metadata of a 16-bit weight [rows, columns], in whole tiles of the hardware.
+int64_t metadata_bytes(int64_t rows, int64_t columns);
+
+// Raises RuntimeError "slope::<op>: ..." unless the library takes such a weight: 16-bit type (of
+// the tensor named `name`), rows and columns multiples of 16.
+void check_packable(const char* op, const char* name, const Tensor& values, int64_t rows,
+                    int64_t columns);
+
+// metadata <- that of a contiguous bitmask [rows, columns / 8] on the current device. By the own
+// kernel where that is known to write what the library would, else by the library.
+void write_metadata(const char* op, const Tensor& bitmask, void* metadata, cudaStream_t stream);
+
+// Which of both writes where the shape allows a choice: 1 the own kernel, 0 the library, -1 not
+// tested yet on this device.
+int metadata_writer(int device);
+
+}  // namespace slope

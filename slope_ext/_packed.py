@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that the sparse product reads in place: values with their metadata right behind them.
+
+    one allocation   | values, row-major, 2 bytes each | metadata |
+    two tensors        values [rows, columns/2]          metadata uint8
+
+Each of the two has a storage of its own within the allocation, so that saving, copying or stamping
+the values concerns their bytes alone. Whichever tensor lives longer keeps the allocation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slope_ext import _library
+from slope_ext._check import metadata_bytes
+
+_MULTIPLE = 16  # rows and columns that the sparse tensor cores take
+
+
+class _Bytes:
+    """Bytes [start, start + size) of a CUDA tensor, for torch.as_tensor; keeps the tensor alive."""
+
+    def __init__(self, owner: Tensor, start: int, size: int) -> None:
+        self.owner = owner
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "data": (owner.data_ptr() + start, False),
+            "shape": (size,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+def is_packable(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the sparse product on ``device`` takes a weight [rows, columns]."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and rows % _MULTIPLE == 0
+        and columns % _MULTIPLE == 0
+        and rows * columns > 0
+        and "pack" in _library.CUDA_KERNELS
+        and not _library.FORCE_REFERENCE
+    )
+
+
+def empty(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised values [rows, columns/2] and their metadata; they must be packable."""
+    value_bytes = rows * columns // 2 * dtype.itemsize
+    size = value_bytes + metadata_bytes(rows, columns, device)
+    with torch.inference_mode(False):
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        values = torch.as_tensor(_Bytes(buffer, 0, value_bytes), device=buffer.device)
+        metadata = torch.as_tensor(
+            _Bytes(buffer, value_bytes, size - value_bytes), device=buffer.device
+        )
+        return values.view(dtype).view(rows, columns // 2), metadata
+
+
+def is_packed(values: Tensor, metadata: Tensor) -> bool:
+    """Whether ``metadata`` lies right behind ``values``."""
+    value_bytes = values.numel() * values.element_size()
+    return values.data_ptr() + value_bytes == metadata.data_ptr() and values.is_contiguous()

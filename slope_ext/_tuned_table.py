@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of tuned algorithms: what is in it, its file, and looking up.
+
+The file is JSON: {"format": 1, "environments": {environment: [entry, ...]}}. An environment names
+all that an algorithm's speed depends on: capability, GPU, driver, cuSPARSELt. Writers merge under a
+lock and replace the file in one step; a file that cannot be read is put aside with a warning.
+Tables shipped with the package (slope_ext/tuned/*.json) lie under the user's own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from slope_ext import _C
+from slope_ext._tuner import Candidate
+
+FORMAT = 1
+SHIPPED = Path(__file__).with_name("tuned")
+
+
+class Key(NamedTuple):
+    """What shares an entry: tokens up to the next power of two, with or without bias."""
+
+    rows: int
+    columns: int
+    tokens: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"weight {self.rows}x{self.columns}, {self.tokens} tokens, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest right algorithm of a sweep; times in seconds."""
+
+    rows: int
+    columns: int
+    tokens: int
+    dtype: str
+    id: int
+    split_k: int
+    split_k_mode: int
+    seconds: float
+    default_seconds: float
+
+    @property
+    def key(self) -> Key:
+        return Key(self.rows, self.columns, self.tokens, self.dtype)
+
+    def algorithm(self) -> Any:
+        """As the plan cache takes it."""
+        return _C.SpmmAlgorithm(self.id, self.split_k, self.split_k_mode)
+
+
+def key_of(problem: Any) -> Key:
+    """The key that a problem of the plan cache falls under."""
+    bucket = 1 << max(3, math.ceil(math.log2(problem.tokens)))
+    return Key(problem.rows, problem.columns, bucket, "bfloat16" if problem.bfloat16 else "float16")
+
+
+def entry_of(problem: Any, candidates: Sequence[Candidate]) -> Entry | None:
+    """The entry that a sweep's result makes; None if no algorithm was right."""
+    right = [candidate for candidate in candidates if candidate.ok]
+    if not right:
+        return None
+    best = min(right, key=lambda candidate: candidate.seconds)
+    default = [c.seconds for c in right if (c.algorithm, c.split_k) == (0, 1)]
+    return Entry(
+        **key_of(problem)._asdict(),
+        id=best.algorithm,
+        split_k=best.split_k,
+        split_k_mode=best.split_k_mode,
+        seconds=best.seconds,
+        default_seconds=default[0] if default else math.nan,
+    )
+
+
+def environment_of(device: int) -> str:
+    """Names the GPU, driver and library that the entries of a device hold for."""
+    major, minor = torch.cuda.get_device_capability(device)
+    library = ".".join(map(str, _C.cusparselt_version()))
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    name = torch.cuda.get_device_name(device)
+    return f"sm_{major}{minor} | cuSPARSELt {library} | {name} | driver {driver}"
+
+
+class Table:
+    """The entries of one environment, and those of its relatives: same capability and library."""
+
+    def __init__(self, environment: str, by_environment: dict[str, list[Entry]]) -> None:
+        self.environment = environment
+        family = environment.split(" | ")[:2]
+        self._own = {entry.key: entry for entry in by_environment.get(environment, [])}
+        self._related = {
+            entry.key: entry
+            for name, found in by_environment.items()
+            if name.split(" | ")[:2] == family
+            for entry in found
+        }
+
+    def add(self, entry: Entry) -> None:
+        self._own[entry.key] = self._related[entry.key] = entry
+
+    def entries(self) -> list[Entry]:
+        return list(self._own.values())
+
+    def exact(self, key: Key) -> Entry | None:
+        return self._own.get(key)
+
+    def nearest(self, key: Key) -> Entry | None:
+        """The entry of the shape that is least far away, in factors of rows, columns and tokens.
+
+        Splits of K are for the shape that they were tuned for, so they are not taken over.
+        """
+        related = [e for e in self._related.values() if e.dtype == key.dtype]
+        if key in self._related:
+            return self._related[key]
+        return min(
+            (entry for entry in related if entry.split_k == 1),
+            key=lambda entry: _distance(entry.key, key),
+            default=None,
+        )
+
+
+def _distance(a: Key, b: Key) -> float:
+    pairs = ((a.rows, b.rows), (a.columns, b.columns), (a.tokens, b.tokens))
+    return sum(abs(math.log2(x / y)) for x, y in pairs)
+
+
+# ---- file ----------------------------------------------------------------------------------------
+
+
+def load_all(path: Path) -> dict[str, list[Entry]]:
+    """The shipped tables with the user's laid over them."""
+    merged: dict[str, list[Entry]] = {}
+    for source in (*sorted(SHIPPED.glob("*.json")), path):
+        for environment, found in load(source).items():
+            merged[environment] = _merge(merged.get(environment, []), found)
+    return merged
+
+
+def load(path: Path, *, strict: bool = False) -> dict[str, list[Entry]]:
+    """Reads a table; where it is missing or no table: {} and a warning, or an error if strict."""
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, not {FORMAT}")
+        return {
+            environment: [Entry(**entry) for entry in found]
+            for environment, found in content["environments"].items()
+        }
+    except OSError:
+        if strict:
+            raise
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if strict:
+            raise ValueError(f"{path} is no table of slope_ext: {error}") from error
+        aside = path.with_suffix(".corrupt")
+        warnings.warn(f"slope_ext: {path} is unreadable ({error}), moved to {aside}", stacklevel=2)
+        os.replace(path, aside)
+        return {}
+
+
+def save(path: Path, environment: str, entries: Iterable[Entry]) -> None:
+    """Merges entries into the file at ``path``; a folder that cannot be written is a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            merged = load(path)
+            merged[environment] = _merge(merged.get(environment, []), entries)
+            content = {
+                "format": FORMAT,
+                "environments": {
+                    name: [asdict(entry) for entry in found] for name, found in merged.items()
+                },
+            }
+            with tempfile.NamedTemporaryFile(
+                "w", dir=path.parent, prefix=path.name, delete=False
+            ) as new:
+                json.dump(content, new, indent=1)
+            os.replace(new.name, path)
+    except OSError as error:
+        warnings.warn(f"slope_ext: tuned algorithms are not kept: {error}", stacklevel=2)
+
+
+def _merge(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
+    return list({entry.key: entry for entry in (*old, *new)}.values())

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep: every algorithm of cuSPARSELt for a shape, checked, then timed.
+
+Operands are random. An algorithm counts only if its product is that of a dense GEMM, to rounding.
+Timed are single launches after the L2 cache was read over, in turns, so that clocks and
+temperature hit all alike; algorithms clearly behind after the first turns are dropped.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slope_ext import _C, ops
+
+# cusparseLtSplitKMode_t
+_ONE_KERNEL, _TWO_KERNELS = 1, 2
+_SPLITS = ((2, _ONE_KERNEL), (2, _TWO_KERNELS), (4, _ONE_KERNEL), (4, _TWO_KERNELS))
+_SEGMENTS = (-1, 0)  # "segment-K": sm_90 and newer only; elsewhere making the plan can hang
+_SPLIT_OUTPUTS = 1 << 24  # rows * tokens up to which splitting K can pay
+
+_TOLERANCE = 0.02  # of the largest magnitude; rounding makes 0.004
+_FIRST_TURNS, _MORE_TURNS = 2, 7
+_DROP = 1.15  # slower than the best by this factor
+_SECONDS = 0.5  # spent on timing one shape, about
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An algorithm of a sweep: cuSPARSELt's id, split of K, time, and whether it was right."""
+
+    algorithm: int
+    split_k: int
+    split_k_mode: int
+    seconds: float
+    ok: bool
+
+
+@dataclass
+class _Trial:
+    algorithm: Any
+    plan: Any
+    workspace: Tensor
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.samples)
+
+
+def algorithm_ids(bfloat16: bool, count: int) -> range:
+    """The ids that a sweep tries."""
+    return range(count if bfloat16 else min(count, _FP16_IDS))
+
+
+# In fp16 the library offers more ids than in bf16; sweeping all of them has been reported to end in
+# "illegal instruction", which takes the process's CUDA context with it. The first ones are the
+# default and its relatives.
+_FP16_IDS = 21
+
+
+class _Sweep:
+    """The operands of one problem and what is tried on them."""
+
+    def __init__(self, problem: Any) -> None:
+        self.device = torch.device("cuda", problem.device)
+        dtype = torch.bfloat16 if problem.bfloat16 else torch.float16
+        rows, columns, tokens = problem.rows, problem.columns, problem.tokens
+        self.problem = _C.SpmmProblem(
+            rows=rows, columns=columns, tokens=tokens, device=problem.device,
+            bfloat16=problem.bfloat16,
+        )  # fmt: skip
+        values = torch.randn(rows, columns // 2, dtype=dtype, device=self.device)
+        bitmask = _random_mask(rows, columns, self.device)
+        self.packed = ops.pack(values, bitmask)
+        self.x = torch.randn(tokens, columns, dtype=dtype, device=self.device)
+        self.y = torch.empty(tokens, rows, dtype=dtype, device=self.device)
+        self.expected = F.linear(self.x, ops.decompress(values, bitmask))
+        self.allowed = _TOLERANCE * self.expected.abs().amax()
+        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        self.cold = torch.zeros(2 * l2_bytes // 4, dtype=torch.int32, device=self.device)
+
+    def trial(self, algorithm: Any) -> _Trial | None:
+        """Makes the plan and runs it once; None where the library refuses or the result is off."""
+        try:
+            plan = _C.SpmmPlan(self.problem, algorithm)
+            bytes_ = max(1, plan.workspace_bytes)
+            workspace = torch.empty(bytes_, dtype=torch.uint8, device=self.device)
+            trial = _Trial(algorithm, plan, workspace)
+            self.y.fill_(float("nan"))
+            self.run(trial)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return None
+        off = (self.y - self.expected).abs_().amax()  # NaN stays NaN
+        return trial if bool(off <= self.allowed) else None
+
+    def run(self, trial: _Trial) -> None:
+        trial.plan.run(
+            self.packed.data_ptr(),
+            self.x.data_ptr(),
+            0,
+            self.y.data_ptr(),
+            trial.workspace.data_ptr(),
+            torch.cuda.current_stream(self.device).cuda_stream,
+        )
+
+    def time(self, trials: list[_Trial], turns: int) -> None:
+        for _ in range(turns):
+            events = []
+            for trial in trials:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self.cold.amax()
+                start.record()
+                self.run(trial)
+                end.record()
+                events.append((start, end))
+            torch.cuda.synchronize(self.device)
+            for trial, (start, end) in zip(trials, events, strict=True):
+                trial.samples.append(start.elapsed_time(end) * 1e-3)
+
+
+@torch.no_grad()
+def sweep(problem: Any) -> list[Candidate]:
+    """Times every algorithm for a problem of the plan cache; right ones first, fastest first."""
+    with (
+        torch.cuda.device(problem.device),
+        torch.autocast("cuda", enabled=False),
+        torch.random.fork_rng(devices=[problem.device]),
+    ):
+        job = _Sweep(problem)
+        count = _C.SpmmPlan(job.problem, _C.SpmmAlgorithm()).algorithm_count
+        tried = [_C.SpmmAlgorithm(i) for i in algorithm_ids(problem.bfloat16, count)]
+        trials = [trial for algorithm in tried if (trial := job.trial(algorithm)) is not None]
+        job.time(trials, _FIRST_TURNS)
+
+        if problem.rows * problem.tokens <= _SPLIT_OUTPUTS and trials:
+            best = sorted(trials, key=lambda trial: trial.seconds)[:2]
+            segments = torch.cuda.get_device_capability(problem.device)[0] == 9
+            splits = (_SEGMENTS, *_SPLITS) if segments else _SPLITS
+            wanted = [_C.SpmmAlgorithm(t.algorithm.id, *split) for t in best for split in splits]
+            split = [trial for algorithm in wanted if (trial := job.trial(algorithm)) is not None]
+            job.time(split, _FIRST_TURNS)
+            tried += wanted
+            trials += split
+
+        if trials:
+            fastest = min(trial.seconds for trial in trials)
+            close = [trial for trial in trials if trial.seconds <= _DROP * fastest]
+            turns = int(_SECONDS / sum(trial.seconds + 1e-4 for trial in close))
+            job.time(close, min(max(turns, 2), _MORE_TURNS))
+    right = {id(trial.algorithm): trial.seconds for trial in trials}
+    candidates = [
+        Candidate(
+            algorithm=algorithm.id,
+            split_k=algorithm.split_k,
+            split_k_mode=algorithm.split_k_mode,
+            seconds=right.get(id(algorithm), float("inf")),
+            ok=id(algorithm) in right,
+        )
+        for algorithm in tried
+    ]
+    return sorted(candidates, key=lambda candidate: candidate.seconds)
+
+
+def _random_mask(rows: int, columns: int, device: torch.device) -> Tensor:
+    nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=device)
+    low, high = torch.randint(6, (2, rows, columns // 8), device=device)
+    return nibbles[low] | nibbles[high] << 4

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plans that sparse products on CUDA run by, and which cuSPARSELt algorithm each takes.
+
+A plan is made in the first call of a shape and kept (:func:`info`, :func:`entries`,
+:func:`set_capacity`, :func:`clear`). cuSPARSELt offers some twenty algorithms for a shape, up to
+twice as fast as each other; which is best depends on the shape, the number of tokens and the GPU.
+A sweep by hand, each algorithm checked before it may win, fills a table that persists:
+
+==================  ================================================================================
+``"on_first_use"``  sweep in the first call of a shape that the table lacks (the default)
+``"ahead"``         sweep in :func:`tune` only; a call that finds no entry warns once
+``"off"``           never sweep
+==================  ================================================================================
+
+Without an entry a call takes the algorithm of the nearest shape in the table, else the library's
+default. Nothing is swept while a CUDA graph is captured. Environment: ``SLOPE_EXT_AUTOTUNE`` sets
+the policy, ``SLOPE_EXT_CACHE_DIR`` the folder of the table (default ``~/.cache/slope_ext``).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from slope_ext import _C, _library, _tuned_table, _tuner
+from slope_ext._tuned_table import Entry, Key, Table
+from slope_ext._tuner import Candidate
+from slope_ext.sparse_layer import SparseLayer
+
+__all__ = [
+    "Candidate",
+    "clear",
+    "entries",
+    "export_table",
+    "import_table",
+    "info",
+    "policy",
+    "set_capacity",
+    "set_policy",
+    "sweep",
+    "table_path",
+    "tune",
+    "tuned",
+]
+
+Policy = Literal["on_first_use", "ahead", "off"]
+
+_lock = threading.RLock()
+_tuning = threading.local()  # .active: this thread is sweeping
+_tables: dict[int, Table] = {}  # by CUDA ordinal
+_warned: set[Key] = set()
+
+
+def _policy_from_environment() -> Policy:
+    value = os.environ.get("SLOPE_EXT_AUTOTUNE", "on_first_use")
+    if value not in get_args(Policy):
+        raise ValueError(
+            f"SLOPE_EXT_AUTOTUNE must be one of {', '.join(get_args(Policy))}, got {value!r}"
+        )
+    return value  # type: ignore[return-value]
+
+
+_policy: Policy = _policy_from_environment()
+
+
+def policy() -> Policy:
+    """When algorithms are swept; see the module."""
+    return _policy
+
+
+def set_policy(value: Policy) -> None:
+    """Sets when algorithms are swept; plans that exist stay as they are.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    global _policy
+    if value not in get_args(Policy):
+        raise ValueError(
+            f"set_policy: value must be one of {', '.join(get_args(Policy))}, got {value!r}"
+        )
+    _policy = value
+
+
+# ---- plans ---------------------------------------------------------------------------------------
+
+
+def info() -> dict[str, int]:
+    """Counts over all threads and devices: plans, hits, misses, evictions; and the capacity.
+
+    The capacity is of each thread and device: a plan never serves two of them.
+    """
+    if not _has_plans():
+        return dict.fromkeys(("plans", "capacity", "hits", "misses", "evictions"), 0)
+    return _C.plan_cache_info()
+
+
+def entries() -> list[dict[str, Any]]:
+    """Every plan, as a dict: device, rows, columns, tokens, dtype, bias, accumulate, algorithm,
+    split_k, split_k_mode, workspace_bytes."""
+    if not _has_plans():
+        return []
+    return [
+        {
+            "device": problem.device,
+            "rows": problem.rows,
+            "columns": problem.columns,
+            "tokens": problem.tokens,
+            "dtype": torch.bfloat16 if problem.bfloat16 else torch.float16,
+            "bias": problem.bias,
+            "accumulate": problem.accumulate,
+            "algorithm": algorithm.id,
+            "split_k": algorithm.split_k,
+            "split_k_mode": algorithm.split_k_mode,
+            "workspace_bytes": workspace_bytes,
+        }
+        for problem, algorithm, workspace_bytes in _C.plan_cache_entries()
+    ]
+
+
+def set_capacity(plans: int) -> None:
+    """Sets how many plans a thread keeps for a device (1024); those used longest ago go first.
+
+    Raises:
+        ValueError: fewer than 1.
+    """
+    if plans < 1:
+        raise ValueError(f"set_capacity: plans must be at least 1, got {plans}")
+    if _has_plans():
+        _C.plan_cache_set_capacity(plans)
+
+
+def clear() -> None:
+    """Forgets every plan; the next calls make them again, by the table as it is then."""
+    if _has_plans():
+        _C.plan_cache_clear()
+
+
+# ---- tuning --------------------------------------------------------------------------------------
+
+
+def tune(
+    model: nn.Module, tokens: int | Iterable[int], *, backward: bool = True, again: bool = False
+) -> list[Entry]:
+    """Sweeps the algorithms of every 2:4 layer of ``model`` ahead of use, and keeps the best.
+
+    Args:
+        model: a layer or a model with layers on CUDA; other layers are passed over.
+        tokens: token counts (product of the leading dimensions of the input) to tune for. Counts
+            share an entry up to the next power of two.
+        backward: tune the input gradient too.
+        again: sweep even where the table has an entry.
+
+    Returns:
+        The entries that were added.
+    """
+    added = []
+    for problem in _problems(model, [tokens] if isinstance(tokens, int) else tokens, backward):
+        key = _tuned_table.key_of(problem)
+        if again or _table(problem.device).exact(key) is None:
+            entry = _sweep_into_table(problem)
+            if entry is not None:
+                added.append(entry)
+    clear()
+    return added
+
+
+def sweep(layer: nn.Module, tokens: int) -> list[Candidate]:
+    """Times every algorithm for one 2:4 layer's forward product; the fastest right one first.
+
+    Operands are random, of the layer's shape and dtype. Nothing is kept.
+
+    Raises:
+        ValueError: ``layer`` is no 2:4 layer that runs by plans.
+    """
+    problems = _problems(layer, [tokens], backward=False)
+    if len(problems) != 1:
+        raise ValueError("sweep: layer must be one fp16 or bf16 SLoPeLinear on CUDA")
+    return _tuner.sweep(problems[0])
+
+
+def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[Any]:
+    found = {}
+    for module in model.modules():
+        metadata = getattr(module, "weight_metadata", None)
+        if not isinstance(module, SparseLayer) or metadata is None:
+            continue
+        shapes = [(module.out_features, module.in_features)]
+        if backward:
+            shapes.append((module.in_features, module.out_features))
+        for rows, columns in shapes:
+            for count in tokens:
+                problem = _C.SpmmProblem(
+                    rows=rows,
+                    columns=columns,
+                    tokens=-(-count // 8) * 8,
+                    device=module.weight.device.index,
+                    bfloat16=module.weight.dtype == torch.bfloat16,
+                )
+                found[(problem.device, _tuned_table.key_of(problem))] = problem
+    return list(found.values())
+
+
+def _sweep_into_table(problem: Any) -> Entry | None:
+    _tuning.active = True
+    try:
+        candidates = _tuner.sweep(problem)
+    except torch.OutOfMemoryError:
+        warnings.warn(
+            f"slope_ext: no memory to tune {_tuned_table.key_of(problem)}; see plan_cache.tune",
+            stacklevel=2,
+        )
+        return None
+    finally:
+        _tuning.active = False
+    entry = _tuned_table.entry_of(problem, candidates)
+    if entry is not None:
+        with _lock:
+            table = _table(problem.device)
+            table.add(entry)
+            _tuned_table.save(table_path(), table.environment, [entry])
+    return entry
+
+
+def _choose(problem: Any, capturing: bool) -> Any:
+    """What a new plan takes; called by the op library, on any thread."""
+    with _lock:
+        key = _tuned_table.key_of(problem)
+        table = _table(problem.device)
+        entry = table.exact(key)
+        active = getattr(_tuning, "active", False)
+        if entry is None and _policy == "on_first_use" and not capturing and not active:
+            entry = _sweep_into_table(problem)
+        if entry is None and _policy == "ahead" and key not in _warned:
+            _warned.add(key)
+            warnings.warn(
+                f"slope_ext: {key} is not tuned; plan_cache.tune(model, tokens) does it",
+                stacklevel=2,
+            )
+        entry = entry or table.nearest(key)
+        return _C.SpmmAlgorithm() if entry is None else entry.algorithm()
+
+
+# ---- table ---------------------------------------------------------------------------------------
+
+
+def table_path() -> Path:
+    """The file that the table persists in."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope_ext"
+    return Path(os.environ.get("SLOPE_EXT_CACHE_DIR") or default) / "tuned.json"
+
+
+def tuned(device: int = 0) -> list[Entry]:
+    """The entries that hold for a CUDA device."""
+    with _lock:
+        return _table(device).entries()
+
+
+def export_table(path: str | Path) -> None:
+    """Writes the table of every environment that this user ever tuned in; mergeable JSON."""
+    for environment, found in _tuned_table.load(table_path()).items():
+        _tuned_table.save(Path(path), environment, found)
+
+
+def import_table(path: str | Path) -> None:
+    """Merges an exported table into this user's; entries there win. Plans are forgotten.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such table, or it is not one.
+    """
+    found = _tuned_table.load(Path(path), strict=True)
+    with _lock:
+        for environment, added in found.items():
+            _tuned_table.save(table_path(), environment, added)
+        _tables.clear()
+    clear()
+
+
+def _table(device: int) -> Table:
+    if device not in _tables:
+        environment = _tuned_table.environment_of(device)
+        _tables[device] = Table(environment, _tuned_table.load_all(table_path()))
+    return _tables[device]
+
+
+def _has_plans() -> bool:
+    return bool(_library.CUDA_KERNELS)
+
+
+if _has_plans():
+    _C.plan_cache_set_chooser(_choose)
