@@ -14,6 +14,13 @@
 #include <sstream>
 #include <stdexcept>
 
+// Raises what a call of torch's C interface failed with; torch renamed its own macro.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define SLOPE_TORCH_CHECK STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define SLOPE_TORCH_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace slope {
 
 using torch::headeronly::ScalarType;
@@ -49,8 +56,7 @@ struct ShapeOf {
 template <typename... Arguments>
 Tensor call_op(const char* name, const char* overload, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  SLOPE_TORCH_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
