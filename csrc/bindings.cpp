@@ -174,6 +174,7 @@ void bind_plan_cache(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
   m.def("plan_cache_clear", [] { cache().clear(); }, py::call_guard<py::gil_scoped_release>());
   m.def("cusparselt_version", &cusparselt_version);
+  m.def("driver_version", [] { return cache().driver_version(); });
   m.def("metadata_writer", [](int device) { return cache().metadata_writer(device); });
 }
 

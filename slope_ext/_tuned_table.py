@@ -91,9 +91,8 @@ def environment_of(device: int) -> str:
     """Names the GPU, driver and library that the entries of a device hold for."""
     major, minor = torch.cuda.get_device_capability(device)
     library = ".".join(map(str, _C.cusparselt_version()))
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     name = torch.cuda.get_device_name(device)
-    return f"sm_{major}{minor} | cuSPARSELt {library} | {name} | driver {driver}"
+    return f"sm_{major}{minor} | cuSPARSELt {library} | {name} | driver {_C.driver_version()}"
 
 
 class Table:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from slope_ext import _C, ops
 
-# cusparseLtSplitKMode_t
-_ONE_KERNEL, _TWO_KERNELS = 1, 2
-_SPLITS = ((2, _ONE_KERNEL), (2, _TWO_KERNELS), (4, _ONE_KERNEL), (4, _TWO_KERNELS))
-_SEGMENTS = (-1, 0)  # "segment-K": sm_90 and newer only; elsewhere making the plan can hang
+# (split of K, cusparseLtSplitKMode_t: 1 one kernel, 2 two). On sm_90 the library refuses those and
+# has "segments" of K instead, of which elsewhere the making of a plan can hang.
+_SPLITS = ((2, 1), (2, 2), (4, 1), (4, 2))
+_SEGMENTS = ((-1, 0),)
 _SPLIT_OUTPUTS = 1 << 24  # rows * tokens up to which splitting K can pay
 
 _TOLERANCE = 0.02  # of the largest magnitude; rounding makes 0.004
@@ -143,7 +143,7 @@ def sweep(problem: Any) -> list[Candidate]:
         if problem.rows * problem.tokens <= _SPLIT_OUTPUTS and trials:
             best = sorted(trials, key=lambda trial: trial.seconds)[:2]
             segments = torch.cuda.get_device_capability(problem.device)[0] == 9
-            splits = (_SEGMENTS, *_SPLITS) if segments else _SPLITS
+            splits = _SEGMENTS if segments else _SPLITS
             wanted = [_C.SpmmAlgorithm(t.algorithm.id, *split) for t in best for split in splits]
             split = [trial for algorithm in wanted if (trial := job.trial(algorithm)) is not None]
             job.time(split, _FIRST_TURNS)

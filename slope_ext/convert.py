@@ -399,7 +399,16 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
 
 
 # What a sparse layer knows and a dense one has no use for.
-_SPARSE_ATTRIBUTES = ("backend", "backward_copy", "dense_type", "lora_scale", "m", "n", "pattern")
+_SPARSE_ATTRIBUTES = (
+    "_prepared",
+    "backend",
+    "backward_copy",
+    "dense_type",
+    "lora_scale",
+    "m",
+    "n",
+    "pattern",
+)
 
 
 def _carry_over(old: nn.Module, new: nn.Module) -> None:

@@ -113,6 +113,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         self.out_features = out_features
         self.backward_copy = backward_copy
         self.backend = backend
+        self._prepared: tuple[Any, ...] | None = None  # see prepare()
         bitmask = torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
         weight = torch.empty(out_features, in_features // 2, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight)
@@ -186,14 +187,20 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = X W^T + b [+ lora_scale (X A^T) B^T]; x [..., in] -> [..., out]."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self._is_prepared():
             self.prepare()
         if self.lora_A is None:
             return ops.linear(x, *self.operand())
-        weight, bitmask, bias, *rest = self.operand()
-        return torch.ops.slope.linear_lowrank.default(  # type: ignore[no-any-return]
-            x, weight, bitmask, self.lora_A, self.lora_B, self.lora_scale, bias, *rest
-        )[0]
+        weight, bitmask, *rest = self.operand()
+        return ops.linear_lowrank(
+            x,
+            weight,
+            bitmask,
+            self.lora_A,
+            self.lora_B,
+            self.lora_scale,
+            *rest,  # type: ignore[arg-type]
+        )
 
     def operand(self) -> Operand:
         """What :func:`slope_ext.ops.linear` takes after ``x``, in its order."""
@@ -212,7 +219,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         """Makes ready what a product wants: buffers on the weight's device, values and metadata
         side by side, metadata that says what ``weight_bitmask`` says.
 
-        Called by every forward pass that runs as Python; cheap when there is nothing to do.
+        Called by the first forward pass that runs as Python after one of these moved or changed.
         """
         weight = self.weight
         if self.weight_t_bitmask.device != weight.device:
@@ -223,6 +230,26 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             self.weight_metadata = None
         elif not torch.cuda.is_current_stream_capturing():
             self._pack()
+            # Holding the storages keeps their addresses from being used again.
+            self._prepared = (self._state(), self.weight_bitmask.untyped_storage())
+
+    def _is_prepared(self) -> bool:
+        return self._prepared is not None and self._prepared[0] == self._state()
+
+    def _state(self) -> tuple[Any, ...]:
+        """What prepare() depends on."""
+        weight, bitmask = self.weight, self.weight_bitmask
+        version = object() if bitmask.is_inference() else bitmask._version  # some count none
+        return (
+            weight.data_ptr(),
+            weight.dtype,
+            bitmask.data_ptr(),
+            version,
+            id(self.weight_metadata),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_prepared": None}
 
     def dense_weight(self) -> Tensor:
         """The weight [out, in] with its zeros; differentiable in ``weight``."""

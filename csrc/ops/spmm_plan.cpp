@@ -324,6 +324,11 @@ bool version(int32_t (&version)[3], char* error) {
   return guarded(error, [&] { std::copy_n(cusparselt::api().version, 3, version); });
 }
 
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
 SpmmPlan* make(const SpmmProblem& problem, const SpmmAlgorithm& algorithm, char* error) {
   SpmmPlan* plan = nullptr;
   guarded(error, [&] { plan = new SpmmPlan(spmm_handle(problem.device), problem, algorithm); });
@@ -345,6 +350,7 @@ const slope::SpmmCacheApi* slope_spmm_cache_api() {
       .set_capacity = slope::set_capacity,
       .clear = slope::clear,
       .version = slope::version,
+      .driver_version = slope::driver_version,
       .metadata_writer = slope::metadata_writer,
       .make = slope::make,
       .run = slope::run,

@@ -117,6 +117,7 @@ struct SpmmCacheApi {
   void (*set_capacity)(int64_t plans);                    // of each thread and device; at least 1
   void (*clear)();
   bool (*version)(int32_t (&version)[3], char* error);
+  int (*driver_version)();             // as CUDA counts, e.g. 13000; 0 without a driver
   int (*metadata_writer)(int device);  // ops/pack_metadata.h
   // A plan outside of the cache, for a tuner.
   SpmmPlan* (*make)(const SpmmProblem& problem, const SpmmAlgorithm& algorithm, char* error);

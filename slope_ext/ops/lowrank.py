@@ -12,7 +12,14 @@ from torch.autograd.function import once_differentiable
 from slope_ext import reference
 from slope_ext._check import Checker
 from slope_ext._library import register, register_autocast
-from slope_ext.ops.spmm import Backend, input_grad, needs_grad, require_bitmask_t, rows_of
+from slope_ext.ops.spmm import (
+    Backend,
+    call_directly,
+    needs_grad,
+    require_bitmask_t,
+    rows_of,
+    trusted_input_grad,
+)
 from slope_ext.ops.weight_grad import weight_grad
 
 
@@ -51,19 +58,12 @@ def linear_lowrank(
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
-    y, _ = torch.ops.slope.linear_lowrank.default(
-        x,
-        values,
-        bitmask,
-        lora_A,
-        lora_B,
-        scale,
-        bias,
-        bitmask_t,
-        values_t,
-        metadata,
-        metadata_t,
-        backend,
+    rest = (lora_A, lora_B, scale, bias, bitmask_t, values_t, metadata, metadata_t, backend)
+    y, _ = call_directly(
+        torch.ops.slope.linear_lowrank.default,
+        _LinearLowrank,
+        (x, values, lora_A, lora_B, bias),
+        (x, values, bitmask, *rest),
     )
     return y  # type: ignore[no-any-return]
 
@@ -139,13 +139,27 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     dt = ctx.scale * (flat_dy @ lora_B)  # [tokens, rank]
     dx = None
     if x_needs:
-        dx = input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
+        dx = trusted_input_grad(
+            dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend
+        )
         dx = dx + (dt @ lora_A).view(dx.shape)
     dw = weight_grad(dy, x, bitmask) if values_need else None
     da = dt.t() @ rows_of(x) if a_needs else None
     db = ctx.scale * (flat_dy.t() @ rows_of(t)) if b_needs else None
     dbias = flat_dy.sum(0) if bias_needs else None
     return dx, dw, None, da, db, None, dbias, None, None, None, None, None
+
+
+class _LinearLowrank(torch.autograd.Function):
+    """slope::linear_lowrank for eager mode, see call_directly."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.slope.linear_lowrank.default(*arguments)  # type: ignore[no-any-return]
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
 
 
 register("linear_lowrank", check=_check, reference=reference.linear_lowrank, fake=_fake)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
-from slope_ext._library import register, register_autocast
+from slope_ext._library import CUDA_KERNELS, FORCE_REFERENCE, register, register_autocast
 from slope_ext.ops.weight_grad import weight_grad
 
 Backend = Literal["auto", "cusparselt", "reference"]
@@ -57,8 +57,9 @@ def linear(
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
-    return torch.ops.slope.linear.default(  # type: ignore[no-any-return]
-        x, values, bitmask, bias, bitmask_t, values_t, metadata, metadata_t, backend
+    arguments = (x, values, bitmask, bias, bitmask_t, values_t, metadata, metadata_t, backend)
+    return call_directly(  # type: ignore[no-any-return]
+        torch.ops.slope.linear.default, _Linear, (x, values, bias), arguments
     )
 
 
@@ -150,6 +151,16 @@ def _input_grad_on_cuda(
     )
 
 
+def trusted_input_grad(dy: Tensor, *rest: Any) -> Tensor:
+    """input_grad of arguments that a forward pass checked."""
+    if dy.is_cuda and not torch.compiler.is_compiling() and type(dy) is Tensor and _composed:
+        return _input_grad_on_cuda(dy, *rest)
+    return torch.ops.slope.input_grad.default(dy, *rest)  # type: ignore[no-any-return]
+
+
+_composed = "linear" in CUDA_KERNELS and not FORCE_REFERENCE
+
+
 def needs_grad(*inputs: Tensor | None) -> tuple[bool, ...]:
     """Which inputs want a gradient; ctx.needs_input_grad lacks arguments left at their default."""
     return tuple(tensor is not None and tensor.requires_grad for tensor in inputs)
@@ -164,6 +175,31 @@ def require_bitmask_t(op: str, x_needs_grad: bool, bitmask_t: Tensor | None) -> 
 def rows_of(tensor: Tensor) -> Tensor:
     """[..., features] -> [tokens, features]."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def call_directly(
+    op: Any,
+    function: type[torch.autograd.Function],
+    differentiable: tuple[Tensor | None, ...],
+    arguments: tuple[Any, ...],
+) -> Any:
+    """``op(*arguments)``, in eager mode without what torch.library puts before it.
+
+    That is tens of microseconds a call. ``function`` is the same op with the same gradient as an
+    autograd.Function; whatever traces, casts or wraps tensors gets the op itself.
+    """
+    x = differentiable[0]
+    assert x is not None
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch.is_autocast_enabled(x.device.type)
+    ):
+        return op(*arguments)
+    if torch.is_grad_enabled() and any(needs_grad(*differentiable)):
+        return function.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -182,10 +218,24 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x_needs, values_need, bias_needs = ctx.needs
     dx = None
     if x_needs:
-        dx = input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
+        dx = trusted_input_grad(
+            dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend
+        )
     dw = weight_grad(dy, x, bitmask) if values_need else None
     dbias = rows_of(dy).sum(0) if bias_needs else None
     return dx, dw, None, dbias, None, None, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """slope::linear for eager mode, see call_directly."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.slope.linear.default(*arguments)  # type: ignore[no-any-return]
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
 
 
 register(
