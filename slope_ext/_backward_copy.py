@@ -38,18 +38,18 @@ def follow(values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor 
     mask_is_stale = _freshness.is_followed(bitmask_t) and not _freshness.is_fresh(
         bitmask_t, bitmask
     )
-    if mask_is_stale:
-        with _same_version(bitmask_t):
-            choose_mask(values, bitmask, bitmask_t)
-        _freshness.mark_fresh(bitmask_t, bitmask)
-
     sources = (values, bitmask, bitmask_t)
     if values_t is None:
         values_t = values.new_empty(2 * values.shape[1], values.shape[0] // 2)
     elif _freshness.is_fresh(values_t, *sources) and not mask_is_stale and not capturing:
         return values_t
-    with _same_version(values_t):
-        torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
+    with _same_version(values_t), _same_version(bitmask_t):
+        if mask_is_stale:
+            torch.ops.slope.double_prune_(values, bitmask, bitmask_t, values_t)
+        else:
+            torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
+    if mask_is_stale:
+        _freshness.mark_fresh(bitmask_t, bitmask)
     if capturing:
         _freshness.mark_stale(values_t)  # nothing was computed yet
     else:
