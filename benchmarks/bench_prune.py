@@ -6,7 +6,7 @@ bytes, read + written: prune_24 b + 1/8; prune_compress b + (b/2 + 1/8); prune_c
 b + 2 (b/2 + 1/8); prune_transposed (b/2 + 1/8) + 1/8; double_prune (b/2 + 1/8) + (b/2 + 1/8).
 
 Baselines: torch.compile of the reference; and for the two that compress, as further records, the
-packer of torch.sparse (torch._sparse_semi_structured_tile), which prunes and packs both orientations
+packer of torch.sparse (torch._sparse_semi_structured_tile), which prunes and packs both ways
 whichever is wanted.
 """
 
