@@ -85,7 +85,6 @@ struct Tile {
   alignas(16) uint8_t values[kTileRows * kTileRowBytes];
   alignas(16) uint32_t bitmask[kTileRows * kMaskRowWords];
   alignas(16) uint32_t bitmask_t[kColumns * kMaskColumnWords];
-  SelectorTable selectors;
 
   __device__ __forceinline__ uint8_t* chunk(int row, int chunk) {
     const int place = chunk ^ row / kLaneRows % kRowChunks;
@@ -278,7 +277,8 @@ __device__ __forceinline__ void load_mask(Tile<kElementBytes>& tile, const uint8
 // Prunes and compresses the tile's rows, into shared memory and to their place in W.
 template <FloatKind kKind>
 __device__ __forceinline__ void compress_tile(Tile<kBytesOf<kKind>>& tile,
-                                              const WeightParams& weight, const TileView& view) {
+                                              const WeightParams& weight, const TileView& view,
+                                              const WarpSelectors& selectors) {
   constexpr int kElementBytes = kBytesOf<kKind>;
   using U = Unit<kElementBytes>;
   constexpr int kRowUnits = kTileRowBytes / 8;
@@ -309,7 +309,7 @@ __device__ __forceinline__ void compress_tile(Tile<kBytesOf<kKind>>& tile,
       const int row = first + i * kPass;
       const uint32_t bits = prune_unit<kKind, Magnitude>(loaded[i]);
       const uint32_t byte = U::byte(bits);
-      const uint2 kept = U::compress(loaded[i], bits, tile.selectors);
+      const uint2 kept = U::compress(loaded[i], bits, selectors);
       *reinterpret_cast<uint2*>(tile.chunk(row, unit_in_tile / 2) + unit_in_tile % 2 * 8) = kept;
       const bool owns_byte = unit_in_tile % U::kPerByte == 0;
       const int mask_byte = unit_in_tile / U::kPerByte;
@@ -390,10 +390,9 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
                       clamp_to_int(weight.columns - column0)};
 
   // Load
-  tile.selectors.fill();
+  const WarpSelectors selectors;
   if constexpr (kFromDense) {
-    __syncthreads();
-    compress_tile<kKind>(tile, weight, view);
+    compress_tile<kKind>(tile, weight, view, selectors);
   } else {
     const auto* values = static_cast<const uint8_t*>(weight.values);
     const int64_t row_bytes = weight.columns * kElementBytes / (kGroup / kKept);
@@ -446,14 +445,14 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
       rows[i][2] = loaded.z;
       rows[i][3] = loaded.w;
     }
-    uint32_t nibbles[T::kChunkGroups];  // of bitmask_t: four columns, one in each byte
+    uint32_t nibbles[T::kChunkGroups];  // of bitmask_t: four columns, low nibble of each byte
     if constexpr (!kChoose) {
       using Bytes = Words<T::kChunkGroups>;
       const Bytes bytes =
           *reinterpret_cast<const Bytes*>(tile.mask_t_bytes(mask_t_byte, first_group));
 #pragma unroll
       for (int group = 0; group < T::kChunkGroups; ++group) {
-        nibbles[group] = bytes.word[group] >> (high_nibble ? 4 : 0) & 0x0f0f0f0f;
+        nibbles[group] = bytes.word[group] >> (high_nibble ? 4 : 0);
       }
     }
 
@@ -462,9 +461,9 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
       const auto expand = [&](typename G::Dense(&groups)[4], uint32_t filler, auto convert) {
 #pragma unroll
         for (int i = 0; i < kLaneRows; ++i) {
-          const uint32_t nibble = masks[i] >> (half * T::kChunkColumns + group * kGroup) & 15;
+          const uint32_t nibble = masks[i] >> (half * T::kChunkColumns + group * kGroup);
           groups[i] = G::decompress(convert(values_of<kElementBytes>(rows[i], group)), nibble,
-                                    filler, tile.selectors);
+                                    filler, selectors);
         }
       };
 
@@ -483,8 +482,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
         transpose_groups(groups);
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-          const uint32_t nibble = __byte_perm(nibbles[group], 0, 0x4440 + i);
-          const Values kept = G::compress(groups[i], nibble, tile.selectors);
+          const Values kept = G::compress(groups[i], nibbles[group] >> (8 * i), selectors);
           if (column + half * T::kChunkColumns + group * kGroup < columns_left) {
             *values_t = kept;
           }

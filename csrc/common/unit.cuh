@@ -26,10 +26,12 @@ __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint
 //   place(nibble)  from the word of values and a filler: elements 0, 1 (low 16 bits) and 2, 3
 //   (high)
 //
-// Computed, for kernels that wait for memory anyway; or looked up in shared memory, one load
-// instead of some twenty instructions, for those that do not.
+// Only the low four bits of nibble are looked at. Computed, for kernels that wait for memory
+// anyway; or looked up in the registers of 16 lanes, one shuffle instead of some twenty
+// instructions, for those that do not.
 struct ComputedSelectors {
   __device__ __forceinline__ uint32_t keep(uint32_t nibble) const {
+    nibble &= 15;
     return 0x1010 + 0x22 * first_kept(nibble) + 0x2200 * second_kept(nibble);
   }
   __device__ __forceinline__ uint32_t place(uint32_t nibble) const {
@@ -38,24 +40,22 @@ struct ComputedSelectors {
   }
 };
 
-struct SelectorTable {
-  uint32_t keep_entries[16];
-  uint32_t place_entries[16];
+// By whole warps.
+struct WarpSelectors {
+  uint32_t keep_entry = ComputedSelectors().keep(threadIdx.x);  // of nibble lane % 16
+  uint32_t place_entry = ComputedSelectors().place(threadIdx.x);
 
-  // By 16 threads; a barrier must follow.
-  __device__ __forceinline__ void fill() {
-    if (threadIdx.x < 16) {
-      keep_entries[threadIdx.x] = ComputedSelectors().keep(threadIdx.x);
-      place_entries[threadIdx.x] = ComputedSelectors().place(threadIdx.x);
-    }
+  __device__ __forceinline__ uint32_t keep(uint32_t nibble) const {
+    return __shfl_sync(~0u, keep_entry, nibble, 16);
   }
-  __device__ __forceinline__ uint32_t keep(uint32_t nibble) const { return keep_entries[nibble]; }
-  __device__ __forceinline__ uint32_t place(uint32_t nibble) const { return place_entries[nibble]; }
+  __device__ __forceinline__ uint32_t place(uint32_t nibble) const {
+    return __shfl_sync(~0u, place_entry, nibble, 16);
+  }
 };
 
 // ---- groups ------------------------------------------------------------------------------
 
-// A nibble without exactly two bits gives unspecified values.
+// Only the low four bits of nibble are looked at; without exactly two set, values are unspecified.
 template <int kElementBytes>
 struct Group;
 
@@ -122,14 +122,14 @@ struct Unit<2> {
   template <typename Selectors>
   static __device__ __forceinline__ uint2 compress(uint4 dense, uint32_t bits,
                                                    const Selectors& selectors) {
-    return {Group<2>::compress({dense.x, dense.y}, bits & 15, selectors),
+    return {Group<2>::compress({dense.x, dense.y}, bits, selectors),
             Group<2>::compress({dense.z, dense.w}, bits >> 4, selectors)};
   }
 
   template <typename Selectors>
   static __device__ __forceinline__ uint4 decompress(uint2 values, uint32_t bits,
                                                      const Selectors& selectors) {
-    const uint2 low = Group<2>::decompress(values.x, bits & 15, 0, selectors);
+    const uint2 low = Group<2>::decompress(values.x, bits, 0, selectors);
     const uint2 high = Group<2>::decompress(values.y, bits >> 4, 0, selectors);
     return {low.x, low.y, high.x, high.y};
   }

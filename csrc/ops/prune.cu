@@ -31,7 +31,6 @@ __global__ void __launch_bounds__(kThreads)
                  uint2* __restrict__ values,       // [units] if kCompress
                  int64_t units) {
   using U = Unit<kBytesOf<kKind>>;
-  __shared__ SelectorTable selectors;
   const int64_t first = int64_t{blockIdx.x} * (kThreads * kUnroll) + threadIdx.x;
 
   // Load
@@ -41,10 +40,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t unit = first + i * kThreads;
     loaded[i] = unit < units ? __ldcs(&dense[unit]) : uint4{0, 0, 0, 0};
   }
-  if constexpr (kCompress) {
-    selectors.fill();
-    __syncthreads();
-  }
+  const WarpSelectors selectors;
 
   // Rank and store
 #pragma unroll
@@ -52,12 +48,13 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t unit = first + i * kThreads;
     const uint32_t bits = prune_unit<kKind, By>(loaded[i]);
     const uint32_t byte = U::byte(bits);
+    const uint2 kept = U::compress(loaded[i], bits, selectors);
     if (unit < units) {
       if (unit % U::kPerByte == 0) {
         bitmask[unit / U::kPerByte] = static_cast<uint8_t>(byte);
       }
       if constexpr (kCompress) {
-        values[unit] = U::compress(loaded[i], bits, selectors);
+        values[unit] = kept;
       }
     }
   }
