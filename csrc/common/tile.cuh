@@ -26,9 +26,9 @@
 //          +---------------------+              +----------------+
 //
 // Work. A warp owns a strip, 128 rows x 32 bytes of values (32 or 16 columns); lane i of it owns
-// rows 4i to 4i+3, four whole rows of a group: it expands four groups of each into registers,
-// transposes 4 x 4, and keeps two of each column. Its two values are one word (two words) of
-// values_t; the 32 lanes store 128 (256) bytes of one row of values_t:
+// rows 4i to 4i+3, so that a group of columns is 4 x 4 elements in its registers: it expands them,
+// transposes, and keeps two of each column. Two values are one word (two words) of values_t; the 32
+// lanes store 128 (256) bytes of one row of values_t:
 //
 //             column c                          row c of values_t
 //   lane 0    rows   0 ..   3      ----->       | 2 values |
@@ -42,8 +42,8 @@
 //   bitmask_t  transposed bytes: byte b of column c is column c of row b, so that a lane reads the
 //              masks of 16 (8) columns in one load. Threads transpose 4 x 4 bytes on the way.
 //
-// All reads of a block are in flight at once; several blocks on a multiprocessor overlap theirs
-// with the stores of others. Elements are moved as bits.
+// All reads of a compressed tile are in flight at once, of a dense one four a thread; several
+// blocks on a multiprocessor overlap theirs with the stores of others. Elements are moved as bits.
 //
 // Preconditions, which the launcher's caller checks: as in WeightParams; every nibble of the
 // bitmasks that are read has exactly two bits. Others give unspecified values but no stray access.
@@ -67,8 +67,8 @@ constexpr int kMaskWordColumns = 32;
 
 constexpr int kTileStrips = kTileRowBytes / kStripRowBytes;
 constexpr int kTileThreads = 32 * kTileStrips * (kTileRows / kStripRows);
-// 64 registers a thread
-constexpr int kTileBlocksPerSm = 1024 / kTileThreads;
+constexpr int kTileBlocksPerSm = 1024 / kTileThreads;  // at 64 registers a thread
+static_assert(kTileRows % kStripRows == 0 && kTileRowBytes % kStripRowBytes == 0);
 
 // ---- tile --------------------------------------------------------------------------------
 
