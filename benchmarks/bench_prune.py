@@ -1,56 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prune_24 and prune_transposed against copy bandwidth and against torch.compile of the reference.
+"""The ops that choose masks, against copy bandwidth and against what torch has.
 
 Limit: bytes that must move over the copy bandwidth measured in the same run. Per dense element of b
-bytes: prune_24 reads b and writes 1/8; prune_transposed reads b/2 + 1/8 and writes 1/8.
+bytes, read + written: prune_24 b + 1/8; prune_compress b + (b/2 + 1/8); prune_compress_transposed
+b + 2 (b/2 + 1/8); prune_transposed (b/2 + 1/8) + 1/8; double_prune (b/2 + 1/8) + (b/2 + 1/8).
+
+Baselines: torch.compile of the reference; and for the two that compress, as further records, the
+packer of torch.sparse (torch._sparse_semi_structured_tile), which prunes and packs both ways
+whichever is wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 import harness
 from slope_ext import ops, reference
 
+# name -> op, its reference
+OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "prune_24": (ops.prune_24, reference.prune_24),
+    "prune_compress": (ops.prune_compress, reference.prune_compress),
+    "prune_compress_transposed": (
+        ops.prune_compress_transposed,
+        reference.prune_compress_transposed,
+    ),
+    "prune_transposed": (ops.prune_transposed, reference.prune_transposed),
+    "double_prune": (ops.double_prune_, reference.double_prune_),
+}
+
 
 def bench_shape(
     rows: int, columns: int, dtype: torch.dtype, run: harness.Run
 ) -> list[harness.Record]:
-    """Records of both ops on one weight [rows, columns]."""
+    """Records of all ops on one weight [rows, columns]."""
+    b = dtype.itemsize
     moved = {
-        "prune_24": rows * columns * (dtype.itemsize + 1 / 8),
-        "prune_transposed": rows * columns * (dtype.itemsize / 2 + 2 / 8),
+        "prune_24": b + 1 / 8,
+        "prune_compress": b + (b / 2 + 1 / 8),
+        "prune_compress_transposed": b + 2 * (b / 2 + 1 / 8),
+        "prune_transposed": (b / 2 + 1 / 8) + 1 / 8,
+        "double_prune": 2 * (b / 2 + 1 / 8),
     }
-    sets = harness.buffer_sets(int(moved["prune_transposed"]))
+    sets = harness.buffer_sets(int(rows * columns * min(moved.values())))
     weights = [torch.randn(rows, columns, device="cuda").to(dtype) for _ in range(sets)]
-    bitmasks = [ops.prune_24(weight) for weight in weights]
-    values = [ops.compress(w, b) for w, b in zip(weights, bitmasks, strict=True)]
-    compiled_24 = torch.compile(reference.prune_24)
-    compiled_transposed = torch.compile(reference.prune_transposed)
-    timings = harness.time_cases(
-        {
-            "prune_24": lambda i: ops.prune_24(weights[i]),
-            "prune_transposed": lambda i: ops.prune_transposed(values[i], bitmasks[i]),
-            "prune_24 compiled": lambda i: compiled_24(weights[i]),
-            "prune_transposed compiled": lambda i: compiled_transposed(values[i], bitmasks[i]),
-        },
-        sets,
-    )
+    operands: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in OPS}
+    for weight in weights:
+        values, bitmask, values_t, bitmask_t = ops.prune_compress_transposed(weight)
+        for name in ("prune_24", "prune_compress", "prune_compress_transposed"):
+            operands[name].append((weight,))
+        operands["prune_transposed"].append((values, bitmask))
+        operands["double_prune"].append((values, bitmask, bitmask_t, values_t))
+
+    cases: dict[str, harness.Case] = {
+        "packer": lambda i: torch._sparse_semi_structured_tile(weights[i], "", False)
+    }
+    for name, (op, plain) in OPS.items():
+        cases[name] = _case(op, operands[name])
+        cases[f"{name} compiled"] = _case(torch.compile(plain), operands[name])
+    timings = harness.time_cases(cases, sets)
+
+    competitors = [(name, "torch.compile", f"{name} compiled") for name in OPS]
+    for name in ("prune_compress", "prune_compress_transposed"):
+        competitors.append((name, "torch tile packer", "packer"))
     return [
         harness.time_record(
-            bench=bench,
+            bench=name,
             case=f"{rows}x{columns}",
             dtype=dtype,
             tokens=0,
-            ours=timings[bench],
-            baseline="torch.compile",
-            theirs=timings[f"{bench} compiled"],
-            limit=run.limit(moved[bench]),
+            ours=timings[name],
+            baseline=baseline,
+            theirs=timings[theirs],
+            limit=run.limit(rows * columns * moved[name]),
         )
-        for bench in moved
+        for name, baseline, theirs in competitors
     ]
+
+
+def _case(op: Callable[..., Any], operands: Sequence[tuple[torch.Tensor, ...]]) -> harness.Case:
+    return lambda i: op(*operands[i])
 
 
 def bench(run: harness.Run) -> Iterator[harness.Record]:

@@ -10,9 +10,16 @@
 #include "common/torch_stable.h"
 
 STABLE_TORCH_LIBRARY(slope, m) {
-  // prune: which two of four
+  // prune: which two of four; the forms of a weight that follow from that
   m.def("prune_24(Tensor scores) -> Tensor");
   m.def("prune_transposed(Tensor values, Tensor bitmask) -> Tensor");
+  m.def("prune_compress(Tensor dense) -> (Tensor values, Tensor bitmask)");
+  m.def(
+      "prune_compress_transposed(Tensor dense) "
+      "-> (Tensor values, Tensor bitmask, Tensor values_t, Tensor bitmask_t)");
+  m.def(
+      "double_prune_(Tensor values, Tensor bitmask, Tensor(a!) bitmask_t, Tensor(b!) values_t) "
+      "-> ()");
 
   // compress: dense <-> values
   m.def("compress(Tensor dense, Tensor bitmask) -> Tensor");

@@ -46,22 +46,22 @@ def follow(
     mask_is_stale = _freshness.is_followed(bitmask_t) and not _freshness.is_fresh(
         bitmask_t, bitmask
     )
-    if mask_is_stale:
-        with _same_version(bitmask_t):
-            choose_mask(values, bitmask, bitmask_t)
-        _freshness.mark_fresh(bitmask_t, bitmask)
     if values_t is None:
         values_t, metadata_t = _new_values_t(values)
-
-    if metadata_t is not None:
-        follow_metadata(bitmask_t, metadata_t)
-
     sources = (values, bitmask, bitmask_t)
-    capturing = _is_capturing(values)
-    if mask_is_stale or capturing or not _freshness.is_fresh(values_t, *sources):
+    if mask_is_stale:
+        with _same_version(bitmask_t), _same_version(values_t):
+            torch.ops.slope.double_prune_(values, bitmask, bitmask_t, values_t)
+        _freshness.mark_fresh(bitmask_t, bitmask)
+        _mark(values_t, *sources)
+        if metadata_t is not None:
+            _freshness.mark_stale(metadata_t)  # no version counter told it
+    elif _is_capturing(values) or not _freshness.is_fresh(values_t, *sources):
         with _same_version(values_t):
             torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
         _mark(values_t, *sources)
+    if metadata_t is not None:
+        follow_metadata(bitmask_t, metadata_t)
     return values_t, metadata_t
 
 

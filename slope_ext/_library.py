@@ -49,12 +49,15 @@ OPS = (
     "adamw_",
     "compress",
     "decompress",
+    "double_prune_",
     "input_grad",
     "linear",
     "linear_lowrank",
     "pack",
     "pack_metadata",
     "prune_24",
+    "prune_compress",
+    "prune_compress_transposed",
     "prune_transposed",
     "transpose_values",
     "weight_grad",
@@ -144,20 +147,20 @@ def _warn_reference_on_gpu(name: str) -> None:
     )
 
 
-def register_write(name: str, argument: str) -> None:
-    """Has op ``name`` advance the version counter of the tensor ``argument`` that it writes.
+def register_write(name: str, *arguments: str) -> None:
+    """Has op ``name`` advance the version counters of the tensors ``arguments`` that it writes.
 
     torch does this for its own ops; for a compiled op of a library somebody must.
     """
     op = getattr(torch.ops.slope, name).default
-    position = [a.name for a in op._schema.arguments].index(argument)
+    names = [argument.name for argument in op._schema.arguments]
 
     def write(*args: Any, **kwargs: Any) -> None:
         with torch._C._ExcludeDispatchKeyGuard(_WRITE_KEYS):
             op(*args, **kwargs)
-        target = kwargs[argument] if argument in kwargs else args[position]
-        if not target.is_inference():
-            torch.autograd.graph.increment_version(target)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        targets = [given[argument] for argument in arguments]
+        torch.autograd.graph.increment_version([t for t in targets if not t.is_inference()])
 
     _registrations.impl(name, write, "ADInplaceOrView")
 

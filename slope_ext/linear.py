@@ -158,8 +158,10 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             backend=backend,
         )
         with torch.no_grad():
-            bitmask = ops.prune_24(weight.abs()) if bitmask is None else bitmask
-            values = ops.compress(weight, bitmask)
+            if bitmask is None:
+                values, bitmask = ops.prune_compress(weight)
+            else:
+                values = ops.compress(weight, bitmask)
         layer.weight = nn.Parameter(values, requires_grad=weight.requires_grad)
         layer.weight_bitmask = bitmask
         if bias is not None:
@@ -176,8 +178,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         with torch.no_grad():
             dense = self.weight.new_empty(self.out_features, self.in_features)
             nn.init.kaiming_uniform_(dense, a=math.sqrt(5))
-            self.weight_bitmask.copy_(ops.prune_24(dense.abs()))
-            self.weight.copy_(ops.compress(dense, self.weight_bitmask))
+            values, bitmask = ops.prune_compress(dense)
+            self.weight.copy_(values)
+            self.weight_bitmask.copy_(bitmask)
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.in_features)
                 nn.init.uniform_(self.bias, -bound, bound)

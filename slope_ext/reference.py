@@ -74,6 +74,25 @@ def prune_transposed(values: Tensor, bitmask: Tensor) -> Tensor:
     return prune_24(magnitude.masked_fill(~kept, -1.0).t())
 
 
+def prune_compress(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Keeps the two largest magnitudes of each four: values and bitmask."""
+    bitmask = prune_24(dense.abs())
+    return compress(dense, bitmask), bitmask
+
+
+def prune_compress_transposed(dense: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """prune_compress, and the double-pruned weight, transposed: values_t and bitmask_t."""
+    values, bitmask = prune_compress(dense)
+    bitmask_t = prune_transposed(values, bitmask)
+    values_t = compress(decompress(values, bitmask).t(), bitmask_t)
+    return values, bitmask, values_t, bitmask_t
+
+
+def double_prune_(values: Tensor, bitmask: Tensor, bitmask_t: Tensor, values_t: Tensor) -> None:
+    bitmask_t.copy_(prune_transposed(values, bitmask))
+    transpose_values(values, bitmask, bitmask_t, values_t)
+
+
 # ---- compress, transpose, pack -------------------------------------------------------------------
 
 

@@ -7,8 +7,12 @@ from slope_ext import ops
 
 # (out, in): square, up, down, k/v projection, 2.69 and 3.5 to 1 (no whole number of square tiles).
 WEIGHT_SHAPES = [(64, 64), (256, 64), (64, 256), (16, 64), (344, 128), (224, 64)]
-# Around the tiles of the CUDA kernels, 128 rows by 64 or 32 columns: less, one, a bit more, many.
-TILE_SHAPES = [(8, 8), (128, 64), (136, 72), (120, 32), (1024, 264), (264, 1000), (4096, 4096)]
+# Around the tiles of the CUDA kernels, 128 rows by 256 or 128 columns: less, one, a bit more, many;
+# rows of values and masks that start at multiples of 16, 8 and 4, 2, 1 bytes.
+TILE_SHAPES = [
+    (8, 8), (128, 64), (136, 72), (120, 32), (128, 256), (256, 256), (264, 264), (1024, 264),
+    (264, 1000), (520, 272), (4096, 4096),
+]  # fmt: skip
 LEADING = [(1,), (7,), (8,), (2, 3), (2, 2, 5), (0,), ()]
 
 

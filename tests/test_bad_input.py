@@ -33,6 +33,9 @@ def good(device):
     return {
         "prune_24": {"scores": o.dense},
         "prune_transposed": weight,
+        "prune_compress": {"dense": o.dense},
+        "prune_compress_transposed": {"dense": o.dense},
+        "double_prune_": {**weight, **copy},
         "compress": {"dense": o.dense, "bitmask": o.bitmask},
         "decompress": weight,
         "transpose_values": {**weight, "bitmask_t": o.bitmask_t, "out": o.values_t},
@@ -77,6 +80,21 @@ CASES = [
     ("prune_transposed", "values", lambda t: t[None]),
     ("prune_transposed", "bitmask", lambda t: t[:, :2]),
     ("prune_transposed", "bitmask", lambda t: t.bool()),
+    ("prune_compress", "dense", integer),
+    ("prune_compress", "dense", torch.flatten),
+    ("prune_compress", "dense", lambda t: t[:, :12]),
+    ("prune_compress_transposed", "dense", integer),
+    ("prune_compress_transposed", "dense", lambda t: t[0]),
+    ("prune_compress_transposed", "dense", lambda t: t[:, :12]),
+    ("prune_compress_transposed", "dense", lambda t: t[:12]),
+    ("double_prune_", "values", integer),
+    ("double_prune_", "values", torch.flatten),
+    ("double_prune_", "bitmask", lambda t: t[1:]),
+    ("double_prune_", "bitmask_t", lambda t: t.t()),
+    ("double_prune_", "bitmask_t", lambda t: t.new_empty(2, 24).t()),
+    ("double_prune_", "values_t", half),
+    ("double_prune_", "values_t", lambda t: t[:, :4]),
+    ("double_prune_", "values_t", lambda t: t.new_empty(8, 24).t()),
     ("compress", "dense", integer),
     ("compress", "dense", lambda t: t[0]),
     ("compress", "dense", lambda t: t[:, :20]),
@@ -191,6 +209,7 @@ def test_fakes_check_too(case):
         ("compress", "bitmask"),
         ("decompress", "bitmask"),
         ("prune_transposed", "bitmask"),
+        ("double_prune_", "bitmask"),
         ("pack", "bitmask"),
         ("linear", "bitmask"),
         ("input_grad", "bitmask"),
@@ -232,7 +251,7 @@ def test_operands_on_two_devices(name, argument):
 @pytest.mark.parametrize("name", sorted(set(slope._library.CUDA_KERNELS) - {"pack_metadata"}))
 def test_float64_has_no_cuda_kernel(name):
     arguments = good("cuda")[name]
-    key = {"compress": "dense", "prune_24": "scores", "weight_grad": "dy"}.get(name, "values")
+    key = next(key for key in ("scores", "dense", "values", "dy") if key in arguments)
     with pytest.raises(RuntimeError, match=rf"slope::{name}: {key} must be float16"):
         getattr(ops, name)(**{**arguments, key: arguments[key].double()})
 

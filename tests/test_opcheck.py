@@ -38,6 +38,9 @@ def samples(device):
     return {
         "prune_24": [((o.dense.abs(),), {})],
         "prune_transposed": [(weight, {})],
+        "prune_compress": [((o.dense,), {})],
+        "prune_compress_transposed": [((o.dense,), {})],
+        "double_prune_": [((*weight, o.bitmask_t.clone(), torch.zeros_like(fresh)), {})],
         "compress": [
             ((o.dense, o.bitmask), {}),
             ((o.dense.clone().requires_grad_(), o.bitmask), {}),

@@ -121,18 +121,166 @@ def test_double_pruning_loses_a_sixteenth_and_a_half():
     assert 0.5 - kept.double().mean().item() == pytest.approx(0.09375, abs=0.002)
 
 
+# ---- several forms of a weight at once -----------------------------------------------------------
+
+# Magnitudes decide, bits move: a group, what is kept of it.
+MAGNITUDES = [
+    ([1.0, -4.0, 2.0, -3.0], [0, 1, 0, 1]),
+    ([-1.0, 1.0, -1.0, 1.0], [1, 1, 0, 0]),  # ties: lower index
+    ([-0.0, 0.0, 0.0, 5.0], [1, 0, 0, 1]),
+    ([0.0, -0.0, -0.0, -0.0], [1, 1, 0, 0]),
+    ([1.0, float("-inf"), 2.0, float("inf")], [0, 1, 0, 1]),
+    ([9.0, float("-inf"), float("nan"), float("inf")], [0, 1, 1, 0]),  # NaN ties with infinity
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("group", "kept"), MAGNITUDES)
+def test_prune_compress_literal(group, kept, dtype, device):
+    if dtype == torch.float64 and device.type == "cuda":
+        pytest.skip("float64 is for the CPU")
+    dense = torch.tensor([group + REST] * 8, dtype=dtype, device=device)
+    both = ops.prune_compress(dense)
+    expected = [value for value, keep in zip(group, kept, strict=True) if keep] + REST[:2]
+    for values, bitmask in (both, ops.prune_compress_transposed(dense)[:2]):
+        assert oracle.unbits(bitmask).int().tolist() == [[*kept, 1, 1, 0, 0]] * 8
+        assert torch.equal(bits_of(values[0]).cpu(), bits_of(torch.tensor(expected, dtype=dtype)))
+
+
+def test_prune_compress_transposed_literal(device):
+    """4 x 4: what each column keeps of the rows' survivors; a fill-up holds 0."""
+    block = torch.tensor(
+        [
+            [9.0, -8.0, 1.0, 0.0],  # keeps 0 1
+            [5.0, 1.0, -7.0, 2.0],  # keeps 0 2
+            [6.0, 0.0, 3.0, 1.0],  # keeps 0 2
+            [1.0, 2.0, 3.0, -4.0],  # keeps 2 3
+        ]
+    )
+    values, bitmask, values_t, bitmask_t = ops.prune_compress_transposed(
+        torch.cat([torch.cat([block, block], 1)] * 2).to(device)
+    )
+    assert values[:4, :2].tolist() == [[9, -8], [5, -7], [6, 3], [3, -4]]
+    assert bitmask[:4, 0].tolist() == [0x33, 0x55, 0x55, 0xCC]
+    # columns: 9 5 6 . -> 9 6; -8 and the first free; -7 3 3 -> -7 and the first 3; -4 and a free
+    assert bitmask_t[:4, 0].tolist() == [0x55, 0x33, 0x66, 0x99]
+    assert values_t[:4, :2].tolist() == [[9, 6], [-8, 0], [-7, 3], [0, -4]]
+
+
+def test_prune_compress_takes_strided_and_empty(device):
+    dense = torch.randn(40, 16, device=device).t()
+    for op in (ops.prune_compress, ops.prune_compress_transposed):
+        for strided, contiguous in zip(op(dense), op(dense.contiguous()), strict=True):
+            assert torch.equal(strided, contiguous)
+        shapes = [tuple(t.shape) for t in op(dense[:, :0])]
+        assert shapes == [(16, 0), (16, 0), (0, 8), (0, 2)][: len(shapes)]
+
+
+def test_double_prune_marks_its_outputs_as_written(device):
+    values, bitmask, values_t, bitmask_t = ops.prune_compress_transposed(
+        torch.randn(16, 16, device=device)
+    )
+    versions = values_t._version, bitmask_t._version
+    ops.double_prune_(values, bitmask, bitmask_t=bitmask_t, values_t=values_t)
+    assert values_t._version > versions[0]
+    assert bitmask_t._version > versions[1]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_forms_of_a_weight_match_oracle(data):
+    """Shapes and values at will: many ties, zeros of both signs, infinities."""
+    rows, columns = (8 * data.draw(st.integers(1, 5)) for _ in range(2))
+    seed = data.draw(st.integers(0, 2**16))
+    palette = data.draw(
+        st.lists(
+            st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -3.5, 1e-7, float("inf")]),
+            min_size=2,
+            max_size=6,
+        )
+    )
+    choice = torch.randint(
+        len(palette), (rows, columns), generator=torch.Generator().manual_seed(seed)
+    )
+    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+    dense = torch.tensor(palette, dtype=dtype)[choice]
+
+    values, bitmask, values_t, bitmask_t = ops.prune_compress_transposed(dense)
+    mask = oracle.keep_two_of_four(dense.abs())
+    assert torch.equal(bitmask, oracle.bits(mask))
+    assert torch.equal(values.flatten(), dense[mask])
+    mask_t = oracle.unbits(bitmask_t)
+    assert (mask_t.view(columns, -1, 4).sum(-1) == 2).all()
+    twice = oracle.double_prune(dense, mask)
+    assert torch.equal(mask_t.t() & mask, twice)
+    expected = torch.where(twice, dense, torch.zeros((), dtype=dtype)).t()
+    assert torch.equal(bits_of(values_t.flatten()), bits_of(expected[mask_t]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", TILE_SHAPES[:-1])
+def test_one_pass_equals_many(shape, dtype, device):
+    check_forms(awkward(shape, dtype, device), ops)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", TILE_SHAPES)
 def test_cuda_kernels_equal_reference_bits(shape, dtype):
-    """Many ties, zeros of both signs, infinities, NaN and subnormal numbers among them."""
-    weight = (torch.randn(shape, device="cuda") * 4).round().to(dtype)
-    for value in (0.0, -0.0, float("inf"), float("-inf"), float("nan")):
-        weight[torch.rand(shape, device="cuda") < 0.03] = value
-    tiny = torch.randn(shape, device="cuda").to(dtype) * torch.finfo(dtype).smallest_normal
-    weight = torch.where(torch.rand(shape, device="cuda") < 0.2, tiny, weight)
+    weight = awkward(shape, dtype, "cuda")
     assert torch.equal(ops.prune_24(weight), reference.prune_24(weight))
     bitmask = reference.prune_24(torch.rand(shape, device="cuda"))
     values = ops.compress(weight, bitmask)
     expected = reference.prune_transposed(values, bitmask)
     assert torch.equal(ops.prune_transposed(values, bitmask), expected)
+    check_forms(weight, reference)
+
+
+@pytest.mark.gpu
+def test_misaligned_outputs_are_refused():
+    values, bitmask, values_t, bitmask_t = ops.prune_compress_transposed(
+        torch.randn(16, 24, device="cuda").bfloat16()
+    )
+    shifted = torch.empty(49, dtype=torch.uint8, device="cuda")[1:].view(24, 2)
+    with pytest.raises(RuntimeError, match="slope::double_prune_: bitmask_t must start at a mult"):
+        ops.double_prune_(values, bitmask, shifted, values_t)
+    shifted = torch.empty(193, dtype=torch.bfloat16, device="cuda")[1:].view(24, 8)
+    with pytest.raises(RuntimeError, match="slope::double_prune_: values_t must start at a mult"):
+        ops.double_prune_(values, bitmask, bitmask_t, shifted)
+
+
+def awkward(shape, dtype, device):
+    """Many ties, zeros of both signs, infinities, NaN and subnormal numbers among them."""
+    weight = (torch.randn(shape, device=device) * 4).round().to(dtype)
+    for value in (0.0, -0.0, float("inf"), float("-inf"), float("nan")):
+        weight[torch.rand(shape, device=device) < 0.03] = value
+    tiny = torch.randn(shape, device=device).to(dtype) * torch.finfo(dtype).smallest_normal
+    return torch.where(torch.rand(shape, device=device) < 0.2, tiny, weight)
+
+
+def check_forms(weight, by):
+    """The ops of several outputs equal, bit for bit, a composition of the single ones of ``by``."""
+    bitmask = by.prune_24(weight.abs())
+    values = by.compress(weight, bitmask)
+    bitmask_t = by.prune_transposed(values, bitmask)
+    values_t = torch.full_like(values, 7).view(weight.shape[1], -1)
+    by.transpose_values(values, bitmask, bitmask_t, values_t)
+    forms = (values, bitmask, values_t, bitmask_t)
+    assert_same_bits(ops.prune_compress(weight), forms[:2])
+    assert_same_bits(ops.prune_compress_transposed(weight), forms)
+
+    written_t, written_mask_t = torch.full_like(values_t, 7), torch.full_like(bitmask_t, 7)
+    ops.double_prune_(values, bitmask, written_mask_t, written_t)
+    assert_same_bits((written_t, written_mask_t), forms[2:])
+
+
+def assert_same_bits(tensors, expected):
+    for tensor, other in zip(tensors, expected, strict=True):
+        assert tensor.dtype == other.dtype
+        assert torch.equal(bits_of(tensor), bits_of(other))
+
+
+def bits_of(tensor):
+    return tensor.view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    )

@@ -5,6 +5,7 @@
 
 #include "common/sparse24.h"
 #include "common/torch_stable.h"
+#include "common/weight.h"
 
 namespace slope {
 
@@ -21,16 +22,30 @@ inline void check_matrix(const char* op, const char* name, const Tensor& data) {
   check(data.dim() == 2, "slope::", op, ": ", name, " must have 2 dimensions, got ", data.dim());
 }
 
+// What the bits of a matrix mean that check_matrix let pass.
+inline FloatKind kind_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return FloatKind::kHalf;
+    case ScalarType::BFloat16:
+      return FloatKind::kBFloat16;
+    default:
+      return FloatKind::kFloat;
+  }
+}
+
 // `size` (the `axis` of argument `name`) must be a multiple of 8: whole bytes of bitmask.
 inline void check_columns(const char* op, const char* name, const char* axis, int64_t size) {
   check(size % kColumnsPerByte == 0, "slope::", op, ": ", name, " must have ", axis,
         " a multiple of 8, got ", axis, " = ", size);
 }
 
-// Tiles of 128 rows lie along a grid dimension of at most 65535 blocks (common/tile.cuh).
-inline void check_tile_rows(const char* op, int64_t rows) {
+// `rows` (of argument `name`) must make whole bytes of a transposed bitmask, and tiles of 128 rows
+// along a grid dimension of at most 65535 blocks (common/tile.cuh).
+inline void check_transposable(const char* op, const char* name, int64_t rows) {
   constexpr int64_t kMaxRows = int64_t{128} * 65535;
-  check(rows <= kMaxRows, "slope::", op, ": values must have at most ", kMaxRows, " rows, got ",
+  check_columns(op, name, "out", rows);
+  check(rows <= kMaxRows, "slope::", op, ": ", name, " must have at most ", kMaxRows, " rows, got ",
         rows);
 }
 
@@ -79,16 +94,23 @@ inline void check_vector(const char* op, const char* name, const Tensor& vector,
         meaning, " = [", size, "], got ", ShapeOf{vector});
 }
 
-// The backward copy [in, out/2] of `values` [out, in/2].
-inline void check_transposed_values(const char* op, const char* name, const Tensor& values_t,
-                                    const Tensor& values) {
+// `values_t` (named `name`) must be the transposed [in, out/2] of `values`.
+inline void check_values_t(const char* op, const char* name, const Tensor& values_t,
+                           const Tensor& values) {
+  const int64_t rows = values.size(1) * (kGroup / kKept);
+  const int64_t columns = values.size(0) / (kGroup / kKept);
   check_like_values(op, name, values_t, values);
-  const int64_t rows = values.size(0);
-  const int64_t columns = values.size(1) * 2;
-  check(values_t.dim() == 2 && values_t.size(0) == columns && values_t.size(1) == rows / 2,
-        "slope::", op, ": ", name, " must be [in, out/2] = [", columns, ", ", rows / 2, "], got ",
+  check(values_t.dim() == 2 && values_t.size(0) == rows && values_t.size(1) == columns,
+        "slope::", op, ": ", name, " must be [in, out/2] = [", rows, ", ", columns, "], got ",
         ShapeOf{values_t});
   check(values_t.is_contiguous(), "slope::", op, ": ", name, " must be contiguous");
+}
+
+// `written` (named `name`), which the op overwrites, must be contiguous and aligned to `bytes`.
+inline void check_written(const char* op, const char* name, const Tensor& written, int bytes) {
+  check(written.is_contiguous(), "slope::", op, ": ", name, " must be contiguous");
+  check(reinterpret_cast<uintptr_t>(written.const_data_ptr()) % bytes == 0, "slope::", op, ": ",
+        name, " must start at a multiple of ", bytes, " bytes");
 }
 
 }  // namespace slope

@@ -1,38 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Launchers of prune_24 and prune_transposed.
+// Launchers of the ops that choose masks. Of each four the two largest stay; ties: the lower index;
+// NaN counts as +inf.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
+#include "common/weight.h"
 
 namespace slope {
 
-// Element types by what their bits mean.
-enum class FloatKind { kHalf, kBFloat16, kFloat };
+// bitmask <- the two largest of each four elements of dense, sign and all.
+cudaError_t launch_prune_24(const WeightParams& weight, cudaStream_t stream);
 
-struct PruneParams {
-  const void* scores;  // [elements], 16-byte aligned
-  uint8_t* bitmask;    // [elements / 8]
-  int64_t elements;    // multiple of 8
-  FloatKind kind;
-};
+// bitmask <- the two largest magnitudes of each four elements of dense; values <- those elements.
+cudaError_t launch_prune_compress(const WeightParams& weight, cudaStream_t stream);
 
-// bitmask <- the two largest of each four scores; ties: the lower index; NaN counts as +inf.
-cudaError_t launch_prune_24(const PruneParams& params, cudaStream_t stream);
+// bitmask_t <- of the kept elements the two of largest magnitude of each four rows; where fewer are
+// kept, the lowest pruned rows fill up. Reads values and bitmask.
+cudaError_t launch_prune_transposed(const WeightParams& weight, cudaStream_t stream);
 
-struct PruneTransposedParams {
-  const void* values;      // [rows, columns / 2], 16-byte aligned
-  const uint8_t* bitmask;  // [rows, columns / 8]
-  uint8_t* bitmask_t;      // [columns, rows / 8]
-  int64_t rows;            // multiple of 8, at most 128 * 65535
-  int64_t columns;         // multiple of 8
-  FloatKind kind;
-};
+// As launch_prune_transposed, and values_t <- the elements that bitmask_t keeps, 0 at fill-ups.
+cudaError_t launch_double_prune(const WeightParams& weight, cudaStream_t stream);
 
-// bitmask_t <- of the kept elements the two of largest magnitude of each four rows; ties: the lower
-// row; where fewer are kept, the lowest pruned rows fill up.
-cudaError_t launch_prune_transposed(const PruneTransposedParams& params, cudaStream_t stream);
+// launch_prune_compress and launch_double_prune in one pass over dense.
+cudaError_t launch_prune_compress_transposed(const WeightParams& weight, cudaStream_t stream);
 
 }  // namespace slope

@@ -133,7 +133,7 @@ void check_linear(const char* op, const Tensor& x, const SparseWeight& weight,
     check_bitmask(op, "bitmask_t", *weight.bitmask_t, columns, rows, "values", values);
   }
   if (weight.values_t) {
-    check_transposed_values(op, "values_t", *weight.values_t, values);
+    check_values_t(op, "values_t", *weight.values_t, values);
   }
   check_metadata(op, "metadata", weight.metadata, values, rows, columns);
   check_metadata(op, "metadata_t", weight.metadata_t, values, columns, rows);

@@ -15,19 +15,11 @@ void transpose_values(const Tensor& values, const Tensor& bitmask, const Tensor&
   constexpr const char* kOp = "transpose_values";
   check_compressed(kOp, values, bitmask);
   const int64_t rows = values.size(0);
-  const int64_t columns = values.size(1) * 2;
-  check_columns(kOp, "values", "out", rows);
-  check_tile_rows(kOp, rows);
+  const int64_t columns = values.size(1) * (kGroup / kKept);
+  check_transposable(kOp, "values", rows);
   check_bitmask(kOp, "bitmask_t", bitmask_t, columns, rows, "values", values);
-  check(out.is_cuda() && out.get_device() == values.get_device(), "slope::", kOp,
-        ": out must be on the same device as values");
-  check(out.scalar_type() == values.scalar_type(), "slope::", kOp,
-        ": out must have the dtype of values");
-  check(out.dim() == 2 && out.size(0) == columns && out.size(1) == rows / 2, "slope::", kOp,
-        ": out must be [in, out/2] = [", columns, ", ", rows / 2, "], got ", ShapeOf{out});
-  check(out.is_contiguous(), "slope::", kOp, ": out must be contiguous");
-  check(reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 8 == 0, "slope::", kOp,
-        ": out must start at a multiple of 8 bytes");
+  check_values_t(kOp, "out", out, values);
+  check_written(kOp, "out", out, 8);
   if (values.numel() == 0) {
     return;
   }
@@ -36,16 +28,16 @@ void transpose_values(const Tensor& values, const Tensor& bitmask, const Tensor&
   const Tensor source = contiguous_16b(values);
   const Tensor mask = contiguous_16b(bitmask);
   const Tensor mask_t = contiguous_16b(bitmask_t);
-  const TransposeParams params{
-      .values = source.const_data_ptr(),
-      .bitmask = static_cast<const uint8_t*>(mask.const_data_ptr()),
-      .bitmask_t = static_cast<const uint8_t*>(mask_t.const_data_ptr()),
-      .out = out.mutable_data_ptr(),
+  const WeightParams weight{
+      .values = source.data_ptr(),
+      .bitmask = static_cast<uint8_t*>(mask.data_ptr()),
+      .values_t = out.mutable_data_ptr(),
+      .bitmask_t = static_cast<uint8_t*>(mask_t.data_ptr()),
       .rows = rows,
       .columns = columns,
-      .element_bytes = static_cast<int>(values.element_size()),
+      .kind = kind_of(values),
   };
-  check_cuda(launch_transpose_values(params, current_stream(values, kOp)), kOp);
+  check_cuda(launch_transpose_values(weight, current_stream(values, kOp)), kOp);
 }
 
 }  // namespace

@@ -5,7 +5,13 @@ from slope_ext.ops.adamw import adamw_
 from slope_ext.ops.compress import compress, decompress
 from slope_ext.ops.lowrank import linear_lowrank
 from slope_ext.ops.pack import pack, pack_metadata
-from slope_ext.ops.prune import prune_24, prune_transposed
+from slope_ext.ops.prune import (
+    double_prune_,
+    prune_24,
+    prune_compress,
+    prune_compress_transposed,
+    prune_transposed,
+)
 from slope_ext.ops.spmm import input_grad, linear
 from slope_ext.ops.transpose import transpose_values
 from slope_ext.ops.weight_grad import weight_grad
@@ -14,12 +20,15 @@ __all__ = [
     "adamw_",
     "compress",
     "decompress",
+    "double_prune_",
     "input_grad",
     "linear",
     "linear_lowrank",
     "pack",
     "pack_metadata",
     "prune_24",
+    "prune_compress",
+    "prune_compress_transposed",
     "prune_transposed",
     "transpose_values",
     "weight_grad",

@@ -139,9 +139,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     dt = ctx.scale * (flat_dy @ lora_B)  # [tokens, rank]
     dx = None
     if x_needs:
-        dx = trusted_input_grad(
-            dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend
-        )
+        dx = trusted_input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
         dx = dx + (dt @ lora_A).view(dx.shape)
     dw = weight_grad(dy, x, bitmask) if values_need else None
     da = dt.t() @ rows_of(x) if a_needs else None
@@ -159,7 +157,7 @@ class _LinearLowrank(torch.autograd.Function):
             return torch.ops.slope.linear_lowrank.default(*arguments)  # type: ignore[no-any-return]
 
     setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+    backward = staticmethod(_backward)  # type: ignore[assignment]
 
 
 register("linear_lowrank", check=_check, reference=reference.linear_lowrank, fake=_fake)

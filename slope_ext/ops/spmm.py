@@ -193,6 +193,7 @@ def call_directly(
     if (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
+        or x.is_meta
         or torch.is_autocast_enabled(x.device.type)
     ):
         return op(*arguments)
@@ -218,9 +219,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x_needs, values_need, bias_needs = ctx.needs
     dx = None
     if x_needs:
-        dx = trusted_input_grad(
-            dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend
-        )
+        dx = trusted_input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
     dw = weight_grad(dy, x, bitmask) if values_need else None
     dbias = rows_of(dy).sum(0) if bias_needs else None
     return dx, dw, None, dbias, None, None, None, None, None
@@ -235,7 +234,7 @@ class _Linear(torch.autograd.Function):
             return torch.ops.slope.linear.default(*arguments)  # type: ignore[no-any-return]
 
     setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+    backward = staticmethod(_backward)  # type: ignore[assignment]
 
 
 register(
