@@ -9,11 +9,10 @@ decides whether it is stale.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from slope_ext import _freshness, _packed
 
@@ -50,14 +49,14 @@ def follow(
         values_t, metadata_t = _new_values_t(values)
     sources = (values, bitmask, bitmask_t)
     if mask_is_stale:
-        with _same_version(bitmask_t), _same_version(values_t):
+        with _unseen():
             torch.ops.slope.double_prune_(values, bitmask, bitmask_t, values_t)
         _freshness.mark_fresh(bitmask_t, bitmask)
         _mark(values_t, *sources)
         if metadata_t is not None:
             _freshness.mark_stale(metadata_t)  # no version counter told it
     elif _is_capturing(values) or not _freshness.is_fresh(values_t, *sources):
-        with _same_version(values_t):
+        with _unseen():
             torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
         _mark(values_t, *sources)
     if metadata_t is not None:
@@ -75,7 +74,7 @@ def _new_values_t(values: Tensor) -> tuple[Tensor, Tensor | None]:
 def follow_metadata(bitmask: Tensor, metadata: Tensor) -> None:
     """Brings the metadata of a mask up to date."""
     if not _freshness.is_fresh(metadata, bitmask):
-        with _same_version(metadata), torch.no_grad():
+        with _unseen():
             torch.ops.slope.pack_metadata(bitmask, metadata)
         _mark(metadata, bitmask)
 
@@ -91,6 +90,11 @@ def _is_capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _same_version(tensor: Tensor) -> AbstractContextManager[None]:
-    # Inference tensors count no versions.
-    return nullcontext() if tensor.is_inference() else _unsafe_preserve_version_counter(tensor)
+def _unseen() -> AbstractContextManager[None]:
+    """Writes to derived tensors neither count as versions nor concern autograd."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD_KEYS)
+
+
+_AUTOGRAD_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+for _key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradOther"):
+    _AUTOGRAD_KEYS = _AUTOGRAD_KEYS | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))

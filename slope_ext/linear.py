@@ -190,11 +190,13 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = X W^T + b [+ lora_scale (X A^T) B^T]; x [..., in] -> [..., out]."""
-        if not torch.compiler.is_compiling() and not self._is_prepared():
-            self.prepare()
+        if torch.compiler.is_compiling():
+            operand = self.operand()
+        else:
+            operand = self._prepared_operand() or self.prepare()
         if self.lora_A is None:
-            return ops.linear(x, *self.operand())
-        weight, bitmask, *rest = self.operand()
+            return ops.linear(x, *operand)
+        weight, bitmask, *rest = operand
         return ops.linear_lowrank(
             x,
             weight,
@@ -218,11 +220,12 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             self.backend,
         )
 
-    def prepare(self) -> None:
-        """Makes ready what a product wants: buffers on the weight's device, values and metadata
-        side by side, metadata that says what ``weight_bitmask`` says.
+    def prepare(self) -> Operand:
+        """Makes ready what a product wants, and returns :meth:`operand`.
 
-        Called by the first forward pass that runs as Python after one of these moved or changed.
+        That is: buffers on the weight's device, values and metadata side by side, metadata that
+        says what ``weight_bitmask`` says. The first forward pass that runs as Python after one of
+        these moved or changed does it.
         """
         weight = self.weight
         if self.weight_t_bitmask.device != weight.device:
@@ -233,22 +236,36 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             self.weight_metadata = None
         elif not torch.cuda.is_current_stream_capturing():
             self._pack()
-            # Holding the storages keeps their addresses from being used again.
-            self._prepared = (self._state(), self.weight_bitmask.untyped_storage())
+        operand = self.operand()
+        # Holding the storages keeps their addresses from being used again.
+        storages = (weight.untyped_storage(), self.weight_bitmask.untyped_storage())
+        self._prepared = (self._state(), operand, storages)
+        return operand
 
-    def _is_prepared(self) -> bool:
-        return self._prepared is not None and self._prepared[0] == self._state()
+    def _prepared_operand(self) -> Operand | None:
+        """What prepare() returned, if nothing that it depends on changed."""
+        if self._prepared is not None and self._prepared[0] == self._state():
+            return self._prepared[1]  # type: ignore[no-any-return]
+        return None
 
     def _state(self) -> tuple[Any, ...]:
-        """What prepare() depends on."""
-        weight, bitmask = self.weight, self.weight_bitmask
-        version = object() if bitmask.is_inference() else bitmask._version  # some count none
+        # Read in every forward pass: nn.Module's own attribute access would cost as much again.
+        parameters, buffers = self._parameters, self._buffers
+        weight, bitmask = self.weight, buffers["weight_bitmask"]
+        assert bitmask is not None
         return (
+            id(weight),
             weight.data_ptr(),
             weight.dtype,
+            id(bitmask),
             bitmask.data_ptr(),
-            version,
-            id(self.weight_metadata),
+            object() if bitmask.is_inference() else bitmask._version,  # some count none
+            id(parameters["bias"]),
+            id(buffers["weight_t_bitmask"]),
+            id(buffers["weight_t"]),
+            id(buffers["weight_metadata"]),
+            id(buffers["weight_t_metadata"]),
+            self.backend,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -359,6 +376,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._prepared = None
         super()._apply(fn, recurse)
         if not self.weight.is_meta:
             self.prepare()

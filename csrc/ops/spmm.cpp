@@ -80,7 +80,7 @@ void multiply(const char* op, const Tensor& x, int64_t tokens, const SparseWeigh
 
   OptionalTensor copy, workspace;
   if (const auto bytes = static_cast<int64_t>(plan->workspace_bytes()); bytes > 0) {
-    workspace = torch::stable::new_empty(weight.values, {bytes}, ScalarType::Byte);
+    workspace = empty_like_device(weight.values, {bytes}, ScalarType::Byte);
   }
   const SpmmOperands operands{
       .packed = packed_operand(weight, copy),
@@ -162,13 +162,13 @@ Tensor sparse_linear(const char* op, const Tensor& x, const SparseWeight& weight
   const OptionalTensor aligned_bias = bias ? OptionalTensor(contiguous_16b(*bias)) : std::nullopt;
 
   if (tokens % kTokenMultiple == 0) [[likely]] {
-    Tensor y = addend ? *addend : torch::stable::new_empty(x, shape_with(x, rows));
+    Tensor y = addend ? *addend : empty_like_device(x, shape_with(x, rows), x.scalar_type());
     multiply(op, contiguous_16b(x), tokens, weight, aligned_bias, addend.has_value(), y);
     return y;
   }
   const int64_t padded = (tokens + kTokenMultiple - 1) / kTokenMultiple * kTokenMultiple;
   const Tensor y = addend ? pad_tokens(*addend, tokens, rows, padded)
-                          : torch::stable::new_empty(x, {padded, rows});
+                          : empty_like_device(x, {padded, rows}, x.scalar_type());
   multiply(op, pad_tokens(x, tokens, columns, padded), padded, weight, aligned_bias,
            addend.has_value(), y);
   Tensor cut(y);

@@ -152,11 +152,12 @@ class _LinearLowrank(torch.autograd.Function):
     """slope::linear_lowrank for eager mode, see call_directly."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.slope.linear_lowrank.default(*arguments)  # type: ignore[no-any-return]
+            y, t = torch.ops.slope.linear_lowrank.default(*arguments)
+        _setup_context(ctx, arguments, (y, t))
+        return y, t
 
-    setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)  # type: ignore[assignment]
 
 

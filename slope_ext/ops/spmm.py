@@ -146,9 +146,10 @@ def _input_grad_on_cuda(
     backend: str = "auto",
 ) -> Tensor:
     values_t, metadata_t = _backward_copy.follow(values, bitmask, bitmask_t, values_t, metadata_t)
-    return torch.ops.slope.linear.default(  # type: ignore[no-any-return]
-        dy, values_t, bitmask_t, None, None, None, metadata_t, None, backend
-    )
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.slope.linear.default(  # type: ignore[no-any-return]
+            dy, values_t, bitmask_t, None, None, None, metadata_t, None, backend
+        )
 
 
 def trusted_input_grad(dy: Tensor, *rest: Any) -> Tensor:
@@ -229,11 +230,13 @@ class _Linear(torch.autograd.Function):
     """slope::linear for eager mode, see call_directly."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        # A setup_context method would have torch inspect signatures in every call.
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.slope.linear.default(*arguments)  # type: ignore[no-any-return]
+            y: Tensor = torch.ops.slope.linear.default(*arguments)
+        _setup_context(ctx, arguments, y)
+        return y
 
-    setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)  # type: ignore[assignment]
 
 
