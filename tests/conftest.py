@@ -4,6 +4,8 @@
 import pytest
 import torch
 
+from slope_ext import plan_cache
+
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 
 
@@ -23,3 +25,11 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _no_tf32():
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def _own_plan_cache(tmp_path, monkeypatch):
+    """No sweeps unless a test asks for them, and no table of the user's."""
+    monkeypatch.setenv("SLOPE_EXT_CACHE_DIR", str(tmp_path / "plan_cache"))
+    monkeypatch.setattr(plan_cache, "_policy", "off")
+    monkeypatch.setattr(plan_cache, "_tables", {})

@@ -31,6 +31,15 @@ int64_t round_up(int64_t size, int64_t multiple) {
   return (size + multiple - 1) / multiple * multiple;
 }
 
+// Bytes [written, size) are read by nobody; zeros make equal operands equal bytes.
+void clear_slack(const char* op, void* metadata, int64_t written, int64_t size,
+                 cudaStream_t stream) {
+  if (written < size) {
+    check_cuda(
+        cudaMemsetAsync(static_cast<uint8_t*>(metadata) + written, 0, size - written, stream), op);
+  }
+}
+
 // ---- by the library ----------------------------------------------------------------------
 
 void write_by_library(const char* op, const Tensor& bitmask, void* metadata, cudaStream_t stream) {
@@ -79,6 +88,8 @@ void write_by_library(const char* op, const Tensor& bitmask, void* metadata, cud
                           static_cast<const uint8_t*>(compressed.const_data_ptr()) + value_bytes,
                           bytes - value_bytes, cudaMemcpyDeviceToDevice, stream),
           op);
+      clear_slack(op, metadata, static_cast<int64_t>(bytes - value_bytes),
+                  metadata_bytes(rows, columns), stream);
     }
   }
   lt.MatDescriptorDestroy(&weight);
@@ -108,6 +119,8 @@ void write_by_own_kernel(const char* op, const Tensor& bitmask, void* metadata,
       .layout = layout,
   };
   check_cuda(launch_pack_metadata(params, stream), op);
+  clear_slack(op, metadata, params.rows * params.columns / 8,
+              metadata_bytes(params.rows, params.columns), stream);
 }
 
 // Both writers on a random mask: are the bytes the same?
