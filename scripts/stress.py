@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed calls from two threads on two streams, every result checked, memory watched.
+
+    PYTHONPATH=. python scripts/stress.py [--calls 100000] [--out stress.json]
+
+Each call takes a shape, a token count and an op at random; its result is compared on the GPU with
+one computed beforehand in fp64. Exit code 1 if a result is wrong or memory grew after the first
+fifth of the calls (by more than the allocator's own granularity).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import slope_ext as slope
+from slope_ext import ops, plan_cache
+
+SHAPES = [(128, 192), (256, 256), (64, 512), (512, 64), (320, 96), (80, 48), (1024, 1024)]
+TOKENS = [1, 7, 8, 16, 33, 64, 100, 256]
+DEVICE_SLACK, HOST_SLACK = 64 << 20, 64 << 20  # bytes
+
+
+class Case:
+    """A layer, inputs for the largest token count, and what must come out."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self.layer = slope.SLoPeLinear(columns, rows, device="cuda", dtype=dtype)
+        self.layer.add_adapter(8, scale=0.5)
+        torch.nn.init.normal_(self.layer.lora_B, std=0.1)
+        self.layer.requires_grad_(False)
+        self.layer.prepare()
+        self.x = torch.randn(max(TOKENS), columns, device="cuda").to(dtype)
+        self.dy = torch.randn(max(TOKENS), rows, device="cuda").to(dtype)
+        layer = self.layer
+        x, dy = self.x.double(), self.dy.double()
+        self.y = x @ layer.dense_weight().double().t() + layer.bias.double()
+        self.low_rank = 0.5 * (x @ layer.lora_A.double().t()) @ layer.lora_B.double().t()
+        self.dx = dy @ layer.backward_weight().double()
+        self.dw = {n: self._weight_grad(dy[:n], x[:n]) for n in TOKENS}
+        assert layer.weight_t is not None
+        self.values_t = layer.weight_t.clone()
+        self.packed = ops.pack(layer.weight, layer.weight_bitmask)
+
+    def _weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
+        dense = (dy.t() @ x).to(self.layer.weight.dtype)
+        return ops.compress(dense, self.layer.weight_bitmask).double()
+
+    def call(self, op: str, tokens: int) -> Tensor:
+        """Runs one op; returns a bool scalar: was it wrong?"""
+        layer, x, dy = self.layer, self.x[:tokens], self.dy[:tokens]
+        weight = (layer.weight, layer.weight_bitmask)
+        if op == "linear":
+            return _off(ops.linear(x, *layer.operand()), self.y[:tokens])
+        if op == "linear_lowrank":
+            return _off(layer(x), (self.y + self.low_rank)[:tokens])
+        if op == "input_grad":
+            mask_t = layer.weight_t_bitmask
+            dx = ops.input_grad(dy, *weight, mask_t, layer.weight_t, layer.weight_t_metadata)
+            return _off(dx, self.dx[:tokens])
+        if op == "weight_grad":
+            return _off(ops.weight_grad(dy, x, layer.weight_bitmask), self.dw[tokens])
+        if op == "transpose_values":
+            out = torch.empty_like(self.values_t)
+            ops.transpose_values(*weight, layer.weight_t_bitmask, out)
+            return (out != self.values_t).any()
+        assert op == "pack"
+        return (ops.pack(*weight) != self.packed).any()
+
+
+OPS = ("linear", "linear_lowrank", "input_grad", "weight_grad", "transpose_values", "pack")
+
+
+def _off(actual: Tensor, expected: Tensor) -> Tensor:
+    error = (actual.double() - expected).abs().amax()
+    return ~(error <= 0.02 * expected.abs().amax())  # NaN is wrong
+
+
+def work(cases: list[Case], calls: int, seed: int, wrong: Tensor, counts: dict[str, int]) -> None:
+    """One thread's calls, on a stream of its own; adds to ``wrong`` on the GPU."""
+    choose = random.Random(seed).choice
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.default_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for number in range(calls):
+            op = choose(OPS)
+            wrong += choose(cases).call(op, choose(TOKENS))
+            counts[op] += 1
+            if number % 500 == 0:
+                stream.synchronize()
+        stream.synchronize()
+
+
+def run(cases: list[Case], calls: int, seed: int) -> tuple[int, dict[str, int]]:
+    """``calls`` calls on two threads; returns how many were wrong, and calls by op."""
+    wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(2)]
+    counts = [dict.fromkeys(OPS, 0) for _ in range(2)]
+    torch.cuda.synchronize()
+    threads = [
+        threading.Thread(target=work, args=(cases, calls // 2, seed + i, wrong[i], counts[i]))
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(int(w) for w in wrong), {op: counts[0][op] + counts[1][op] for op in OPS}
+
+
+def memory() -> tuple[int, int]:
+    """Bytes in use on the device, by all of the process, and resident on the host."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return total - free, pages * 4096
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calls", type=int, default=100_000)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    plan_cache.set_policy("off")
+    torch.manual_seed(0)
+    cases = [Case(*shape, dtype) for shape in SHAPES for dtype in (torch.bfloat16, torch.float16)]
+
+    start = time.perf_counter()
+    first_wrong, first = run(cases, arguments.calls // 5, 1)
+    device_before, host_before = memory()
+    then_wrong, then = run(cases, arguments.calls - arguments.calls // 5, 3)
+    device_after, host_after = memory()
+    device_growth, host_growth = device_after - device_before, host_after - host_before
+    wrong = first_wrong + then_wrong
+    result = {
+        "calls": sum(first.values()) + sum(then.values()),
+        "by_op": {op: first[op] + then[op] for op in OPS},
+        "wrong": wrong,
+        "device_growth_bytes": device_growth,
+        "host_growth_bytes": host_growth,
+        "seconds": round(time.perf_counter() - start, 1),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    print(json.dumps(result))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    return int(wrong > 0 or device_growth > DEVICE_SLACK or host_growth > HOST_SLACK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
