@@ -6,12 +6,12 @@ is in bench_host_overhead.py and bench_first_call.py.
 
 linear_forward           F.linear with the dense weight; a SparseSemiStructuredTensor (algorithm 0);
                          torch._cslt_sparse_mm with what torch._cslt_sparse_mm_search found
-linear_forward_vs_best_id  the fastest of the three best candidates of a sweep by hand, each timed as
-                         the others are, without what a call of the op adds (bar shapes only)
+linear_forward_vs_best_id  the fastest of the three best candidates of a sweep by hand, each timed
+                         as the others are, without what a call of the op adds (bar shapes only)
 linear_backward_input    dY @ W with the dense weight (bar shapes only)
 
-A full run times the bar shapes with every token count in bf16 and with 2048 and 8192 tokens in fp16,
-and the other layers of the models in model_shapes.py with 2048 and 8192 tokens in bf16.
+A full run times the bar shapes with every token count in bf16 and with 2048 and 8192 tokens in
+fp16, and the other layers of the models in model_shapes.py with 2048 and 8192 tokens in bf16.
 
 Limit: the longer of the bytes that must move (values, metadata, X, Y) over the copy bandwidth, and
 out * in * tokens FLOP, half of the dense product's, over the rate of an 8192^3 dense bf16 product;
