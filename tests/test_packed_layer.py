@@ -109,7 +109,7 @@ CHANGES = {
     ".data": lambda m: setattr(m.weight, "data", other_values(m)),
     ".data twice": lambda m: [setattr(m.weight, "data", other_values(m)) for _ in range(2)],
     "new Parameter": lambda m: setattr(m, "weight", nn.Parameter(other_values(m))),
-    "copy_": lambda m: m.weight.data.copy_(other_values(m)) and m.mark_backward_copy_stale(),
+    ".data.copy_": lambda m: [m.weight.data.copy_(other_values(m)), m.mark_backward_copy_stale()],
     "mask in place": lambda m: m.weight_bitmask.copy_(other_mask(m)),
     "mask rebound": lambda m: setattr(m.weight_bitmask, "data", other_mask(m)),
     "new mask": lambda m: setattr(m, "weight_bitmask", other_mask(m)),

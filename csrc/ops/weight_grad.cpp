@@ -2,37 +2,78 @@
 //
 // weight_grad on CUDA: dW = dY^T X at the kept positions.
 //
-// A dense product makes some rows of dW at a time, compress reads them at once. The buffer is small
-// enough to stay in the L2 cache, so no dense dW is written to memory or left behind, and large
-// enough that the product fills the GPU.
+// A dense product makes some rows of dW, compress reads them: one chunk of rows after the other, on
+// two streams in turn, each with a buffer of its own.
+//
+//   stream 1   product 0 | compress 0 | product 2 | compress 2 |
+//   stream 2             product 1         | compress 1 | product 3 | compress 3
+//
+// So a product starts in the idle end of the one before, and compressing runs beside products, but
+// for the last chunk, which therefore is a small one. No dense dW is left behind.
 #include <algorithm>
+#include <vector>
 
 #include "common/check_operands.h"
 #include "common/cuda_check.h"
+#include "common/side_stream.h"
 #include "ops/compress.h"
 #include "ops/spmm.h"
 
 namespace slope {
 namespace {
 
-// Rows of dW that are made at a time: all, or a multiple of 256 whose bytes stay below those that
-// the L2 cache keeps beside the product's own operands.
-int64_t chunk_rows(int64_t rows, int64_t columns, int64_t element_bytes, int64_t l2_bytes) {
-  constexpr int64_t kStep = 256;
-  const int64_t most = std::max(kStep, l2_bytes * 3 / 4 / (columns * element_bytes));
-  const int64_t chunks = (rows + most - 1) / most;
-  const int64_t even = (rows + chunks - 1) / chunks;
-  return std::min(rows, (even + kStep - 1) / kStep * kStep);
+constexpr const char* kOp = "weight_grad";
+constexpr int64_t kChunkBytes = 32
+                                << 20;    // of dense dW; two of them fit beside the L2 cache's rest
+constexpr int64_t kChunkStep = 256;       // rows: whole tiles of the dense product
+constexpr int64_t kLastPart = 4;          // of the rest is its last chunk
+constexpr int64_t kLeastBytes = 4 << 20;  // below, one chunk: nothing to gain from overlap
+
+int64_t round_up(int64_t size) { return (size + kChunkStep - 1) / kChunkStep * kChunkStep; }
+
+// Rows of each chunk: full ones, then the rest in two, the last of them small.
+std::vector<int64_t> chunk_rows(int64_t rows, int64_t row_bytes) {
+  if (rows * row_bytes < kLeastBytes) {
+    return {rows};
+  }
+  const int64_t most = std::max(kChunkStep, kChunkBytes / row_bytes / kChunkStep * kChunkStep);
+  std::vector<int64_t> chunks;
+  int64_t left = rows;
+  for (; left > most; left -= most) {
+    chunks.push_back(most);
+  }
+  const int64_t last = round_up(left / kLastPart);
+  if (last < left) {
+    chunks.push_back(left - last);
+    left = last;
+  }
+  chunks.push_back(left);
+  return chunks;
 }
 
-int64_t l2_bytes_of(int device) {
-  int bytes = 0;
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device), "weight_grad");
-  return bytes;
+// values[row .. row + count) <- dY^T X there, by way of `buffer`, on torch's current stream.
+void make_rows(const Tensor& dy, const Tensor& x, const Tensor& bitmask, const Tensor& buffer,
+               const Tensor& values, int64_t row, int64_t count, cudaStream_t stream) {
+  const int64_t columns = x.size(1);
+  Tensor dy_rows(dy), dense(buffer);
+  dy_rows = torch::stable::narrow(dy_rows, 1, row, count);
+  dy_rows = torch::stable::transpose(dy_rows, 0, 1);
+  dense = torch::stable::narrow(dense, 0, 0, count);
+  call_op("aten::mm", "out", dy_rows, x, dense);
+
+  const auto element_bytes = static_cast<int64_t>(dy.element_size());
+  auto* const values_bytes = static_cast<uint8_t*>(values.mutable_data_ptr());
+  const CompressParams params{
+      .dense = dense.mutable_data_ptr(),
+      .values = values_bytes + row * (columns / 2) * element_bytes,
+      .bitmask = static_cast<const uint8_t*>(bitmask.const_data_ptr()) + row * (columns / 8),
+      .elements = count * columns,
+      .element_bytes = static_cast<int>(element_bytes),
+  };
+  check_cuda(launch_compress(params, stream), kOp);
 }
 
 Tensor weight_grad(const Tensor& dy, const Tensor& x, const Tensor& bitmask) {
-  constexpr const char* kOp = "weight_grad";
   check_floating(kOp, "dy", dy);
   check(dy.dim() >= 1, "slope::", kOp, ": dy must have at least 1 dimension, got shape []");
   check(x.is_cuda() && x.get_device() == dy.get_device(), "slope::", kOp,
@@ -58,26 +99,25 @@ Tensor weight_grad(const Tensor& dy, const Tensor& x, const Tensor& bitmask) {
   const Tensor flat_dy = torch::stable::reshape(dy, {tokens, rows});
   const Tensor flat_x = torch::stable::reshape(x, {tokens, columns});
   const Tensor mask = contiguous_16b(bitmask);
-  const auto element_bytes = static_cast<int64_t>(dy.element_size());
-  const int64_t step = chunk_rows(rows, columns, element_bytes, l2_bytes_of(dy.get_device()));
-  Tensor buffer = torch::stable::new_empty(dy, {step, columns});
+  const int64_t row_bytes = columns * static_cast<int64_t>(dy.element_size());
   const cudaStream_t stream = current_stream(dy, kOp);
 
-  for (int64_t row = 0; row < rows; row += step) {
-    const int64_t count = std::min(step, rows - row);
-    Tensor dy_rows(flat_dy);
-    dy_rows = torch::stable::transpose(torch::stable::narrow(dy_rows, 1, row, count), 0, 1);
-    const Tensor dense = torch::stable::narrow(buffer, 0, 0, count);
-    call_op("aten::mm", "out", dy_rows, flat_x, dense);
-    const CompressParams params{
-        .dense = dense.mutable_data_ptr(),
-        .values =
-            static_cast<uint8_t*>(values.mutable_data_ptr()) + row * (columns / 2) * element_bytes,
-        .bitmask = static_cast<const uint8_t*>(mask.const_data_ptr()) + row * (columns / 8),
-        .elements = count * columns,
-        .element_bytes = static_cast<int>(element_bytes),
-    };
-    check_cuda(launch_compress(params, stream), kOp);
+  const std::vector<int64_t> chunks = chunk_rows(rows, row_bytes);
+  const int64_t most = *std::max_element(chunks.begin(), chunks.end());
+  const Tensor buffer = torch::stable::new_empty(dy, {most, columns});
+  if (chunks.size() == 1) {
+    make_rows(flat_dy, flat_x, mask, buffer, values, 0, rows, stream);
+    return values;
+  }
+  const Tensor other_buffer = torch::stable::new_empty(dy, {most, columns});
+  const StreamPair streams(stream, dy.get_device(), kOp);
+  int64_t row = 0;
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    const cudaStream_t mine = i % 2 == 0 ? streams.first() : streams.second();
+    const StreamGuard on_mine(mine, dy.get_device());
+    make_rows(flat_dy, flat_x, mask, i % 2 == 0 ? buffer : other_buffer, values, row, chunks[i],
+              mine);
+    row += chunks[i];
   }
   return values;
 }
