@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/side_stream.h"
 
-#include <vector>
+#include "common/per_thread.h"
 
 namespace slope {
 namespace {
@@ -9,44 +9,19 @@ namespace {
 struct SideStream {
   cudaStream_t stream = nullptr;
   cudaEvent_t forked = nullptr, joined = nullptr;
-};
 
-// This thread's, by device. Destroying a stream lets its work end first; at the end of the process
-// the calls fail without harm.
-struct SideStreams {
-  std::vector<SideStream> by_device;
-
-  ~SideStreams() {
-    for (const SideStream& side : by_device) {
-      if (side.stream != nullptr) {
-        cudaStreamDestroy(side.stream);
-        cudaEventDestroy(side.forked);
-        cudaEventDestroy(side.joined);
-      }
-    }
+  explicit SideStream(int /*device*/) {
+    constexpr const char* kWhat = "side stream";
+    check_cuda(cudaEventCreateWithFlags(&forked, cudaEventDisableTiming), kWhat);
+    check_cuda(cudaEventCreateWithFlags(&joined, cudaEventDisableTiming), kWhat);
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), kWhat);
   }
 };
-
-const SideStream& side_stream(int device, const char* op) {
-  thread_local SideStreams mine;
-  if (mine.by_device.size() <= static_cast<size_t>(device)) {
-    mine.by_device.resize(device + 1);
-  }
-  SideStream& side = mine.by_device[device];
-  if (side.stream == nullptr) {
-    SideStream made;
-    check_cuda(cudaEventCreateWithFlags(&made.forked, cudaEventDisableTiming), op);
-    check_cuda(cudaEventCreateWithFlags(&made.joined, cudaEventDisableTiming), op);
-    check_cuda(cudaStreamCreateWithFlags(&made.stream, cudaStreamNonBlocking), op);
-    side = made;
-  }
-  return side;
-}
 
 }  // namespace
 
 StreamPair::StreamPair(cudaStream_t first, int device, const char* op) : first_(first) {
-  const SideStream& side = side_stream(device, op);
+  const SideStream& side = PerThread<SideStream>::get(device);
   second_ = side.stream;
   joined_ = side.joined;
   check_cuda(cudaEventRecord(side.forked, first_), op);

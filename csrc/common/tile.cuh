@@ -283,7 +283,7 @@ __device__ __forceinline__ void compress_tile(Tile<kBytesOf<kKind>>& tile,
   using U = Unit<kElementBytes>;
   constexpr int kRowUnits = kTileRowBytes / 8;
   constexpr int kPass = kTileThreads / kRowUnits;  // rows
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = 8;
   const int unit_in_tile = threadIdx.x % kRowUnits;
   const int row0 = threadIdx.x / kRowUnits;
   const bool inside = unit_in_tile * U::kElements < view.columns_left;
@@ -299,7 +299,7 @@ __device__ __forceinline__ void compress_tile(Tile<kBytesOf<kKind>>& tile,
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       loaded[i] = inside && first + i * kPass < view.rows_left
-                      ? __ldcs(&dense[unit + i * kPass * row_units])
+                      ? __ldg(&dense[unit + i * kPass * row_units])
                       : uint4{0, 0, 0, 0};
     }
 

@@ -79,8 +79,8 @@ void multiply(const char* op, const Tensor& x, int64_t tokens, const SparseWeigh
   const auto plan = spmm_plan(problem, stream);
 
   OptionalTensor copy, workspace;
-  if (const auto bytes = static_cast<int64_t>(plan->workspace_bytes()); bytes > 0) {
-    workspace = empty_like_device(weight.values, {bytes}, ScalarType::Byte);
+  if (plan->workspace_bytes() > 0) {
+    workspace = spmm_workspace(*plan, weight.values, stream);
   }
   const SpmmOperands operands{
       .packed = packed_operand(weight, copy),

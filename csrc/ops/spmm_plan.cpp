@@ -8,9 +8,9 @@
 #include <mutex>
 #include <unordered_map>
 #include <utility>
-#include <vector>
 
 #include "common/cuda_check.h"
+#include "common/per_thread.h"
 #include "common/torch_stable.h"
 #include "ops/pack_metadata.h"
 
@@ -130,72 +130,28 @@ struct HashProblem {
   }
 };
 
-// What a thread has on a device: a handle and its plans, the latest used first. The mutex is for
-// the Python module's looks from outside; the thread itself never waits for another.
+// What a thread has on a device: a handle, its plans, the latest used first, and workspaces by
+// stream. The mutex is for the Python module's looks at the plans from outside; the thread itself
+// never waits for another.
 struct Lane {
   using Recent = std::list<std::pair<SpmmProblem, std::shared_ptr<SpmmPlan>>>;
 
-  int32_t device;
   cusparselt::Handle handle;
   std::mutex mutex;
   Recent recent;
   std::unordered_map<SpmmProblem, Recent::iterator, HashProblem> by_problem;
   int64_t hits = 0, misses = 0, evictions = 0;
+  std::unordered_map<cudaStream_t, Tensor> workspaces;
 
-  explicit Lane(int32_t ordinal) : device(ordinal) {
+  explicit Lane(int /*device*/) {
     cusparselt::check(cusparselt::api().Init(&handle), kOp, "initialisation");
   }
 };
 
-// All lanes that ever were. None is destroyed: a lane whose thread ended waits for the next thread
-// on its device, and at the end of the process the driver may be gone before.
-struct Lanes {
-  std::mutex mutex;
-  std::vector<std::unique_ptr<Lane>> all;
-  std::vector<Lane*> idle;
-  std::atomic<int64_t> capacity{1024};
-  std::atomic<SpmmChooser> chooser{nullptr};
-};
+using Lanes = PerThread<Lane>;
 
-Lanes& lanes() {
-  static Lanes* const instance = new Lanes;
-  return *instance;
-}
-
-struct ThreadLanes {
-  std::vector<Lane*> by_device;
-
-  ~ThreadLanes() {
-    const std::lock_guard lock(lanes().mutex);
-    std::copy_if(by_device.begin(), by_device.end(), std::back_inserter(lanes().idle),
-                 [](const Lane* lane) { return lane != nullptr; });
-  }
-};
-
-Lane& new_lane(int32_t device) {
-  const std::lock_guard lock(lanes().mutex);
-  auto& idle = lanes().idle;
-  const auto found = std::find_if(idle.begin(), idle.end(),
-                                  [device](const Lane* lane) { return lane->device == device; });
-  if (found != idle.end()) {
-    Lane& taken = **found;
-    idle.erase(found);
-    return taken;
-  }
-  return *lanes().all.emplace_back(std::make_unique<Lane>(device));
-}
-
-Lane& this_lane(int32_t device) {
-  thread_local ThreadLanes mine;
-  if (mine.by_device.size() <= static_cast<size_t>(device)) {
-    mine.by_device.resize(device + 1, nullptr);
-  }
-  Lane*& lane = mine.by_device[device];
-  if (lane == nullptr) [[unlikely]] {
-    lane = &new_lane(device);
-  }
-  return *lane;
-}
+std::atomic<int64_t> capacity{1024};
+std::atomic<SpmmChooser> chooser{nullptr};
 
 // Drops the plans used longest ago; the lane must be locked.
 void trim(Lane& lane, size_t capacity) {
@@ -226,10 +182,10 @@ std::shared_ptr<SpmmPlan> make_plan(const cusparselt::Handle& handle, const Spmm
 
 }  // namespace
 
-const cusparselt::Handle& spmm_handle(int32_t device) { return this_lane(device).handle; }
+const cusparselt::Handle& spmm_handle(int32_t device) { return Lanes::get(device).handle; }
 
 std::shared_ptr<SpmmPlan> spmm_plan(const SpmmProblem& problem, cudaStream_t stream) {
-  Lane& lane = this_lane(problem.device);
+  Lane& lane = Lanes::get(problem.device);
   {
     const std::lock_guard lock(lane.mutex);
     const auto found = lane.by_problem.find(problem);
@@ -242,9 +198,9 @@ std::shared_ptr<SpmmPlan> spmm_plan(const SpmmProblem& problem, cudaStream_t str
   }
 
   // Unlocked: the chooser takes Python's lock, whose holder may be looking at this lane
-  const SpmmChooser chooser = lanes().chooser;
+  const SpmmChooser choose = chooser;
   const SpmmAlgorithm wanted =
-      chooser == nullptr ? SpmmAlgorithm{} : chooser(problem, is_capturing(stream));
+      choose == nullptr ? SpmmAlgorithm{} : choose(problem, is_capturing(stream));
   auto plan = make_plan(lane.handle, problem, wanted);
 
   const std::lock_guard lock(lane.mutex);
@@ -253,8 +209,23 @@ std::shared_ptr<SpmmPlan> spmm_plan(const SpmmProblem& problem, cudaStream_t str
   }
   lane.recent.emplace_front(problem, plan);
   lane.by_problem[problem] = lane.recent.begin();
-  trim(lane, static_cast<size_t>(lanes().capacity));
+  trim(lane, static_cast<size_t>(capacity));
   return plan;
+}
+
+Tensor spmm_workspace(const SpmmPlan& plan, const Tensor& like, cudaStream_t stream) {
+  const auto bytes = static_cast<int64_t>(plan.workspace_bytes());
+  if (is_capturing(stream)) {
+    return empty_like_device(like, {bytes}, ScalarType::Byte);
+  }
+  auto& workspaces = Lanes::get(like.get_device()).workspaces;
+  const auto found = workspaces.find(stream);
+  if (found != workspaces.end() && found->second.numel() >= bytes) [[likely]] {
+    return found->second;
+  }
+  Tensor larger = empty_like_device(like, {bytes}, ScalarType::Byte);
+  workspaces.insert_or_assign(stream, larger);
+  return larger;
 }
 
 // ---- for the Python module -----------------------------------------------------------------
@@ -263,16 +234,15 @@ namespace {
 
 template <typename Use>
 void each_lane(Use use) {
-  const std::lock_guard all_lock(lanes().mutex);
-  for (const auto& lane : lanes().all) {
-    const std::lock_guard lock(lane->mutex);
-    use(*lane);
-  }
+  Lanes::each([&use](Lane& lane) {
+    const std::lock_guard lock(lane.mutex);
+    use(lane);
+  });
 }
 
 SpmmCacheInfo info() {
   SpmmCacheInfo sum{};
-  sum.capacity = lanes().capacity;
+  sum.capacity = capacity;
   each_lane([&sum](const Lane& lane) {
     sum.plans += static_cast<int64_t>(lane.recent.size());
     sum.hits += lane.hits;
@@ -296,8 +266,8 @@ int64_t entries(SpmmCacheEntry* out, int64_t room) {
 }
 
 void set_capacity(int64_t plans) {
-  lanes().capacity = std::max<int64_t>(plans, 1);
-  each_lane([](Lane& lane) { trim(lane, static_cast<size_t>(lanes().capacity)); });
+  capacity = std::max<int64_t>(plans, 1);
+  each_lane([](Lane& lane) { trim(lane, static_cast<size_t>(capacity)); });
 }
 
 void clear() {
@@ -344,7 +314,7 @@ bool run(SpmmPlan* plan, const SpmmOperands& operands, cudaStream_t stream, char
 
 const slope::SpmmCacheApi* slope_spmm_cache_api() {
   static const slope::SpmmCacheApi api{
-      .set_chooser = [](slope::SpmmChooser chooser) { slope::lanes().chooser = chooser; },
+      .set_chooser = [](slope::SpmmChooser function) { slope::chooser = function; },
       .info = slope::info,
       .entries = slope::entries,
       .set_capacity = slope::set_capacity,
