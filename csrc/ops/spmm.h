@@ -3,12 +3,17 @@
 // The sparse product, for the ops that are made of it.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/torch_stable.h"
 
 namespace slope {
+
+class SpmmPlan;
 
 using OptionalTensor = std::optional<Tensor>;
 
@@ -37,6 +42,11 @@ Tensor sparse_linear(const char* op, const Tensor& x, const SparseWeight& weight
 
 // x W^T [+ bias] with W decompressed.
 Tensor dense_linear(const Tensor& x, const SparseWeight& weight, const OptionalTensor& bias);
+
+// Memory of plan.workspace_bytes() for a run on `stream`, torch's current one of the device of
+// `like`. Calls of a thread on a stream share it, since they follow each other; but what a CUDA
+// graph captures has its own, which stays with the graph.
+Tensor spmm_workspace(const SpmmPlan& plan, const Tensor& like, cudaStream_t stream);
 
 // [..., features] of x with another number of features.
 std::vector<int64_t> shape_with(const Tensor& x, int64_t features);

@@ -13,6 +13,7 @@
 #include "common/per_thread.h"
 #include "common/torch_stable.h"
 #include "ops/pack_metadata.h"
+#include "ops/spmm.h"
 
 namespace slope {
 namespace {

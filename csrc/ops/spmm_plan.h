@@ -89,11 +89,6 @@ const cusparselt::Handle& spmm_handle(int32_t device);
 // miss the chooser says which algorithm; where the library refuses that one its default is taken.
 std::shared_ptr<SpmmPlan> spmm_plan(const SpmmProblem& problem, cudaStream_t stream);
 
-// Memory of plan.workspace_bytes() for a run on `stream`, torch's current one of the device of
-// `like`. Calls of a thread on a stream share it, since they follow each other; but what a CUDA
-// graph captures has its own, which stays with the graph.
-Tensor spmm_workspace(const SpmmPlan& plan, const Tensor& like, cudaStream_t stream);
-
 // ---- for the Python module -----------------------------------------------------------------
 
 // Says which algorithm a new plan takes; called without a lock held, on any thread. `capturing`: a
