@@ -5,11 +5,12 @@
 // A dense product makes some rows of dW, compress reads them: one chunk of rows after the other, on
 // two streams in turn, each with a buffer of its own.
 //
-//   stream 1   product 0 | compress 0 | product 2 | compress 2 |
-//   stream 2             product 1         | compress 1 | product 3 | compress 3
+//   stream 1   product 0 | compress 0 | product 2 ...
+//   stream 2             product 1         | compress 1 | product 3 ...
 //
-// So a product starts in the idle end of the one before, and compressing runs beside products, but
-// for the last chunk, which therefore is a small one. No dense dW is left behind.
+// So a product starts in the idle end of the one before, and compressing runs beside products. Most
+// layers are two chunks; smaller ones cost the product more than they hide (docs/performance.md).
+// No dense dW is left behind.
 #include <algorithm>
 #include <vector>
 
@@ -23,15 +24,14 @@ namespace slope {
 namespace {
 
 constexpr const char* kOp = "weight_grad";
-constexpr int64_t kChunkBytes = 32
-                                << 20;    // of dense dW; two of them fit beside the L2 cache's rest
+constexpr int64_t kChunkBytes = 128 << 20;  // of dense dW, at most
+<< 20;                                    // of dense dW; two of them fit beside the L2 cache's rest
 constexpr int64_t kChunkStep = 256;       // rows: whole tiles of the dense product
-constexpr int64_t kLastPart = 4;          // of the rest is its last chunk
 constexpr int64_t kLeastBytes = 4 << 20;  // below, one chunk: nothing to gain from overlap
 
 int64_t round_up(int64_t size) { return (size + kChunkStep - 1) / kChunkStep * kChunkStep; }
 
-// Rows of each chunk: full ones, then the rest in two, the last of them small.
+// Rows of each chunk: full ones, then the rest in halves.
 std::vector<int64_t> chunk_rows(int64_t rows, int64_t row_bytes) {
   if (rows * row_bytes < kLeastBytes) {
     return {rows};
@@ -42,7 +42,7 @@ std::vector<int64_t> chunk_rows(int64_t rows, int64_t row_bytes) {
   for (; left > most; left -= most) {
     chunks.push_back(most);
   }
-  const int64_t last = round_up(left / kLastPart);
+  const int64_t last = round_up(left / 2);
   if (last < left) {
     chunks.push_back(left - last);
     left = last;
