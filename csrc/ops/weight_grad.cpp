@@ -25,9 +25,8 @@ namespace {
 
 constexpr const char* kOp = "weight_grad";
 constexpr int64_t kChunkBytes = 128 << 20;  // of dense dW, at most
-<< 20;                                    // of dense dW; two of them fit beside the L2 cache's rest
-constexpr int64_t kChunkStep = 256;       // rows: whole tiles of the dense product
-constexpr int64_t kLeastBytes = 4 << 20;  // below, one chunk: nothing to gain from overlap
+constexpr int64_t kChunkStep = 256;         // rows: whole tiles of the dense product
+constexpr int64_t kLeastBytes = 4 << 20;    // below, one chunk: nothing to gain from overlap
 
 int64_t round_up(int64_t size) { return (size + kChunkStep - 1) / kChunkStep * kChunkStep; }
 
