@@ -108,11 +108,18 @@ class AdamW(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return loss
+        self._check_gradients()
         _freshness.count_optimizer_step()
         layers = layers_by_weight()
         for group in self.param_groups:
             self._step_group(group, layers)
         return loss
+
+    def _check_gradients(self) -> None:
+        # All of them before any parameter counts its step.
+        for group in self.param_groups:
+            if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
+                raise RuntimeError("AdamW: sparse gradients are not supported; use sparse=False")
 
     def _step_group(self, group: dict[str, Any], layers: dict[int, SparseLayer]) -> None:
         # Buckets: what one adamw_ call can take. A layer whose mask is due gets its copy later.
@@ -121,8 +128,6 @@ class AdamW(torch.optim.Optimizer):
         for param in group["params"]:
             if param.grad is None:
                 continue
-            if param.grad.is_sparse:
-                raise RuntimeError("AdamW: sparse gradients are not supported; use sparse=False")
             state = self._state_of(param, group)
             state["step"] += 1
             layer = layers.get(id(param))
