@@ -68,6 +68,9 @@ CUDA_KERNELS = tuple(
     name for name in OPS if torch._C._dispatch_has_kernel_for_dispatch_key(f"slope::{name}", "CUDA")
 )
 
+# Ops without such a kernel that are made of ops which have one.
+COMPOSED: set[str] = set()
+
 
 def covers(major: int, minor: int) -> bool:
     """Whether the build has machine code for a GPU of compute capability ``major.minor``.
@@ -123,6 +126,8 @@ def register(
         return on_cpu(*args, **kwargs)
 
     composed = cuda is not None and bool(CUDA_KERNELS) and not FORCE_REFERENCE
+    if composed:
+        COMPOSED.add(name)
 
     @functools.wraps(fake)
     def on_fake(*args: Any, **kwargs: Any) -> Any:

@@ -63,6 +63,8 @@ def _gpu(index: int) -> str:
 
 
 def _implementation(name: str) -> str:
+    if name in _library.COMPOSED:
+        return "composed of CUDA kernels; reference on the CPU"
     if name in _library.CUDA_KERNELS and not _library.FORCE_REFERENCE:
         return "CUDA kernel; reference on the CPU"
     return "reference"
@@ -126,7 +128,8 @@ def _advice(info: dict[str, str]) -> list[str]:
                 f"GPU {index} is sm_{major}{minor}, which this build does not cover: rebuild with "
                 f"SLOPE_CUDA_ARCHS={major}{minor}-real."
             )
-    missing = [name for name in _library.OPS if name not in _library.CUDA_KERNELS]
+    fast = {*_library.CUDA_KERNELS, *_library.COMPOSED}
+    missing = [name for name in _library.OPS if name not in fast]
     if torch.cuda.is_available() and missing:
         advice.append(f"On the GPU these ops run references (slow): {', '.join(missing)}.")
     if _library.FORCE_REFERENCE:

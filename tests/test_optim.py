@@ -207,11 +207,14 @@ def test_masters_can_be_turned_on_later():
 
 
 def test_sparse_gradients_are_refused():
-    embedding = nn.Embedding(8, 4, sparse=True)
-    optimizer = slope.optim.AdamW(embedding.parameters())
-    embedding(torch.tensor([1])).sum().backward()
+    linear, embedding = nn.Linear(4, 4), nn.Embedding(8, 4, sparse=True)
+    optimizer = slope.optim.AdamW([*linear.parameters(), *embedding.parameters()])
+    linear(embedding(torch.tensor([1]))).sum().backward()
+    before = linear.weight.detach().clone()
     with pytest.raises(RuntimeError, match="AdamW: sparse gradients"):
         optimizer.step()
+    assert torch.equal(linear.weight, before)
+    assert not optimizer.state
 
 
 def test_loaded_state_is_a_copy():

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
-from slope_ext._library import CUDA_KERNELS, FORCE_REFERENCE, register, register_autocast
+from slope_ext._library import COMPOSED, register, register_autocast
 from slope_ext.ops.weight_grad import weight_grad
 
 Backend = Literal["auto", "cusparselt", "reference"]
@@ -154,12 +154,10 @@ def _input_grad_on_cuda(
 
 def trusted_input_grad(dy: Tensor, *rest: Any) -> Tensor:
     """input_grad of arguments that a forward pass checked."""
-    if dy.is_cuda and not torch.compiler.is_compiling() and type(dy) is Tensor and _composed:
+    eager = not torch.compiler.is_compiling() and type(dy) is Tensor
+    if dy.is_cuda and eager and "input_grad" in COMPOSED:
         return _input_grad_on_cuda(dy, *rest)
     return torch.ops.slope.input_grad.default(dy, *rest)  # type: ignore[no-any-return]
-
-
-_composed = "linear" in CUDA_KERNELS and not FORCE_REFERENCE
 
 
 def needs_grad(*inputs: Tensor | None) -> tuple[bool, ...]:
