@@ -68,7 +68,11 @@ SpmmAlgorithm choose(const SpmmProblem& problem, bool capturing) {
   try {
     return (*chooser)(problem, capturing).cast<SpmmAlgorithm>();
   } catch (py::error_already_set& error) {
-    error.discard_as_unraisable("slope_ext: choice of a cuSPARSELt algorithm");
+    if (error.matches(PyExc_KeyboardInterrupt)) {
+      PyErr_SetInterrupt();  // for the main thread, once this call is through
+    } else {
+      error.discard_as_unraisable("slope_ext: choice of a cuSPARSELt algorithm");
+    }
     return {};
   }
 }
@@ -82,7 +86,10 @@ void set_chooser(py::function function) {
 // ---- cache -------------------------------------------------------------------------------
 
 py::dict info() {
-  const auto facts = cache().info();
+  const auto facts = [] {
+    const py::gil_scoped_release no_gil;  // a lane's thread may want it
+    return cache().info();
+  }();
   py::dict result;
   result["plans"] = facts.plans;
   result["capacity"] = facts.capacity;
@@ -93,9 +100,13 @@ py::dict info() {
 }
 
 std::vector<py::tuple> entries() {
-  std::vector<slope::SpmmCacheEntry> found(cache().entries(nullptr, 0) + 64);
-  const int64_t count = cache().entries(found.data(), static_cast<int64_t>(found.size()));
-  found.resize(std::min<size_t>(found.size(), count));
+  std::vector<slope::SpmmCacheEntry> found;
+  {
+    const py::gil_scoped_release no_gil;  // a lane's thread may want it
+    found.resize(cache().entries(nullptr, 0) + 64);
+    const int64_t count = cache().entries(found.data(), static_cast<int64_t>(found.size()));
+    found.resize(std::min<size_t>(found.size(), count));
+  }
   std::vector<py::tuple> result;
   for (const auto& entry : found) {
     result.push_back(py::make_tuple(entry.problem, entry.algorithm, entry.workspace_bytes));
@@ -168,11 +179,8 @@ void bind_plan_cache(py::module_& m) {
   m.def("plan_cache_set_chooser", &set_chooser);
   m.def("plan_cache_info", &info);
   m.def("plan_cache_entries", &entries);
-  // The cache has locks of its own: Python's is not held while waiting for them.
-  m.def(
-      "plan_cache_set_capacity", [](int64_t plans) { cache().set_capacity(plans); },
-      py::call_guard<py::gil_scoped_release>());
-  m.def("plan_cache_clear", [] { cache().clear(); }, py::call_guard<py::gil_scoped_release>());
+  m.def("plan_cache_set_capacity", [](int64_t plans) { cache().set_capacity(plans); });
+  m.def("plan_cache_clear", [] { cache().clear(); });
   m.def("cusparselt_version", &cusparselt_version);
   m.def("driver_version", [] { return cache().driver_version(); });
   m.def("metadata_writer", [](int device) { return cache().metadata_writer(device); });

@@ -26,7 +26,7 @@ from torch import Tensor
 import slope_ext as slope
 from slope_ext import ops, plan_cache
 
-SHAPES = [(128, 192), (256, 256), (64, 512), (512, 64), (320, 96), (80, 48), (1024, 1024)]
+SHAPES = [(128, 192), (256, 256), (64, 512), (512, 64), (320, 96), (80, 48), (1536, 2048)]
 TOKENS = [1, 7, 8, 16, 33, 64, 100, 256]
 PHASES = 5
 DEVICE_SLACK, HOST_SLACK = 32 << 20, 32 << 20  # bytes

@@ -20,7 +20,7 @@ from slope_ext import _freshness, _packed
 def choose_mask(values: Tensor, bitmask: Tensor, bitmask_t: Tensor) -> None:
     """Overwrites ``bitmask_t`` with the double-pruned mask of the present values."""
     bitmask_t.copy_(torch.ops.slope.prune_transposed(values, bitmask))
-    _freshness.mark_fresh(bitmask_t, bitmask)
+    _mark(bitmask_t, bitmask)
 
 
 def follow(
@@ -51,7 +51,7 @@ def follow(
     if mask_is_stale:
         with _unseen():
             torch.ops.slope.double_prune_(values, bitmask, bitmask_t, values_t)
-        _freshness.mark_fresh(bitmask_t, bitmask)
+        _mark(bitmask_t, bitmask)
         _mark(values_t, *sources)
         if metadata_t is not None:
             _freshness.mark_stale(metadata_t)  # no version counter told it

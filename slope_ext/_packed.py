@@ -10,12 +10,13 @@ the values concerns their bytes alone. Whichever tensor lives longer keeps the a
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slope_ext import _library
+from slope_ext import _C, _library
 from slope_ext._check import metadata_bytes
 
 _MULTIPLE = 16  # rows and columns that the sparse tensor cores take
@@ -42,9 +43,20 @@ def is_packable(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
         and rows % _MULTIPLE == 0
         and columns % _MULTIPLE == 0
         and rows * columns > 0
-        and "pack" in _library.CUDA_KERNELS
-        and not _library.FORCE_REFERENCE
+        and _products_run_here(device.index or 0)
     )
+
+
+@functools.cache
+def _products_run_here(device: int) -> bool:
+    """Whether there are compiled ops, a cuSPARSELt that they can use, and sparse tensor cores."""
+    if "pack" not in _library.CUDA_KERNELS or _library.FORCE_REFERENCE:
+        return False
+    try:
+        _C.cusparselt_version()
+    except RuntimeError:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def empty(

@@ -121,21 +121,23 @@ class Table:
     def nearest(self, key: Key) -> Entry | None:
         """The entry of the shape that is least far away, in factors of rows, columns and tokens.
 
-        Splits of K are for the shape that they were tuned for, so they are not taken over.
+        Only within a factor of 8 in each: an algorithm is known to be right near where it was
+        checked. Splits of K are for the shape that they were tuned for, so they are not taken over.
         """
-        related = [e for e in self._related.values() if e.dtype == key.dtype]
         if key in self._related:
             return self._related[key]
-        return min(
-            (entry for entry in related if entry.split_k == 1),
-            key=lambda entry: _distance(entry.key, key),
-            default=None,
-        )
+        near = [
+            entry
+            for entry in self._related.values()
+            if entry.dtype == key.dtype and entry.split_k == 1 and max(_steps(entry.key, key)) <= 3
+        ]
+        return min(near, key=lambda entry: sum(_steps(entry.key, key)), default=None)
 
 
-def _distance(a: Key, b: Key) -> float:
+def _steps(a: Key, b: Key) -> list[float]:
+    """Factors of two between rows, columns and tokens."""
     pairs = ((a.rows, b.rows), (a.columns, b.columns), (a.tokens, b.tokens))
-    return sum(abs(math.log2(x / y)) for x, y in pairs)
+    return [abs(math.log2(x / y)) for x, y in pairs]
 
 
 # ---- file ----------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sweep: every algorithm of cuSPARSELt for a shape, checked, then timed.
 
-Operands are random. An algorithm counts only if its product is that of a dense GEMM, to rounding.
-Timed are single launches after the L2 cache was read over, in turns, so that clocks and
-temperature hit all alike; algorithms clearly behind after the first turns are dropped.
+Operands are random. An algorithm counts only if its product is that of a dense GEMM, to rounding;
+the fastest must also be right with bias, with an addend, and at both ends of the token counts that
+will share its entry. Timed are single launches after the L2 cache was read over, in turns, so that
+clocks and temperature hit all alike; algorithms clearly behind after the first turns are dropped.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,15 +55,28 @@ class _Trial:
         return statistics.median(self.samples)
 
 
-# Ids that a sweep in fp16 may try, by release. One beyond them (36 in 0.8.0, on sm_90) ends in an
-# "illegal instruction", which takes the process's CUDA context with it. Of other releases nothing
-# is known, so there only the default is taken.
-_FP16_IDS = {(0, 8, 0): 36}
+# Ids that a sweep in fp16 may try, by capability and release. One beyond them (36) ends in an
+# "illegal instruction", which takes the process's CUDA context with it. Elsewhere nothing is known,
+# so only the default id is taken.
+_FP16_IDS = {(9, (0, 8, 0)): 36}
 
 
-def algorithm_ids(bfloat16: bool, count: int) -> range:
-    """The ids that a sweep tries, of those that the library offers."""
-    return range(count if bfloat16 else min(count, _FP16_IDS.get(_C.cusparselt_version(), 1)))
+def algorithm_ids(bfloat16: bool, device: int, count: int) -> range:
+    """The ids that a sweep tries, of the ``count`` that the library offers."""
+    if bfloat16:
+        return range(count)
+    major = torch.cuda.get_device_capability(device)[0]
+    return range(min(count, _FP16_IDS.get((major, _C.cusparselt_version()), 1)))
+
+
+def bucket(tokens: int) -> int:
+    """The largest token count that shares a tuned entry with ``tokens``: the next power of two."""
+    return 1 << max(3, math.ceil(math.log2(tokens)))
+
+
+def _variant(problem: Any, **changes: Any) -> Any:
+    fields = ("rows", "columns", "tokens", "device", "bfloat16", "bias", "accumulate")
+    return _C.SpmmProblem(**({name: getattr(problem, name) for name in fields} | changes))
 
 
 class _Sweep:
@@ -71,19 +86,21 @@ class _Sweep:
         self.device = torch.device("cuda", problem.device)
         dtype = torch.bfloat16 if problem.bfloat16 else torch.float16
         rows, columns, tokens = problem.rows, problem.columns, problem.tokens
-        self.problem = _C.SpmmProblem(
-            rows=rows, columns=columns, tokens=tokens, device=problem.device,
-            bfloat16=problem.bfloat16,
-        )  # fmt: skip
+        self.problem = problem
         values = torch.randn(rows, columns // 2, dtype=dtype, device=self.device)
         bitmask = _random_mask(rows, columns, self.device)
         self.packed = ops.pack(values, bitmask)
         self.x = torch.randn(tokens, columns, dtype=dtype, device=self.device)
         self.y = torch.empty(tokens, rows, dtype=dtype, device=self.device)
-        self.expected = F.linear(self.x, ops.decompress(values, bitmask))
+        self.bias = None
+        if problem.bias:
+            self.bias = 10 * torch.randn(rows, dtype=dtype, device=self.device)
+        self.expected = F.linear(self.x, ops.decompress(values, bitmask), self.bias)
+        # An addend must be there; without one nothing of y may be.
+        self.before = 5.0 if problem.accumulate else float("nan")
+        if problem.accumulate:
+            self.expected += self.before
         self.allowed = _TOLERANCE * self.expected.abs().amax()
-        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-        self.cold = torch.zeros(2 * l2_bytes // 4, dtype=torch.int32, device=self.device)
 
     def trial(self, algorithm: Any) -> _Trial | None:
         """Makes the plan and runs it once; None where the library refuses or the result is off."""
@@ -92,11 +109,11 @@ class _Sweep:
             bytes_ = max(1, plan.workspace_bytes)
             workspace = torch.empty(bytes_, dtype=torch.uint8, device=self.device)
             trial = _Trial(algorithm, plan, workspace)
-            self.y.fill_(float("nan"))
+            self.y.fill_(self.before)
             self.run(trial)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except RuntimeError:
             return None
         off = (self.y - self.expected).abs_().amax()  # NaN stays NaN
         return trial if bool(off <= self.allowed) else None
@@ -105,24 +122,26 @@ class _Sweep:
         trial.plan.run(
             self.packed.data_ptr(),
             self.x.data_ptr(),
-            0,
+            0 if self.bias is None else self.bias.data_ptr(),
             self.y.data_ptr(),
             trial.workspace.data_ptr(),
             torch.cuda.current_stream(self.device).cuda_stream,
         )
 
     def time(self, trials: list[_Trial], turns: int) -> None:
+        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        cold = torch.zeros(2 * l2_bytes // 4, dtype=torch.int32, device=self.device)
         for _ in range(turns):
             events = []
             for trial in trials:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.cold.amax()
+                cold.amax()
                 start.record()
                 self.run(trial)
                 end.record()
                 events.append((start, end))
-            torch.cuda.synchronize(self.device)
             for trial, (start, end) in zip(trials, events, strict=True):
+                end.synchronize()
                 trial.samples.append(start.elapsed_time(end) * 1e-3)
 
 
@@ -134,28 +153,26 @@ def sweep(problem: Any) -> list[Candidate]:
         torch.autocast("cuda", enabled=False),
         torch.random.fork_rng(devices=[problem.device]),
     ):
-        job = _Sweep(problem)
-        count = _C.SpmmPlan(job.problem, _C.SpmmAlgorithm()).algorithm_count
-        tried = [_C.SpmmAlgorithm(i) for i in algorithm_ids(problem.bfloat16, count)]
-        trials = [trial for algorithm in tried if (trial := job.trial(algorithm)) is not None]
-        job.time(trials, _FIRST_TURNS)
-
-        if problem.rows * problem.tokens <= _SPLIT_OUTPUTS and trials:
-            best = sorted(trials, key=lambda trial: trial.seconds)[:2]
+        plain = _variant(problem, bias=False, accumulate=False)
+        count = _C.SpmmPlan(plain, _C.SpmmAlgorithm()).algorithm_count
+        ids = algorithm_ids(problem.bfloat16, problem.device, count)
+        job = _Sweep(plain)
+        tried = [_C.SpmmAlgorithm(i) for i in ids]
+        trials = _timed(job, tried)
+        if problem.rows * problem.tokens <= _SPLIT_OUTPUTS and len(ids) > 1:
             segments = torch.cuda.get_device_capability(problem.device)[0] == 9
+            best = sorted(trials, key=lambda trial: trial.seconds)[:2]
             splits = _SEGMENTS if segments else _SPLITS
             wanted = [_C.SpmmAlgorithm(t.algorithm.id, *split) for t in best for split in splits]
-            split = [trial for algorithm in wanted if (trial := job.trial(algorithm)) is not None]
-            job.time(split, _FIRST_TURNS)
+            trials += _timed(job, wanted)
             tried += wanted
-            trials += split
-
         if trials:
             fastest = min(trial.seconds for trial in trials)
             close = [trial for trial in trials if trial.seconds <= _DROP * fastest]
             turns = int(_SECONDS / sum(trial.seconds + 1e-4 for trial in close))
             job.time(close, min(max(turns, 2), _MORE_TURNS))
-    right = {id(trial.algorithm): trial.seconds for trial in trials}
+        del job
+        right = {id(trial.algorithm): trial.seconds for trial in _verified(plain, trials)}
     candidates = [
         Candidate(
             algorithm=algorithm.id,
@@ -167,6 +184,25 @@ def sweep(problem: Any) -> list[Candidate]:
         for algorithm in tried
     ]
     return sorted(candidates, key=lambda candidate: candidate.seconds)
+
+
+def _timed(job: _Sweep, algorithms: list[Any]) -> list[_Trial]:
+    trials = [trial for algorithm in algorithms if (trial := job.trial(algorithm)) is not None]
+    job.time(trials, _FIRST_TURNS)
+    return trials
+
+
+def _verified(problem: Any, trials: list[_Trial]) -> list[_Trial]:
+    """``trials`` without those that are faster than the first which is right in every use."""
+    largest = bucket(problem.tokens)
+    jobs = [
+        _Sweep(_variant(problem, tokens=largest, bias=True)),
+        _Sweep(_variant(problem, tokens=max(8, largest // 2), accumulate=True)),
+    ]
+    trials = sorted(trials, key=lambda trial: trial.seconds)
+    while trials and not all(job.trial(trials[0].algorithm) for job in jobs):
+        trials = trials[1:]
+    return trials
 
 
 def _random_mask(rows: int, columns: int, device: torch.device) -> Tensor:

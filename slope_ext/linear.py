@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from slope_ext.ops.spmm import Backend
 from slope_ext.sparse_layer import SparseLayer
 
 BackwardCopy = Literal["cached", "recompute"]
+_prepare_lock = threading.RLock()
 Operand = tuple[
     Tensor,
     Tensor,
@@ -125,6 +127,8 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         self._init_adapter()
         self._allocate_backward_copy()
         self.reset_parameters()
+        if not weight.is_meta:
+            self.prepare()
 
     @classmethod
     def from_dense(
@@ -190,7 +194,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = X W^T + b [+ lora_scale (X A^T) B^T]; x [..., in] -> [..., out]."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             operand = self.operand()
         else:
             operand = self._prepared_operand() or self.prepare()
@@ -227,19 +231,25 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         says what ``weight_bitmask`` says. The first forward pass that runs as Python after one of
         these moved or changed does it.
         """
+        with _prepare_lock:  # forward passes of two threads
+            return self._prepare()
+
+    def _prepare(self) -> Operand:
         weight = self.weight
         if self.weight_t_bitmask.device != weight.device:
             self._allocate_backward_copy()  # weight.data moved
         elif self.weight_t is not None and not self._transposed_values_fit(self.weight_t):
             self._allocate_transposed_values()
+        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         if not weight.is_cuda:
             self.weight_metadata = None
-        elif not torch.cuda.is_current_stream_capturing():
-            self._pack()
+        else:
+            self._pack(may_move=not capturing)
         operand = self.operand()
-        # Holding the storages keeps their addresses from being used again.
-        storages = (weight.untyped_storage(), self.weight_bitmask.untyped_storage())
-        self._prepared = (self._state(), operand, storages)
+        # What was only captured is not done yet. Holding the mask's storage keeps its address from
+        # being used again; the weight's is kept by its metadata.
+        storage = self.weight_bitmask.untyped_storage()
+        self._prepared = None if capturing else (self._state(), operand, storage)
         return operand
 
     def _prepared_operand(self) -> Operand | None:
@@ -249,8 +259,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         return None
 
     def _state(self) -> tuple[Any, ...]:
-        # Read in every forward pass: nn.Module's own attribute access would cost as much again.
-        parameters, buffers = self._parameters, self._buffers
+        buffers = self._buffers  # nn.Module's attribute access would cost as much as the rest
         weight, bitmask = self.weight, buffers["weight_bitmask"]
         assert bitmask is not None
         return (
@@ -260,7 +269,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             id(bitmask),
             bitmask.data_ptr(),
             object() if bitmask.is_inference() else bitmask._version,  # some count none
-            id(parameters["bias"]),
+            id(self.bias),
             id(buffers["weight_t_bitmask"]),
             id(buffers["weight_t"]),
             id(buffers["weight_metadata"]),
@@ -269,7 +278,11 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_prepared": None}
+        # A copy's values lie elsewhere, without metadata behind them.
+        state = super().__getstate__()
+        buffers = dict(state["_buffers"])
+        buffers["weight_metadata"] = buffers["weight_t_metadata"] = None
+        return {**state, "_buffers": buffers, "_prepared": None}
 
     def dense_weight(self) -> Tensor:
         """The weight [out, in] with its zeros; differentiable in ``weight``."""
@@ -347,10 +360,10 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     # ---- packed operand --------------------------------------------------------------------------
 
-    def _pack(self) -> None:
+    def _pack(self, may_move: bool) -> None:
         weight, metadata = self.weight, self.weight_metadata
         if metadata is None or not _packed.is_packed(weight, metadata):
-            metadata = self._move_to_packed()
+            metadata = self._move_to_packed() if may_move else None
             self.weight_metadata = metadata
         if metadata is not None:
             _backward_copy.follow_metadata(self.weight_bitmask, metadata)
@@ -367,6 +380,8 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             values, metadata = _packed.empty(*shape, weight.dtype, weight.device)
             values.copy_(weight)
             weight.data = values
+            # Once a layer: other streams may read it from now on, and reuse the old memory.
+            torch.cuda.current_stream(weight.device).synchronize()
         return metadata
 
     def _is_packable(self, rows: int, columns: int) -> bool:

@@ -13,7 +13,8 @@ A sweep by hand, each algorithm checked before it may win, fills a table that pe
 ==================  ================================================================================
 
 Without an entry a call takes the algorithm of the nearest shape in the table, else the library's
-default. Nothing is swept while a CUDA graph is captured. Environment: ``SLOPE_EXT_AUTOTUNE`` sets
+default. Nothing is swept while a CUDA graph is captured or under
+``torch.use_deterministic_algorithms``. Environment: ``SLOPE_EXT_AUTOTUNE`` sets
 the policy, ``SLOPE_EXT_CACHE_DIR`` the folder of the table (default ``~/.cache/slope_ext``).
 """
 
@@ -32,7 +33,7 @@ from torch import nn
 from slope_ext import _C, _library, _tuned_table, _tuner
 from slope_ext._tuned_table import Entry, Key, Table
 from slope_ext._tuner import Candidate
-from slope_ext.sparse_layer import SparseLayer
+from slope_ext.linear import SLoPeLinear
 
 __all__ = [
     "Candidate",
@@ -53,7 +54,6 @@ __all__ = [
 Policy = Literal["on_first_use", "ahead", "off"]
 
 _lock = threading.RLock()
-_tuning = threading.local()  # .active: this thread is sweeping
 _tables: dict[int, Table] = {}  # by CUDA ordinal
 _warned: set[Key] = set()
 
@@ -160,6 +160,9 @@ def tune(
 
     Returns:
         The entries that were added.
+
+    Raises:
+        ValueError: a token count is below 1.
     """
     added = []
     for problem in _problems(model, [tokens] if isinstance(tokens, int) else tokens, backward):
@@ -187,16 +190,21 @@ def sweep(layer: nn.Module, tokens: int) -> list[Candidate]:
 
 
 def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[Any]:
+    counts = sorted(tokens)  # the largest of those that share an entry comes last and stays
+    if counts and counts[0] < 1:
+        raise ValueError(f"tune, sweep: tokens must be at least 1, got {counts[0]}")
     found = {}
     for module in model.modules():
-        metadata = getattr(module, "weight_metadata", None)
-        if not isinstance(module, SparseLayer) or metadata is None:
+        if not isinstance(module, SLoPeLinear) or not module.weight.is_cuda:
+            continue
+        module.prepare()
+        if module.weight_metadata is None:
             continue
         shapes = [(module.out_features, module.in_features)]
         if backward:
             shapes.append((module.in_features, module.out_features))
         for rows, columns in shapes:
-            for count in tokens:
+            for count in counts:
                 problem = _C.SpmmProblem(
                     rows=rows,
                     columns=columns,
@@ -209,7 +217,6 @@ def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[A
 
 
 def _sweep_into_table(problem: Any) -> Entry | None:
-    _tuning.active = True
     try:
         candidates = _tuner.sweep(problem)
     except torch.OutOfMemoryError:
@@ -218,8 +225,6 @@ def _sweep_into_table(problem: Any) -> Entry | None:
             stacklevel=2,
         )
         return None
-    finally:
-        _tuning.active = False
     entry = _tuned_table.entry_of(problem, candidates)
     if entry is not None:
         with _lock:
@@ -235,8 +240,9 @@ def _choose(problem: Any, capturing: bool) -> Any:
         key = _tuned_table.key_of(problem)
         table = _table(problem.device)
         entry = table.exact(key)
-        active = getattr(_tuning, "active", False)
-        if entry is None and _policy == "on_first_use" and not capturing and not active:
+        # A sweep's winner depends on timing.
+        may_sweep = not capturing and not torch.are_deterministic_algorithms_enabled()
+        if entry is None and _policy == "on_first_use" and may_sweep:
             entry = _sweep_into_table(problem)
         if entry is None and _policy == "ahead" and key not in _warned:
             _warned.add(key)

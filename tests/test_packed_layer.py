@@ -219,6 +219,30 @@ def test_captured_forward_and_backward_follow_weight_and_masks():
         torch.testing.assert_close(x.grad.double(), dx, **close)
 
 
+def test_mask_changed_before_a_capture_is_seen_after_it_too():
+    layer = make()
+    x = torch.randn(TOKENS, IN, device="cuda", dtype=torch.bfloat16)
+    assert_right(layer)
+    with torch.no_grad():
+        layer.weight_bitmask.copy_(other_mask(layer))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        eager = layer(x)
+        graph.replay()
+    expected = x.double() @ layer.dense_weight().double().t() + layer.bias.double()
+    for result in (y, eager):
+        torch.testing.assert_close(result.double(), expected, rtol=2e-2, atol=2e-2)
+    assert_right(layer)
+
+
+def test_data_parallel_replicas():
+    layer = make()
+    replica = torch.nn.parallel.replicate(layer, [0])[0]
+    x = torch.randn(TOKENS, IN, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(replica(x), layer(x))
+
+
 @pytest.mark.parametrize("leading", [(1,), (7,), (8,), (2, 3), (4097,), (0,), (2, 0, 3)])
 def test_any_number_of_tokens(leading):
     layer = make()

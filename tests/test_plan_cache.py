@@ -62,6 +62,7 @@ def test_lookup_is_exact_then_related_then_nearest():
             entry(tokens=4096, id=2),
             entry(4096, 4096, 4096, id=4),
             entry(4096, 4096, 64, split_k=-1, id=5),
+            entry(4096, 4096, 512, id=7),
         ],
         STRANGER: [entry(128, 128, 8, id=6)],
     }
@@ -71,7 +72,8 @@ def test_lookup_is_exact_then_related_then_nearest():
     assert table.nearest(Key(64, 64, 4096, "bfloat16")).id == 2
     assert table.nearest(Key(128, 128, 8, "bfloat16")).id == 1, "not from another capability"
     assert table.nearest(Key(4096, 4096, 64, "bfloat16")).id == 5, "tuned for this very shape"
-    assert table.nearest(Key(4096, 4096, 128, "bfloat16")).id == 4, "a split is not taken over"
+    assert table.nearest(Key(4096, 4096, 128, "bfloat16")).id == 7, "a split is not taken over"
+    assert table.nearest(Key(4096, 4096, 32, "bfloat16")) is None, "too far"
     assert table.nearest(Key(64, 64, 8, "float16")) is None
 
 
@@ -348,21 +350,32 @@ def test_ahead_warns_once_of_what_was_not_tuned():
 
 
 @pytest.mark.gpu
-def test_a_wrong_algorithm_never_wins(monkeypatch):
-    """An id whose results are off is not a candidate, however fast."""
+@pytest.mark.parametrize("use", ["plain", "bias", "accumulate"])
+def test_a_wrong_algorithm_never_wins(use, monkeypatch):
+    """An id whose results are off in any use does not win, however fast."""
     run = _tuner._Sweep.run
 
     def wrong_for_odd_ids(self, trial):
         run(self, trial)
-        if trial.algorithm.id % 2 == 1:
+        if trial.algorithm.id % 2 == 1 and (use == "plain" or getattr(self.problem, use)):
             self.y[-1, -1] += 100
 
     monkeypatch.setattr(_tuner._Sweep, "run", wrong_for_odd_ids)
     layer, _ = layer_and_input()
     candidates = plan_cache.sweep(layer, 32)
-    assert {c.ok for c in candidates if c.algorithm % 2 == 1} == {False}
     assert candidates[0].ok
     assert candidates[0].algorithm % 2 == 0
+    if use == "plain":
+        assert {c.ok for c in candidates if c.algorithm % 2 == 1} == {False}
+
+
+@pytest.mark.gpu
+def test_tune_takes_any_iterable_and_the_largest_of_a_bucket():
+    layer, _ = layer_and_input(128, 96)
+    added = plan_cache.tune(layer, iter([64, 40, 8]), backward=False)
+    assert [e.tokens for e in added] == [8, 64]
+    with pytest.raises(ValueError, match="tokens must be at least 1"):
+        plan_cache.tune(layer, 0)
 
 
 @pytest.mark.gpu
@@ -377,16 +390,28 @@ def test_sweep_leaves_random_numbers_alone():
 
 @pytest.mark.gpu
 def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr(_tuner, "sweep", lambda problem: pytest.fail("swept during capture"))
+    swept = []
+    monkeypatch.setattr(_tuner, "sweep", lambda problem: swept.append(problem) or [])
     layer, x = layer_and_input(128, 208, 64)
     plan_cache.clear()
     plan_cache.set_policy("on_first_use")
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         y = layer(x)
+    assert not swept
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert_right(layer, x, y)
+    plan_cache.clear()
+    torch.use_deterministic_algorithms(True)
+    try:
+        layer(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not swept
+    plan_cache.clear()
+    layer(x)
+    assert len(swept) == 1, "the patch works"
 
 
 @pytest.mark.gpu

@@ -42,3 +42,40 @@ def test_expanded_gradient(device):
     torch.testing.assert_close(
         ops.weight_grad(dy, x, o.bitmask), ops.weight_grad(dy.contiguous(), x, o.bitmask)
     )
+
+
+# One chunk, halves with a remainder, three chunks (fp32); see csrc/ops/weight_grad.cpp.
+CHUNKED_SHAPES = [(1000, 512), (1004, 2104), (2056, 1032), (4104, 8200)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", CHUNKED_SHAPES)
+def test_chunks_on_two_streams(shape, dtype):
+    rows, columns = shape
+    bitmask = ops.prune_24(torch.rand(shape, device="cuda"))
+    dy = torch.randn(24, rows, device="cuda").to(dtype)
+    x = torch.randn(24, columns, device="cuda").to(dtype)
+    expected = ops.compress((dy.double().t() @ x.double()).float(), bitmask).to(dtype)
+    for _ in range(3):
+        torch.cuda._sleep(1_000_000)  # operands that are not there yet when the call returns
+        late_dy, late_x = dy.clone(), x.clone()
+        dw = ops.weight_grad(late_dy, late_x, bitmask)
+        late_dy.fill_(float("nan"))  # reuse of memory as soon as the stream allows
+        late_x.fill_(float("nan"))
+        torch.testing.assert_close(dw, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_chunks_are_captured():
+    bitmask = ops.prune_24(torch.rand(2048, 2048, device="cuda"))
+    dy, x = (torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    ops.weight_grad(dy, x, bitmask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dw = ops.weight_grad(dy, x, bitmask)
+    for _ in range(3):
+        dy.copy_(torch.randn_like(dy))
+        graph.replay()
+        eager = ops.weight_grad(dy, x, bitmask)
+        torch.testing.assert_close(dw, eager)

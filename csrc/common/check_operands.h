@@ -63,6 +63,8 @@ inline void check_bitmask(const char* op, const char* name, const Tensor& bitmas
 
 // A compressed weight: values [out, in/2] and bitmask [out, in/8], `in` a multiple of 8.
 inline void check_compressed(const char* op, const Tensor& values, const Tensor& bitmask) {
+  check(values.is_cuda(), "slope::", op,
+        ": values must be on the device of the other arguments, a CUDA device");
   check_matrix(op, "values", values);
   const int64_t columns = values.size(1) * (kGroup / kKept);
   check_columns(op, "values", "in", columns);

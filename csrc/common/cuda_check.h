@@ -21,6 +21,13 @@ inline void check_cuda(cudaError_t status, const char* op) {
   check(status == cudaSuccess, "slope::", op, ": CUDA error: ", cudaGetErrorString(status));
 }
 
+// Whether what is enqueued on `stream` goes into a CUDA graph instead of running.
+inline bool is_capturing(cudaStream_t stream, const char* op) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &status), op);
+  return status != cudaStreamCaptureStatusNone;
+}
+
 inline cudaStream_t current_stream(const Tensor& tensor, const char* op) {
   void* stream = nullptr;
   check(aoti_torch_get_current_cuda_stream != nullptr &&

@@ -49,6 +49,18 @@ const Api& api() {
   return loaded;
 }
 
+bool available() {
+  static const bool loaded = [] {
+    try {
+      api();
+      return true;
+    } catch (const std::runtime_error&) {
+      return false;
+    }
+  }();
+  return loaded;
+}
+
 void check(int status, const char* op, const char* what) {
   slope::check(status == 0, "slope::", op, ": cuSPARSELt ", what, ": ",
                status == 0 ? "" : api().GetErrorString(status));

@@ -37,7 +37,6 @@ enum MatmulAttribute : int { kBiasPointer = 8 };
 #define SLOPE_CUSPARSELT_FUNCTIONS(X)                                                             \
   X(GetProperty, libraryPropertyType, int*)                                                       \
   X(Init, Handle*)                                                                                \
-  X(Destroy, const Handle*)                                                                       \
   X(DenseDescriptorInit, const Handle*, MatDescriptor*, int64_t, int64_t, int64_t, uint32_t,      \
     cudaDataType, Order)                                                                          \
   X(StructuredDescriptorInit, const Handle*, MatDescriptor*, int64_t, int64_t, int64_t, uint32_t, \
@@ -72,6 +71,9 @@ struct Api {
 // The library's functions. Raises RuntimeError where it is missing or older than 0.8; the message
 // says what to install.
 const Api& api();
+
+// Whether api() returns.
+bool available();
 
 // Raises RuntimeError "slope::<op>: cuSPARSELt <what>: ..." unless status is success.
 void check(int status, const char* op, const char* what);

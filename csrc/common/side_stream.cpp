@@ -10,18 +10,29 @@ struct SideStream {
   cudaStream_t stream = nullptr;
   cudaEvent_t forked = nullptr, joined = nullptr;
 
-  explicit SideStream(int /*device*/) {
-    constexpr const char* kWhat = "side stream";
-    check_cuda(cudaEventCreateWithFlags(&forked, cudaEventDisableTiming), kWhat);
-    check_cuda(cudaEventCreateWithFlags(&joined, cudaEventDisableTiming), kWhat);
-    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), kWhat);
+  void make(const char* op) {
+    check_cuda(cudaEventCreateWithFlags(&forked, cudaEventDisableTiming), op);
+    check_cuda(cudaEventCreateWithFlags(&joined, cudaEventDisableTiming), op);
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), op);
   }
+};
+
+// One for work that runs and one for work that is captured: torch keeps a cuBLAS workspace per
+// stream, and a graph's replays must not share theirs with eager calls.
+struct SideStreams {
+  SideStream eager, captured;
+
+  explicit SideStreams(int /*device*/) {}
 };
 
 }  // namespace
 
 StreamPair::StreamPair(cudaStream_t first, int device, const char* op) : first_(first) {
-  const SideStream& side = PerThread<SideStream>::get(device);
+  SideStreams& mine = PerThread<SideStreams>::get(device);
+  SideStream& side = is_capturing(first, op) ? mine.captured : mine.eager;
+  if (side.stream == nullptr) {
+    side.make(op);
+  }
   second_ = side.stream;
   joined_ = side.joined;
   check_cuda(cudaEventRecord(side.forked, first_), op);

@@ -42,7 +42,7 @@
 //   bitmask_t  transposed bytes: byte b of column c is column c of row b, so that a lane reads the
 //              masks of 16 (8) columns in one load. Threads transpose 4 x 4 bytes on the way.
 //
-// All reads of a compressed tile are in flight at once, of a dense one four a thread; several
+// All reads of a compressed tile are in flight at once, of a dense one eight a thread; several
 // blocks on a multiprocessor overlap theirs with the stores of others. Elements are moved as bits.
 //
 // Preconditions, which the launcher's caller checks: as in WeightParams; every nibble of the

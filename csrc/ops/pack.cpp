@@ -10,7 +10,7 @@
 
 #include <algorithm>
 #include <array>
-#include <mutex>
+#include <atomic>
 #include <vector>
 
 #include "common/check_operands.h"
@@ -157,36 +157,40 @@ bool writes_as_library(const char* op, const Tensor& like, int64_t rows, int64_t
 constexpr int kMaxDevices = 64;
 constexpr int kUntested = -1;
 
-struct Writers {
-  std::mutex mutex;
-  std::array<int, kMaxDevices> by_device;
-
-  Writers() { by_device.fill(kUntested); }
-};
-
-Writers& writers() {
-  static Writers* const instance = new Writers;
+// By device: 1 the own kernel is right, 0 it is not, kUntested.
+std::array<std::atomic<int>, kMaxDevices>& verdicts() {
+  static auto* const instance = [] {
+    auto* const made = new std::array<std::atomic<int>, kMaxDevices>;
+    for (auto& verdict : *made) {
+      verdict = kUntested;
+    }
+    return made;
+  }();
   return *instance;
 }
 
+// Two threads may both test; they find the same. No lock is held meanwhile: the allocator may want
+// Python's.
 bool own_kernel_is_right(const char* op, const Tensor& like, MetadataLayout layout,
                          cudaStream_t stream) {
   const int device = like.get_device();
   if (device >= kMaxDevices) {
     return false;
   }
-  const std::lock_guard lock(writers().mutex);
-  int& right = writers().by_device[device];
-  if (right == kUntested) {
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    check_cuda(cudaStreamIsCapturing(stream, &capture), op);
-    if (capture != cudaStreamCaptureStatusNone) {
+  std::atomic<int>& verdict = verdicts()[device];
+  if (verdict == kUntested) {
+    if (is_capturing(stream, op)) {
       return false;  // the test waits for the device
     }
-    right = writes_as_library(op, like, 256, 256, layout, stream) &&
-            writes_as_library(op, like, 384, 896, layout, stream);
+    const bool right = writes_as_library(op, like, 256, 256, layout, stream) &&
+                       writes_as_library(op, like, 384, 896, layout, stream);
+    if (verdict.exchange(right ? 1 : 0) == kUntested && !right) {
+      aoti_torch_warn("pack", "pack.cpp", __LINE__,
+                      "slope_ext: this cuSPARSELt has a metadata layout on this GPU that is not "
+                      "known here; masks are packed by the library, which is slow");
+    }
   }
-  return right == 1;
+  return verdict == 1;
 }
 
 // ---- ops -----------------------------------------------------------------------------------
@@ -272,10 +276,7 @@ void write_metadata(const char* op, const Tensor& bitmask, void* metadata, cudaS
   }
 }
 
-int metadata_writer(int device) {
-  const std::lock_guard lock(writers().mutex);
-  return device < kMaxDevices ? writers().by_device[device] : 0;
-}
+int metadata_writer(int device) { return device < kMaxDevices ? verdicts()[device].load() : 0; }
 
 }  // namespace slope
 

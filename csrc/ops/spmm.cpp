@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kTokenMultiple = 8;  // what the library takes of 16-bit dense operands
 
+// What "auto" multiplies by a plan.
 bool fits_sparse_cores(const Tensor& values) {
   const ScalarType dtype = values.scalar_type();
   return (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && values.size(0) % 16 == 0 &&
@@ -27,11 +28,12 @@ void warn_dense_product(const Tensor& values) {
   static std::atomic<bool> warned{false};
   if (!warned.exchange(true)) {
     std::ostringstream message;
-    message << "slope_ext: the sparse tensor cores take float16 and bfloat16 weights with out and "
-               "in multiples of 16; a weight with values "
-            << ShapeOf{values}
-            << " is decompressed and multiplied densely in every call: results are right, speed "
-               "and memory are not (backend=\"reference\" says that this is wanted)";
+    message
+        << "slope_ext: sparse products need cuSPARSELt >= 0.8 and float16 or bfloat16 weights with "
+           "out and in multiples of 16; a weight with values "
+        << ShapeOf{values}
+        << " is decompressed and multiplied densely in every call: results are right, speed "
+           "and memory are not (backend=\"reference\" says that this is wanted)";
     aoti_torch_warn("linear", "spmm.cpp", __LINE__, message.str().c_str());
   }
 }
@@ -44,8 +46,9 @@ void check_metadata(const char* op, const char* name, const OptionalTensor& meta
           name, " must be on the same device as values");
     const int64_t bytes = metadata_bytes(rows, columns);
     check(metadata->scalar_type() == ScalarType::Byte && metadata->dim() == 1 &&
-              metadata->size(0) == bytes,
-          "slope::", op, ": ", name, " must be uint8 [", bytes, "], got ", ShapeOf{*metadata});
+              metadata->size(0) == bytes && metadata->is_contiguous(),
+          "slope::", op, ": ", name, " must be contiguous uint8 [", bytes, "], got ",
+          ShapeOf{*metadata});
   }
 }
 
@@ -54,7 +57,9 @@ void check_metadata(const char* op, const char* name, const OptionalTensor& meta
 const void* packed_operand(const SparseWeight& weight, OptionalTensor& copy) {
   if (weight.metadata && weight.values.is_contiguous()) {
     const auto* const start = static_cast<const uint8_t*>(weight.values.const_data_ptr());
-    if (start + weight.values.numel() * 2 == weight.metadata->const_data_ptr()) [[likely]] {
+    const bool aligned = reinterpret_cast<uintptr_t>(start) % 16 == 0;
+    if (aligned && start + weight.values.numel() * 2 == weight.metadata->const_data_ptr())
+        [[likely]] {
       return start;
     }
   }
@@ -145,7 +150,8 @@ bool takes_plan(const char* op, const SparseWeight& weight, const std::string& b
   if (backend == "reference") {
     return false;
   }
-  const bool fits = fits_sparse_cores(weight.values);
+  const bool fits =
+      fits_sparse_cores(weight.values) && (backend == "cusparselt" || cusparselt::available());
   if (backend == "cusparselt") {
     check_packable(op, "values", weight.values, weight.values.size(0), weight.values.size(1) * 2);
   } else if (!fits) {

@@ -18,7 +18,7 @@
 namespace slope {
 namespace {
 
-constexpr const char* kOp = "linear";
+constexpr const char* kOp = "spmm";  // the op family: several ops share plans
 constexpr uint32_t kAlignment = 16;  // bytes
 
 }  // namespace
@@ -132,8 +132,9 @@ struct HashProblem {
 };
 
 // What a thread has on a device: a handle, its plans, the latest used first, and workspaces by
-// stream. The mutex is for the Python module's looks at the plans from outside; the thread itself
-// never waits for another.
+// stream. Only the thread itself changes them: clear() and set_capacity() take effect in its next
+// call, since the library does not say that one thread may destroy what another runs. The mutex is
+// for the Python module's looks at the plans.
 struct Lane {
   using Recent = std::list<std::pair<SpmmProblem, std::shared_ptr<SpmmPlan>>>;
 
@@ -142,6 +143,7 @@ struct Lane {
   Recent recent;
   std::unordered_map<SpmmProblem, Recent::iterator, HashProblem> by_problem;
   int64_t hits = 0, misses = 0, evictions = 0;
+  int64_t generation = 0;  // of the last clear() that took effect
   std::unordered_map<cudaStream_t, Tensor> workspaces;
 
   explicit Lane(int /*device*/) {
@@ -152,6 +154,7 @@ struct Lane {
 using Lanes = PerThread<Lane>;
 
 std::atomic<int64_t> capacity{1024};
+std::atomic<int64_t> generation{0};  // how often clear() was called
 std::atomic<SpmmChooser> chooser{nullptr};
 
 // Drops the plans used longest ago; the lane must be locked.
@@ -163,10 +166,14 @@ void trim(Lane& lane, size_t capacity) {
   }
 }
 
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check_cuda(cudaStreamIsCapturing(stream, &status), kOp);
-  return status != cudaStreamCaptureStatusNone;
+// Drops what was there before the last clear(); the lane must be locked.
+void follow_clear(Lane& lane) {
+  if (const int64_t current = generation; lane.generation != current) {
+    lane.by_problem.clear();
+    lane.recent.clear();
+    lane.workspaces.clear();
+    lane.generation = current;
+  }
 }
 
 std::shared_ptr<SpmmPlan> make_plan(const cusparselt::Handle& handle, const SpmmProblem& problem,
@@ -189,6 +196,7 @@ std::shared_ptr<SpmmPlan> spmm_plan(const SpmmProblem& problem, cudaStream_t str
   Lane& lane = Lanes::get(problem.device);
   {
     const std::lock_guard lock(lane.mutex);
+    follow_clear(lane);
     const auto found = lane.by_problem.find(problem);
     if (found != lane.by_problem.end()) [[likely]] {
       ++lane.hits;
@@ -201,13 +209,10 @@ std::shared_ptr<SpmmPlan> spmm_plan(const SpmmProblem& problem, cudaStream_t str
   // Unlocked: the chooser takes Python's lock, whose holder may be looking at this lane
   const SpmmChooser choose = chooser;
   const SpmmAlgorithm wanted =
-      choose == nullptr ? SpmmAlgorithm{} : choose(problem, is_capturing(stream));
+      choose == nullptr ? SpmmAlgorithm{} : choose(problem, is_capturing(stream, kOp));
   auto plan = make_plan(lane.handle, problem, wanted);
 
   const std::lock_guard lock(lane.mutex);
-  if (const auto found = lane.by_problem.find(problem); found != lane.by_problem.end()) {
-    return found->second->second;  // the chooser itself used this problem
-  }
   lane.recent.emplace_front(problem, plan);
   lane.by_problem[problem] = lane.recent.begin();
   trim(lane, static_cast<size_t>(capacity));
@@ -216,7 +221,7 @@ std::shared_ptr<SpmmPlan> spmm_plan(const SpmmProblem& problem, cudaStream_t str
 
 Tensor spmm_workspace(const SpmmPlan& plan, const Tensor& like, cudaStream_t stream) {
   const auto bytes = static_cast<int64_t>(plan.workspace_bytes());
-  if (is_capturing(stream)) {
+  if (is_capturing(stream, kOp)) {
     return empty_like_device(like, {bytes}, ScalarType::Byte);
   }
   auto& workspaces = Lanes::get(like.get_device()).workspaces;
@@ -245,7 +250,7 @@ SpmmCacheInfo info() {
   SpmmCacheInfo sum{};
   sum.capacity = capacity;
   each_lane([&sum](const Lane& lane) {
-    sum.plans += static_cast<int64_t>(lane.recent.size());
+    sum.plans += lane.generation == generation ? static_cast<int64_t>(lane.recent.size()) : 0;
     sum.hits += lane.hits;
     sum.misses += lane.misses;
     sum.evictions += lane.evictions;
@@ -256,6 +261,9 @@ SpmmCacheInfo info() {
 int64_t entries(SpmmCacheEntry* out, int64_t room) {
   int64_t count = 0;
   each_lane([&](const Lane& lane) {
+    if (lane.generation != generation) {
+      return;
+    }
     for (const auto& [problem, plan] : lane.recent) {
       if (count < room) {
         out[count] = {problem, plan->algorithm(), static_cast<int64_t>(plan->workspace_bytes())};
@@ -266,17 +274,9 @@ int64_t entries(SpmmCacheEntry* out, int64_t room) {
   return count;
 }
 
-void set_capacity(int64_t plans) {
-  capacity = std::max<int64_t>(plans, 1);
-  each_lane([](Lane& lane) { trim(lane, static_cast<size_t>(capacity)); });
-}
+void set_capacity(int64_t plans) { capacity = std::max<int64_t>(plans, 1); }
 
-void clear() {
-  each_lane([](Lane& lane) {
-    lane.by_problem.clear();
-    lane.recent.clear();
-  });
-}
+void clear() { ++generation; }
 
 // Runs `action`; what it throws becomes text.
 template <typename Action>

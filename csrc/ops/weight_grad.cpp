@@ -41,10 +41,10 @@ std::vector<int64_t> chunk_rows(int64_t rows, int64_t row_bytes) {
   for (; left > most; left -= most) {
     chunks.push_back(most);
   }
-  const int64_t last = round_up(left / 2);
-  if (last < left) {
-    chunks.push_back(left - last);
-    left = last;
+  const int64_t half = round_up(left / 2);
+  if (half < left) {
+    chunks.push_back(half);  // whole tiles; only the last chunk may end within one
+    left -= half;
   }
   chunks.push_back(left);
   return chunks;

@@ -191,6 +191,7 @@ def call_directly(
     assert x is not None
     if (
         torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
         or type(x) is not Tensor
         or x.is_meta
         or torch.is_autocast_enabled(x.device.type)
