@@ -744,18 +744,17 @@ def test_dense_checkpoint_loads_into_transformers(inputs: Path, tmp_path: Path) 
 @pytest.mark.gpu
 def test_gpu_trains_as_the_reference_does(inputs: Path, tmp_path: Path) -> None:
     """50 bf16 steps on the sparse tensor cores and on the CPU's references, masks re-chosen and
-    adapters joining on the way: apart by what bf16 is from fp32."""
-    runs = {"cuda": ("cuda", "bfloat16"), "cpu": ("cpu", "bfloat16"), "exact": ("cpu", "float32")}
+    adapters joining on the way: every loss equal to bf16 rounding."""
     curves = {}
     slope.plan_cache.clear()
-    for name, (device, dtype) in runs.items():
-        options = ["--device", device, "--dtype", dtype, "--no-autocast", "--master-weights"]
+    for device in ("cuda", "cpu"):
+        options = ["--device", device, "--dtype", "bfloat16", "--no-autocast", "--master-weights"]
         options += ["--steps", 50, "--lr", 0.003, "--mask-interval", 10, "--adapter-fraction", 0.2]
-        assert main(arguments(inputs, tmp_path / name, *options)) == 0
-        curves[name] = np.array(losses(tmp_path / name))
+        assert main(arguments(inputs, tmp_path / device, *options)) == 0
+        curves[device] = np.array(losses(tmp_path / device))
     assert slope.plan_cache.info()["plans"] > 0
     assert len(curves["cuda"]) == 50
     assert curves["cuda"][-1] < 0.8 * curves["cuda"][0]
-    rounding = np.abs(curves["cpu"] - curves["exact"]).max()
-    assert rounding < 0.05
-    assert np.abs(curves["cuda"] - curves["cpu"]).max() <= 3 * rounding
+    relative = np.abs(curves["cuda"] / curves["cpu"] - 1).max()
+    print(f"largest relative difference of 50 losses: {relative:.2e}")
+    assert relative < torch.finfo(torch.bfloat16).eps
