@@ -15,8 +15,8 @@ from slope_ext.sparse_layer import SparseLayer
 class MemoryReport:
     """Bytes of a model as it is, beside the same model with dense linear layers.
 
-    ``weights``: parameters and persistent buffers, what a checkpoint holds. ``backward_copy``:
-    derived buffers. ``gradients``: one per trained parameter, in its dtype. ``optimizer``: two
+    ``weights``: parameters and persistent buffers, what a checkpoint holds, and the metadata of
+    packed weights on a GPU. ``backward_copy``: derived buffers that backward reads. ``gradients``: one per trained parameter, in its dtype. ``optimizer``: two
     moments per trained parameter, and masters where asked for.
     """
 
@@ -63,7 +63,7 @@ def memory_report(
         master_weights: whether fp16 and bf16 parameters have fp32 masters.
     """
     parameters = list(model.parameters())
-    persistent, transposed = _buffer_bytes(model)
+    persistent, metadata, transposed = _buffer_bytes(model)
 
     # What a sparse layer's weight, masks and adapter would be as one dense weight.
     layers = {id(m.weight): m for m in model.modules() if isinstance(m, SparseLayer)}
@@ -92,7 +92,7 @@ def memory_report(
                 dense_gradients += dense_size
                 dense_optimizer += optimizer_bytes(dense_elements, parameter.dtype)
     return MemoryReport(
-        weights=weights + persistent,
+        weights=weights + persistent + metadata,
         backward_copy=transposed,
         gradients=gradients,
         optimizer=optimizer,
@@ -102,16 +102,18 @@ def memory_report(
     )
 
 
-def _buffer_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of persistent buffers, and of the sparse layers' derived ones."""
-    persistent, derived = {}, {}
+def _buffer_bytes(model: nn.Module) -> tuple[int, int, int]:
+    """Bytes of persistent buffers, of the forward products' metadata, of backward copies."""
+    persistent, metadata, backward = {}, {}, {}
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 persistent[id(buffer)] = _bytes(buffer)
+            elif name == "weight_metadata":
+                metadata[id(buffer)] = _bytes(buffer)
             elif isinstance(module, SparseLayer):
-                derived[id(buffer)] = _bytes(buffer)
-    return sum(persistent.values()), sum(derived.values())
+                backward[id(buffer)] = _bytes(buffer)
+    return sum(persistent.values()), sum(metadata.values()), sum(backward.values())
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -4,8 +4,8 @@
 //
 // The metadata layout is private to cuSPARSELt, so the library's word is law. It depends on the
 // mask alone, so the library can always be asked: it compresses a surrogate that is 1 where the
-// mask keeps. The own kernel writes the two layouts that were measured, a hundred times faster; it
-// is used on a device once its bytes have been compared with the library's there.
+// mask keeps. The own kernel writes the two layouts that are known, much faster; it is
+// used on a device once its bytes have been compared with the library's there.
 #include "ops/pack.h"
 
 #include <algorithm>

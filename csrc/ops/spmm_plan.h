@@ -9,7 +9,7 @@
 //   B = X^T  [columns, tokens]  column-major, i.e. X row-major
 //   D = Y^T  [rows, tokens]     column-major, i.e. Y row-major
 //
-// A plan belongs to one thread and one device. Making one costs some 100 us, running one some 5 us.
+// A plan belongs to one thread and one device. Making one costs about a hundred runs.
 #pragma once
 
 #include <cuda_runtime.h>
