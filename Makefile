@@ -3,6 +3,9 @@
 #   make demo       set up, build, pretrain a small sparse LLM (about three minutes on two cores)
 #   make test       set up, build, run every test that a CPU can run
 #   make test-gpu   build and run the gpu tests with the interpreter at hand; writes tests/gpu_report.json
+#   make bench      on a GPU: every benchmark, records into benchmarks/results/<gpu>; BENCH_ARGS="--quick --out DIR"
+#   make sanitize   on a GPU: compute-sanitizer's four tools over the tests of the kernels
+#   make stress     on a GPU: 100,000 mixed calls from two threads, memory watched
 #   make lint       formatters, linters and type checks, nothing rewritten
 #   make build      build the native libraries in place
 #   make wheel      build a wheel into dist/
@@ -25,7 +28,13 @@ TORCH_FROM := $(shell $(PYTHON) -c "import torch; print('system' if torch.versio
 SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 TORCH_SPEC := $(if $(filter own,$(TORCH_FROM)),'$(TORCH)')
 
-.PHONY: demo test test-gpu lint build wheel clean demo-clean
+BENCHES := compress prune transpose pack spmm weight_grad host_overhead first_call
+BENCH_ARGS ?=
+# One launch of each kernel at each kind of edge will do; large, captured and compiled cases are slow here.
+SANITIZED := $(addprefix tests/test_,$(addsuffix .py,compress prune transpose pack packed_layer weight_grad spmm lowrank))
+NOT_SANITIZED := 4096 or 4104 or 4097 or graph or captur or compile or thread or leak or reference or random
+
+.PHONY: demo test test-gpu bench sanitize stress lint build wheel clean demo-clean
 .DELETE_ON_ERROR:
 
 # ---- environment and build -------------------------------------------------------------------------
@@ -65,6 +74,17 @@ test: $(BUILT)
 test-gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) scripts/gpu_report.py $(PYTEST_ARGS)
+
+bench:
+	for name in $(BENCHES); do PYTHONPATH=.:benchmarks $(PYTHON) benchmarks/bench_$$name.py $(BENCH_ARGS) || exit 1; done
+
+sanitize:
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  PYTHONPATH=. compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu \
+	    -p no:cacheprovider $(SANITIZED) -k "not ($(NOT_SANITIZED))" || exit 1; done
+
+stress:
+	PYTHONPATH=. $(PYTHON) scripts/stress.py
 
 # ---- quality ---------------------------------------------------------------------------------------
 
