@@ -55,7 +55,7 @@ def follow(
         _mark(values_t, *sources)
         if metadata_t is not None:
             _freshness.mark_stale(metadata_t)  # no version counter told it
-    elif _is_capturing(values) or not _freshness.is_fresh(values_t, *sources):
+    elif is_capturing(values) or not _freshness.is_fresh(values_t, *sources):
         with _unseen():
             torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
         _mark(values_t, *sources)
@@ -80,13 +80,14 @@ def follow_metadata(bitmask: Tensor, metadata: Tensor) -> None:
 
 
 def _mark(derived: Tensor, *sources: Tensor) -> None:
-    if _is_capturing(derived):
+    if is_capturing(derived):
         _freshness.mark_stale(derived)  # nothing was computed yet
     else:
         _freshness.mark_fresh(derived, *sources)
 
 
-def _is_capturing(tensor: Tensor) -> bool:
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether what is enqueued for ``tensor`` goes into a CUDA graph instead of running."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

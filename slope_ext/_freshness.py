@@ -51,18 +51,18 @@ register_optimizer_step_post_hook(_after_step)
 
 
 def _stamp(derived: Tensor, sources: tuple[Tensor, ...]) -> Stamp:
-    state: list[Any] = [_version(derived)]
+    state: list[Any] = [version(derived)]
     for source in sources:
         storage = source.untyped_storage()
-        state += [StorageWeakRef(storage), source.storage_offset(), _version(source)]
+        state += [StorageWeakRef(storage), source.storage_offset(), version(source)]
         if source.is_floating_point():
             part_of_more = storage.nbytes() != source.numel() * source.element_size()
             state.append(_NEVER_EQUAL() if part_of_more else _optimizer_steps)
     return tuple(state)
 
 
-def _version(tensor: Tensor) -> Any:
-    # Inference tensors count no versions.
+def version(tensor: Tensor) -> Any:
+    """Equal between two looks only if nothing wrote; inference tensors, which count none, never."""
     return _NEVER_EQUAL() if tensor.is_inference() else tensor._version
 
 

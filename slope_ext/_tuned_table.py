@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from slope_ext import _C
-from slope_ext._tuner import Candidate
+from slope_ext._tuner import Candidate, bucket
 
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tuned")
@@ -66,8 +66,8 @@ class Entry:
 
 def key_of(problem: Any) -> Key:
     """The key that a problem of the plan cache falls under."""
-    bucket = 1 << max(3, math.ceil(math.log2(problem.tokens)))
-    return Key(problem.rows, problem.columns, bucket, "bfloat16" if problem.bfloat16 else "float16")
+    dtype = "bfloat16" if problem.bfloat16 else "float16"
+    return Key(problem.rows, problem.columns, bucket(problem.tokens), dtype)
 
 
 def entry_of(problem: Any, candidates: Sequence[Candidate]) -> Entry | None:
@@ -147,8 +147,7 @@ def load_all(path: Path) -> dict[str, list[Entry]]:
     """The shipped tables with the user's laid over them."""
     merged: dict[str, list[Entry]] = {}
     for source in (*sorted(SHIPPED.glob("*.json")), path):
-        for environment, found in load(source).items():
-            merged[environment] = _merge(merged.get(environment, []), found)
+        _merge(merged, load(source))
     return merged
 
 
@@ -175,14 +174,19 @@ def load(path: Path, *, strict: bool = False) -> dict[str, list[Entry]]:
         return {}
 
 
-def save(path: Path, environment: str, entries: Iterable[Entry]) -> None:
-    """Merges entries into the file at ``path``; a folder that cannot be written is a warning."""
+def save(path: Path, added: Mapping[str, Iterable[Entry]]) -> None:
+    """Merges entries, by environment, into the file at ``path``.
+
+    A folder that cannot be written is a warning. Nothing to add leaves the file alone.
+    """
+    if not added:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             merged = load(path)
-            merged[environment] = _merge(merged.get(environment, []), entries)
+            _merge(merged, added)
             content = {
                 "format": FORMAT,
                 "environments": {
@@ -198,5 +202,8 @@ def save(path: Path, environment: str, entries: Iterable[Entry]) -> None:
         warnings.warn(f"slope_ext: tuned algorithms are not kept: {error}", stacklevel=2)
 
 
-def _merge(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
-    return list({entry.key: entry for entry in (*old, *new)}.values())
+def _merge(tables: dict[str, list[Entry]], added: Mapping[str, Iterable[Entry]]) -> None:
+    """Lays ``added`` over ``tables``, in place."""
+    for environment, entries in added.items():
+        by_key = {entry.key: entry for entry in (*tables.get(environment, ()), *entries)}
+        tables[environment] = list(by_key.values())

@@ -240,7 +240,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             self._allocate_backward_copy()  # weight.data moved
         elif self.weight_t is not None and not self._transposed_values_fit(self.weight_t):
             self._allocate_transposed_values()
-        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = _backward_copy.is_capturing(weight)
         if not weight.is_cuda:
             self.weight_metadata = None
         else:
@@ -268,7 +268,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             weight.dtype,
             id(bitmask),
             bitmask.data_ptr(),
-            object() if bitmask.is_inference() else bitmask._version,  # some count none
+            _freshness.version(bitmask),
             id(self.bias),
             id(buffers["weight_t_bitmask"]),
             id(buffers["weight_t"]),

@@ -58,16 +58,15 @@ _tables: dict[int, Table] = {}  # by CUDA ordinal
 _warned: set[Key] = set()
 
 
-def _policy_from_environment() -> Policy:
-    value = os.environ.get("SLOPE_EXT_AUTOTUNE", "on_first_use")
+def _checked_policy(name: str, value: str) -> Policy:
     if value not in get_args(Policy):
-        raise ValueError(
-            f"SLOPE_EXT_AUTOTUNE must be one of {', '.join(get_args(Policy))}, got {value!r}"
-        )
+        raise ValueError(f"{name} must be one of {', '.join(get_args(Policy))}, got {value!r}")
     return value  # type: ignore[return-value]
 
 
-_policy: Policy = _policy_from_environment()
+_policy = _checked_policy(
+    "SLOPE_EXT_AUTOTUNE", os.environ.get("SLOPE_EXT_AUTOTUNE", "on_first_use")
+)
 
 
 def policy() -> Policy:
@@ -82,11 +81,7 @@ def set_policy(value: Policy) -> None:
         ValueError: no such policy.
     """
     global _policy
-    if value not in get_args(Policy):
-        raise ValueError(
-            f"set_policy: value must be one of {', '.join(get_args(Policy))}, got {value!r}"
-        )
-    _policy = value
+    _policy = _checked_policy("set_policy: value", value)
 
 
 # ---- plans ---------------------------------------------------------------------------------------
@@ -230,7 +225,7 @@ def _sweep_into_table(problem: Any) -> Entry | None:
         with _lock:
             table = _table(problem.device)
             table.add(entry)
-            _tuned_table.save(table_path(), table.environment, [entry])
+            _tuned_table.save(table_path(), {table.environment: [entry]})
     return entry
 
 
@@ -271,8 +266,7 @@ def tuned(device: int = 0) -> list[Entry]:
 
 def export_table(path: str | Path) -> None:
     """Writes the table of every environment that this user ever tuned in; mergeable JSON."""
-    for environment, found in _tuned_table.load(table_path()).items():
-        _tuned_table.save(Path(path), environment, found)
+    _tuned_table.save(Path(path), _tuned_table.load(table_path()))
 
 
 def import_table(path: str | Path) -> None:
@@ -283,8 +277,7 @@ def import_table(path: str | Path) -> None:
     """
     found = _tuned_table.load(Path(path), strict=True)
     with _lock:
-        for environment, added in found.items():
-            _tuned_table.save(table_path(), environment, added)
+        _tuned_table.save(table_path(), found)
         _tables.clear()
     clear()
 

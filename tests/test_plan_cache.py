@@ -79,9 +79,9 @@ def test_lookup_is_exact_then_related_then_nearest():
 
 def test_file_round_trip_merges(tmp_path):
     path = tmp_path / "folder" / "tuned.json"
-    _tuned_table.save(path, ENVIRONMENT, [entry(id=1), entry(tokens=16, id=2)])
-    _tuned_table.save(path, ENVIRONMENT, [entry(id=9)])
-    _tuned_table.save(path, RELATIVE, [entry(id=4)])
+    _tuned_table.save(path, {ENVIRONMENT: [entry(id=1), entry(tokens=16, id=2)]})
+    _tuned_table.save(path, {ENVIRONMENT: [entry(id=9)]})
+    _tuned_table.save(path, {RELATIVE: [entry(id=4)]})
     found = _tuned_table.load(path)
     assert {e.tokens: e.id for e in found[ENVIRONMENT]} == {8: 9, 16: 2}
     assert [e.id for e in found[RELATIVE]] == [4]
@@ -97,14 +97,14 @@ def test_corrupt_file_is_put_aside(tmp_path, text):
     with pytest.raises(ValueError, match="is no table of slope_ext"):
         _tuned_table.load(path, strict=True)
     with pytest.warns(UserWarning, match="unreadable"):
-        _tuned_table.save(path, ENVIRONMENT, [entry()])
+        _tuned_table.save(path, {ENVIRONMENT: [entry()]})
     assert _tuned_table.load(path) == {ENVIRONMENT: [entry()]}
     assert path.with_suffix(".corrupt").read_text() == text
 
 
 def _write_many(path, first):
     for tokens in range(first, first + 20):
-        _tuned_table.save(path, ENVIRONMENT, [entry(tokens=tokens)])
+        _tuned_table.save(path, {ENVIRONMENT: [entry(tokens=tokens)]})
 
 
 def test_concurrent_writers_lose_nothing(tmp_path):
@@ -122,14 +122,14 @@ def test_concurrent_writers_lose_nothing(tmp_path):
 def test_folder_that_cannot_be_written_is_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="not kept"):
-        _tuned_table.save(tmp_path / "file" / "tuned.json", ENVIRONMENT, [entry()])
+        _tuned_table.save(tmp_path / "file" / "tuned.json", {ENVIRONMENT: [entry()]})
 
 
 def test_export_and_import(tmp_path, monkeypatch):
-    _tuned_table.save(plan_cache.table_path(), ENVIRONMENT, [entry(id=1), entry(tokens=16, id=2)])
+    _tuned_table.save(plan_cache.table_path(), {ENVIRONMENT: [entry(id=1), entry(tokens=16, id=2)]})
     plan_cache.export_table(tmp_path / "exported.json")
     monkeypatch.setenv("SLOPE_EXT_CACHE_DIR", str(tmp_path / "elsewhere"))
-    _tuned_table.save(plan_cache.table_path(), ENVIRONMENT, [entry(id=7), entry(tokens=32, id=8)])
+    _tuned_table.save(plan_cache.table_path(), {ENVIRONMENT: [entry(id=7), entry(tokens=32, id=8)]})
     plan_cache.import_table(tmp_path / "exported.json")
     found = _tuned_table.load(plan_cache.table_path())[ENVIRONMENT]
     assert {e.tokens: e.id for e in found} == {8: 1, 16: 2, 32: 8}
