@@ -4,7 +4,6 @@
 //
 // The plan cache lives in the op library, beside the ops that use it. Python loads that library
 // first and hands over the address of its function table (connect).
-#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

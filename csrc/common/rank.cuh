@@ -29,31 +29,24 @@ __device__ __forceinline__ To bits_as(From from) {
 template <FloatKind kKind>
 struct Keys;
 
-template <>
-struct Keys<FloatKind::kHalf> {
+// Pair: the vector type of two 16-bit floats; kInfinity, kNegativeOne: one of them in both halves.
+template <typename Pair, uint32_t kInfinity, uint32_t kNegativeOne>
+struct PairKeys {
   static constexpr uint32_t kSigns = 0x80008000;
-  static constexpr uint32_t kMinusOne = 0xbc00bc00;
+  static constexpr uint32_t kMinusOne = kNegativeOne;
   static __device__ __forceinline__ uint32_t nan_to_infinity(uint32_t word) {
-    return bits_as<uint32_t>(
-        __hmin2(bits_as<__half2>(word), bits_as<__half2>(uint32_t{0x7c007c00})));
+    return bits_as<uint32_t>(__hmin2(bits_as<Pair>(word), bits_as<Pair>(kInfinity)));
   }
   static __device__ __forceinline__ uint32_t greater(uint32_t a, uint32_t b) {
-    return __hgt2_mask(bits_as<__half2>(a), bits_as<__half2>(b));
+    return __hgt2_mask(bits_as<Pair>(a), bits_as<Pair>(b));
   }
 };
 
 template <>
-struct Keys<FloatKind::kBFloat16> {
-  static constexpr uint32_t kSigns = 0x80008000;
-  static constexpr uint32_t kMinusOne = 0xbf80bf80;
-  static __device__ __forceinline__ uint32_t nan_to_infinity(uint32_t word) {
-    return bits_as<uint32_t>(
-        __hmin2(bits_as<__nv_bfloat162>(word), bits_as<__nv_bfloat162>(uint32_t{0x7f807f80})));
-  }
-  static __device__ __forceinline__ uint32_t greater(uint32_t a, uint32_t b) {
-    return __hgt2_mask(bits_as<__nv_bfloat162>(a), bits_as<__nv_bfloat162>(b));
-  }
-};
+struct Keys<FloatKind::kHalf> : PairKeys<__half2, 0x7c007c00, 0xbc00bc00> {};
+
+template <>
+struct Keys<FloatKind::kBFloat16> : PairKeys<__nv_bfloat162, 0x7f807f80, 0xbf80bf80> {};
 
 template <>
 struct Keys<FloatKind::kFloat> {

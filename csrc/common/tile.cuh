@@ -56,8 +56,8 @@
 
 namespace slope {
 
-constexpr int kTileRows = 128;      // 128 or 256
-constexpr int kTileRowBytes = 256;  // of values: 128 or 256
+constexpr int kTileRows = 128;
+constexpr int kTileRowBytes = 256;  // of values
 
 constexpr int kStripRows = 128;     // of a warp
 constexpr int kStripRowBytes = 32;  // of values
@@ -519,13 +519,7 @@ template <FloatKind kKind, bool kFromDense, bool kChoose, bool kWriteValues>
 cudaError_t launch_tile(const WeightParams& weight, cudaStream_t stream) {
   using T = Tile<kBytesOf<kKind>>;
   auto* const kernel = &tile_kernel<kKind, kFromDense, kChoose, kWriteValues>;
-  if constexpr (sizeof(T) > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(T)));
-    if (status != cudaSuccess) {
-      return status;
-    }
-  }
+  static_assert(sizeof(T) <= 48 * 1024, "more needs a function attribute");
   const dim3 grid(static_cast<unsigned>((weight.columns + T::kColumns - 1) / T::kColumns),
                   static_cast<unsigned>((weight.rows + kTileRows - 1) / kTileRows));
   kernel<<<grid, kTileThreads, sizeof(T), stream>>>(weight);
