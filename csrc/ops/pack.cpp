@@ -16,6 +16,7 @@
 #include "common/check_operands.h"
 #include "common/cuda_check.h"
 #include "common/cusparselt.h"
+#include "common/round_up.h"
 #include "common/torch_stable.h"
 #include "ops/compress.h"
 #include "ops/pack_metadata.h"
@@ -26,10 +27,6 @@ namespace {
 
 constexpr int64_t kMultiple = 16;  // of rows and columns, for the library's 16-bit operands
 constexpr int64_t kMaxRows = int64_t{64} * 65535;
-
-int64_t round_up(int64_t size, int64_t multiple) {
-  return (size + multiple - 1) / multiple * multiple;
-}
 
 // Bytes [written, size) are read by nobody; zeros make equal operands equal bytes.
 void clear_slack(const char* op, void* metadata, int64_t written, int64_t size,

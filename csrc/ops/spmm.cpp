@@ -9,6 +9,7 @@
 
 #include "common/check_operands.h"
 #include "common/cuda_check.h"
+#include "common/round_up.h"
 #include "ops/pack_metadata.h"
 #include "ops/spmm_plan.h"
 
@@ -172,7 +173,7 @@ Tensor sparse_linear(const char* op, const Tensor& x, const SparseWeight& weight
     multiply(op, contiguous_16b(x), tokens, weight, aligned_bias, addend.has_value(), y);
     return y;
   }
-  const int64_t padded = (tokens + kTokenMultiple - 1) / kTokenMultiple * kTokenMultiple;
+  const int64_t padded = round_up(tokens, kTokenMultiple);
   const Tensor y = addend ? pad_tokens(*addend, tokens, rows, padded)
                           : empty_like_device(x, {padded, rows}, x.scalar_type());
   multiply(op, pad_tokens(x, tokens, columns, padded), padded, weight, aligned_bias,

@@ -16,6 +16,7 @@
 
 #include "common/check_operands.h"
 #include "common/cuda_check.h"
+#include "common/round_up.h"
 #include "common/side_stream.h"
 #include "ops/compress.h"
 #include "ops/spmm.h"
@@ -28,8 +29,6 @@ constexpr int64_t kChunkBytes = 128 << 20;  // of dense dW, at most
 constexpr int64_t kChunkStep = 256;         // rows: whole tiles of the dense product
 constexpr int64_t kLeastBytes = 4 << 20;    // below, one chunk: nothing to gain from overlap
 
-int64_t round_up(int64_t size) { return (size + kChunkStep - 1) / kChunkStep * kChunkStep; }
-
 // Rows of each chunk: full ones, then the rest in halves.
 std::vector<int64_t> chunk_rows(int64_t rows, int64_t row_bytes) {
   if (rows * row_bytes < kLeastBytes) {
@@ -41,7 +40,7 @@ std::vector<int64_t> chunk_rows(int64_t rows, int64_t row_bytes) {
   for (; left > most; left -= most) {
     chunks.push_back(most);
   }
-  const int64_t half = round_up(left / 2);
+  const int64_t half = round_up(left / 2, kChunkStep);
   if (half < left) {
     chunks.push_back(half);  // whole tiles; only the last chunk may end within one
     left -= half;

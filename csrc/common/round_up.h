@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+namespace slope {
+
+// The smallest multiple of `multiple` that is not below `size`; both positive or size 0.
+constexpr int64_t round_up(int64_t size, int64_t multiple) {
+  return (size + multiple - 1) / multiple * multiple;
+}
+
+}  // namespace slope
