@@ -25,9 +25,7 @@ def bench_shape(
     """Records of compress and decompress of one weight [rows, columns]."""
     moved = rows * columns * (1.5 * dtype.itemsize + 1 / 8)
     sets = harness.buffer_sets(int(moved))
-    weights = [torch.randn(rows, columns, device="cuda").to(dtype) for _ in range(sets)]
-    bitmasks = [ops.prune_24(weight.abs()) for weight in weights]
-    values = [ops.compress(w, b) for w, b in zip(weights, bitmasks, strict=True)]
+    weights, values, bitmasks = harness.compressed_weights(rows, columns, dtype, sets)
     index = reference._kept_columns(bitmasks[0])
     out = torch.empty_like(values[0])
     dense = torch.empty_like(weights[0])

@@ -21,13 +21,11 @@ TORCH = "torch._cslt_compress"
 
 def bench_shape(
     rows: int, columns: int, dtype: torch.dtype, run: harness.Run
-) -> Iterator[harness.Record]:
+) -> list[harness.Record]:
     """Records of one weight [rows, columns]."""
     moved = rows * columns * (dtype.itemsize + 2 / 8)
     sets = harness.buffer_sets(int(moved))
-    weights = [torch.randn(rows, columns, device="cuda").to(dtype) for _ in range(sets)]
-    bitmasks = [ops.prune_24(weight.abs()) for weight in weights]
-    values = [ops.compress(w, b) for w, b in zip(weights, bitmasks, strict=True)]
+    _, values, bitmasks = harness.compressed_weights(rows, columns, dtype, sets)
     dense = [ops.decompress(v, b) for v, b in zip(values, bitmasks, strict=True)]
     packed = [ops.pack(v, b) for v, b in zip(values, bitmasks, strict=True)]
     timings = harness.time_cases(
@@ -39,18 +37,14 @@ def bench_shape(
         sets,
         optional=(TORCH,),
     )
-    ours = timings.pop("ours")
-    for baseline, theirs in timings.items():
-        yield harness.time_record(
-            bench="pack",
-            case=f"{rows}x{columns}",
-            dtype=dtype,
-            tokens=0,
-            ours=ours,
-            baseline=baseline,
-            theirs=theirs,
-            limit=run.limit(moved),
-        )
+    return harness.baseline_records(
+        timings,
+        bench="pack",
+        case=f"{rows}x{columns}",
+        dtype=dtype,
+        tokens=0,
+        limit=run.limit(moved),
+    )
 
 
 @torch.no_grad()

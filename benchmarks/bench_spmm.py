@@ -63,8 +63,7 @@ def sparse_limit(
 ) -> tuple[float, float]:
     """Bytes that a product with the sparse weight moves, and its limit in seconds."""
     out_features, in_features = shape
-    weight = out_features * in_features * (dtype.itemsize / 2 + 1 / 8)
-    moved = weight + tokens * (out_features + in_features) * dtype.itemsize
+    moved = harness.product_bytes(shape, dtype, tokens)
     return moved, run.limit(moved, flops=out_features * in_features * tokens)
 
 
@@ -141,17 +140,15 @@ def bench_forward(
         "case": f"{shape[0]}x{shape[1]}",
         "dtype": dtype,
         "tokens": tokens,
-        "ours": timings.pop("ours"),
         "limit": limit,
     }
-    for baseline, theirs in timings.items():
-        yield harness.time_record(
-            bench="linear_forward", baseline=baseline, theirs=theirs, **common
-        )
+    yield from harness.baseline_records(timings, bench="linear_forward", **common)
     if best_ids:
         best = min(best_ids, key=lambda name: best_ids[name].median)
-        yield harness.time_record(
-            bench="linear_forward_vs_best_id", baseline=best, theirs=best_ids[best], **common
+        yield from harness.baseline_records(
+            {"ours": timings["ours"], best: best_ids[best]},
+            bench="linear_forward_vs_best_id",
+            **common,
         )
 
 

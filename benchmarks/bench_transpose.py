@@ -19,31 +19,29 @@ from slope_ext import ops, reference
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def bench_shape(rows: int, columns: int, dtype: torch.dtype, run: harness.Run) -> harness.Record:
+def bench_shape(
+    rows: int, columns: int, dtype: torch.dtype, run: harness.Run
+) -> list[harness.Record]:
     """Record of one weight [rows, columns]."""
     moved = rows * columns * (dtype.itemsize + 2 / 8)
     sets = harness.buffer_sets(int(moved))
-    weights = [torch.randn(rows, columns, device="cuda").to(dtype) for _ in range(sets)]
-    bitmasks = [ops.prune_24(weight) for weight in weights]
-    values = [ops.compress(w, b) for w, b in zip(weights, bitmasks, strict=True)]
+    weights, values, bitmasks = harness.compressed_weights(rows, columns, dtype, sets)
     bitmasks_t = [ops.prune_transposed(v, b) for v, b in zip(values, bitmasks, strict=True)]
     outs = [torch.empty(columns, rows // 2, dtype=dtype, device="cuda") for _ in range(sets)]
     index = reference._kept_columns(bitmasks_t[0])
     timings = harness.time_cases(
         {
             "ours": lambda i: ops.transpose_values(values[i], bitmasks[i], bitmasks_t[i], outs[i]),
-            "gather": lambda i: torch.gather(weights[i].t(), -1, index, out=outs[i]),
+            "torch.gather": lambda i: torch.gather(weights[i].t(), -1, index, out=outs[i]),
         },
         sets,
     )
-    return harness.time_record(
+    return harness.baseline_records(
+        timings,
         bench="transpose_values",
         case=f"{rows}x{columns}",
         dtype=dtype,
         tokens=0,
-        ours=timings["ours"],
-        baseline="torch.gather",
-        theirs=timings["gather"],
         limit=run.limit(moved),
     )
 
@@ -52,7 +50,7 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of every type and shape."""
     for dtype in run.first(DTYPES, 1):
         for rows, columns in run.first(harness.WEIGHT_SHAPES, 3):
-            yield bench_shape(rows, columns, dtype, run)
+            yield from bench_shape(rows, columns, dtype, run)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,10 @@ TOKENS = [2048, 8192, 16384]
 
 def bench_shape(
     shape: Shape, dtype: torch.dtype, tokens: int, run: harness.Run
-) -> Iterator[harness.Record]:
+) -> list[harness.Record]:
     """Records of one weight [out, in]."""
     out_features, in_features = shape
-    weight = out_features * in_features * (dtype.itemsize / 2 + 1 / 8)
-    moved = weight + tokens * (out_features + in_features) * dtype.itemsize
+    moved = harness.product_bytes(shape, dtype, tokens)
     sets = harness.buffer_sets(int(moved))
     dys = [torch.randn(tokens, out_features, device="cuda").to(dtype) for _ in range(sets)]
     xs = [torch.randn(tokens, in_features, device="cuda").to(dtype) for _ in range(sets)]
@@ -44,18 +43,14 @@ def bench_shape(
         },
         sets,
     )
-    ours = timings.pop("ours")
-    for baseline, theirs in timings.items():
-        yield harness.time_record(
-            bench="weight_grad",
-            case=f"{out_features}x{in_features}",
-            dtype=dtype,
-            tokens=tokens,
-            ours=ours,
-            baseline=baseline,
-            theirs=theirs,
-            limit=run.limit(moved, flops=2 * out_features * in_features * tokens),
-        )
+    return harness.baseline_records(
+        timings,
+        bench="weight_grad",
+        case=f"{out_features}x{in_features}",
+        dtype=dtype,
+        tokens=tokens,
+        limit=run.limit(moved, flops=2 * out_features * in_features * tokens),
+    )
 
 
 @torch.no_grad()

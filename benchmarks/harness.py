@@ -35,6 +35,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from slope_ext import ops
+
 RESULTS = Path(__file__).parent / "results"
 Case = Callable[[int], Any]
 T = TypeVar("T")
@@ -108,6 +110,22 @@ def buffer_sets(bytes_of_one: int) -> int:
     """How many sets of buffers of that size exceed the L2 cache three times; at least 2."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, -(-3 * l2 // max(1, bytes_of_one)))
+
+
+def product_bytes(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> float:
+    """Bytes of what a product with a 2:4 weight [out, in] touches once: values, mask, X and Y."""
+    out_features, in_features = shape
+    weight = out_features * in_features * (dtype.itemsize / 2 + 1 / 8)
+    return weight + tokens * (out_features + in_features) * dtype.itemsize
+
+
+def compressed_weights(
+    rows: int, columns: int, dtype: torch.dtype, count: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Random weights [rows, columns], and the values and bitmasks of each."""
+    weights = [torch.randn(rows, columns, device="cuda").to(dtype) for _ in range(count)]
+    values, bitmasks = zip(*map(ops.prune_compress, weights), strict=True)
+    return weights, list(values), list(bitmasks)
 
 
 def time_cases(
@@ -301,6 +319,16 @@ def time_record(
         limit_fraction=None if limit is None else round(limit / ours.median, 3),
         **environment(),
     )
+
+
+def baseline_records(timings: dict[str, Timing], **common: Any) -> list[Record]:
+    """A :func:`time_record` of the case "ours" against each other one, named as its baseline."""
+    ours = timings["ours"]
+    return [
+        time_record(ours=ours, baseline=baseline, theirs=theirs, **common)
+        for baseline, theirs in timings.items()
+        if baseline != "ours"
+    ]
 
 
 @functools.cache
