@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slope_ext import ops, reference
 from slope_ext._check import BACKENDS, FLOAT_DTYPES
-from slope_ext.linear import BackwardCopy, SLoPeLinear
+from slope_ext.linear import DERIVED_BUFFERS, BackwardCopy, SLoPeLinear
 from slope_ext.ops.spmm import Backend
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
 from slope_ext.sparse_layer import SparseLayer
@@ -143,7 +143,9 @@ def convert(
         layer = _sparse_twin(module, names_of_weight[id(module.weight)], first, config)
         by_weight.setdefault(id(module.weight), layer)
         replacements[module] = layer
-    return _replace(model, replacements)
+    converted = _replace(model, replacements)
+    _exclude_from_ddp(converted)
+    return converted
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -164,7 +166,9 @@ def to_dense(model: nn.Module) -> nn.Module:
             if not layer.has_adapter:  # an adapter makes the dense weight the layer's own
                 dense.weight = by_weight.setdefault(id(layer.weight), dense).weight
             replacements[layer] = dense
-    return _replace(model, replacements)
+    dense_model = _replace(model, replacements)
+    _exclude_from_ddp(dense_model)
+    return dense_model
 
 
 # ---- which layers --------------------------------------------------------------------------------
@@ -417,6 +421,28 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
         if "hook" in key or (key not in vars(new) and key not in _SPARSE_ATTRIBUTES):
             vars(new)[key] = value
     new.train(old.training)
+
+
+def _exclude_from_ddp(model: nn.Module) -> None:
+    """DistributedDataParallel broadcasts every buffer in each forward pass. What a layer derives
+    from its weight each rank derives by itself, to the same bits. The list is read from the module
+    that is wrapped: the one that was converted."""
+    theirs = [
+        name
+        for name in getattr(model, _DDP_IGNORES, ())
+        if name.rpartition(".")[2] not in DERIVED_BUFFERS
+    ]
+    ours = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, SLoPeLinear)
+        for name in DERIVED_BUFFERS
+    ]
+    if theirs or ours or hasattr(model, _DDP_IGNORES):
+        setattr(model, _DDP_IGNORES, [*theirs, *ours])
+
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -17,6 +17,8 @@ from slope_ext.ops.spmm import Backend
 from slope_ext.sparse_layer import SparseLayer
 
 BackwardCopy = Literal["cached", "recompute"]
+# Buffers that follow from weight and bitmask.
+DERIVED_BUFFERS = ("weight_metadata", "weight_t", "weight_t_bitmask", "weight_t_metadata")
 _prepare_lock = threading.RLock()
 Operand = tuple[
     Tensor,

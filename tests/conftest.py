@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from slope_ext import plan_cache
+from slope_ext import _tuned_table, plan_cache
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 
@@ -29,7 +29,8 @@ def _no_tf32():
 
 @pytest.fixture(autouse=True)
 def _own_plan_cache(tmp_path, monkeypatch):
-    """No sweeps unless a test asks for them, and no table of the user's."""
+    """No sweeps unless a test asks for them, and no table of the user's or the package's."""
     monkeypatch.setenv("SLOPE_EXT_CACHE_DIR", str(tmp_path / "plan_cache"))
+    monkeypatch.setattr(_tuned_table, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(plan_cache, "_policy", "off")
     monkeypatch.setattr(plan_cache, "_tables", {})

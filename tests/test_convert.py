@@ -491,3 +491,14 @@ def test_save_pretrained_round_trip(tmp_path):
     torch.testing.assert_close(twin(tokens).logits, model(tokens).logits)
     with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_ddp_ignores_what_is_derived_and_what_it_ignored_before():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model._ddp_params_and_buffers_to_ignore = ["1.bias"]
+    slope.convert(model)
+    ignored = model._ddp_params_and_buffers_to_ignore
+    assert {"1.bias", "0.weight_t", "1.weight_t_bitmask", "1.weight_metadata"} <= set(ignored)
+    assert not [name for name in ignored if name.endswith((".weight", ".weight_bitmask"))]
+    slope.to_dense(model)
+    assert model._ddp_params_and_buffers_to_ignore == ["1.bias"]

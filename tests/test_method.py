@@ -124,6 +124,9 @@ def _ddp_worker(rank, data, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(_ddp_model())
+    broadcast = {id(buffer) for buffer in model.modules_buffers}
+    assert id(model.module[0].weight_bitmask) in broadcast
+    assert id(model.module[0].weight_t) not in broadcast, "each rank derives its own"
     _ddp_train(model, [batch.chunk(2)[rank] for batch in data])
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -19,6 +19,7 @@ from slope_ext import _tuned_table, _tuner, ops, plan_cache
 from slope_ext._tuned_table import Entry, Key, Table
 from slope_ext._tuner import Candidate
 
+SHIPPED = _tuned_table.SHIPPED  # the package's own; tests see another folder
 ENVIRONMENT = "sm_90 | cuSPARSELt 0.8.0 | GPU A | driver 13000"
 RELATIVE = "sm_90 | cuSPARSELt 0.8.0 | GPU B | driver 12080"
 STRANGER = "sm_80 | cuSPARSELt 0.8.0 | GPU C | driver 13000"
@@ -138,13 +139,22 @@ def test_export_and_import(tmp_path, monkeypatch):
 
 
 def test_shipped_tables_are_readable():
-    for path in _tuned_table.SHIPPED.glob("*.json"):
+    assert list(SHIPPED.glob("*.json"))
+    for path in SHIPPED.glob("*.json"):
         for environment, found in _tuned_table.load(path, strict=True).items():
             assert len(environment.split(" | ")) == 4
             assert found
             for e in found:
                 assert math.isfinite(e.seconds)
                 assert e.key.tokens & (e.key.tokens - 1) == 0
+
+
+def test_shipped_tables_lie_under_the_users_own():
+    shipped = _tuned_table.SHIPPED / "gpu.json"
+    _tuned_table.save(shipped, ENVIRONMENT, [entry(id=1), entry(tokens=16, id=2)])
+    _tuned_table.save(plan_cache.table_path(), ENVIRONMENT, [entry(id=5)])
+    found = _tuned_table.load_all(plan_cache.table_path())[ENVIRONMENT]
+    assert {e.tokens: e.id for e in found} == {8: 5, 16: 2}
 
 
 def test_bad_arguments():

@@ -179,7 +179,8 @@ def test_wheel_holds_everything_and_works_elsewhere(tmp_path):
         "import pathlib, torch, slope_ext as s; "
         "assert s.__file__.startswith(str(pathlib.Path('site').resolve())); "
         "assert s.convert(torch.nn.Linear(16, 16))(torch.ones(1, 16)).shape == (1, 16); "
-        "from slope_ext.recipes.data import DEMO_TEXT as d; assert len(list(d.glob('*.txt'))) > 9"
+        "from slope_ext.recipes.data import DEMO_TEXT as d; assert len(list(d.glob('*.txt'))) > 9; "
+        "assert list(pathlib.Path(s.__file__).with_name('tuned').glob('*.json'))"
     )
     environment = os.environ | {"PYTHONPATH": "site"}
     run = [sys.executable, "-c", program]
