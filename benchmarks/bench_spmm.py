@@ -8,6 +8,8 @@ linear_forward           F.linear with the dense weight; a SparseSemiStructuredT
                          torch._cslt_sparse_mm with what torch._cslt_sparse_mm_search found
 linear_forward_vs_best_id  the fastest of the three best candidates of a sweep by hand, each timed
                          as the others are, without what a call of the op adds (bar shapes only)
+linear_forward_vs_halves two layers of half the rows, one after the other: a wide weight cut into
+                         squarer ones, as the paper proposes (bar shapes with out > 2 in only)
 linear_backward_input    dY @ W with the dense weight (bar shapes only)
 
 A full run times the bar shapes with every token count in bf16 and with 2048 and 8192 tokens in
@@ -152,6 +154,39 @@ def bench_forward(
         )
 
 
+def bench_halves(
+    shape: model_shapes.Shape, dtype: torch.dtype, tokens: int, run: harness.Run
+) -> harness.Record:
+    """Record of linear_forward_vs_halves."""
+    out_features, in_features = shape
+    moved, limit = sparse_limit(shape, dtype, tokens, run)
+    sets = harness.buffer_sets(int(moved))
+    whole = make_layers(shape, dtype, sets)
+    halves = [make_layers((out_features // 2, in_features), dtype, 2) for _ in range(sets)]
+    xs = [torch.randn(tokens, in_features, device="cuda").to(dtype) for _ in range(sets)]
+    for layer in (whole[0], halves[0][0]):
+        plan_cache.tune(layer, tokens=[tokens], backward=False)
+    timings = harness.time_cases(
+        {
+            "whole": lambda i: torch.ops.slope.linear(xs[i], *whole[i].operand()),
+            "halves": lambda i: [
+                torch.ops.slope.linear(xs[i], *half.operand()) for half in halves[i]
+            ],
+        },
+        sets,
+    )
+    return harness.time_record(
+        bench="linear_forward_vs_halves",
+        case=f"{out_features}x{in_features}",
+        dtype=dtype,
+        tokens=tokens,
+        ours=timings["whole"],
+        baseline="two halves of the rows",
+        theirs=timings["halves"],
+        limit=limit,
+    )
+
+
 def bench_input_grad(
     shape: model_shapes.Shape, dtype: torch.dtype, tokens: int, run: harness.Run
 ) -> harness.Record:
@@ -194,6 +229,8 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
             for tokens in run.first(TOKENS, 2) if dtype == torch.bfloat16 else MOST:
                 yield from bench_forward(shape, dtype, tokens, run)
                 yield bench_input_grad(shape, dtype, tokens, run)
+                if shape[0] > 2 * shape[1]:
+                    yield bench_halves(shape, dtype, tokens, run)
     if not run.quick:
         for shape in model_shapes.users():
             if shape not in BAR_SHAPES:
