@@ -151,8 +151,8 @@ def test_shipped_tables_are_readable():
 
 def test_shipped_tables_lie_under_the_users_own():
     shipped = _tuned_table.SHIPPED / "gpu.json"
-    _tuned_table.save(shipped, ENVIRONMENT, [entry(id=1), entry(tokens=16, id=2)])
-    _tuned_table.save(plan_cache.table_path(), ENVIRONMENT, [entry(id=5)])
+    _tuned_table.save(shipped, {ENVIRONMENT: [entry(id=1), entry(tokens=16, id=2)]})
+    _tuned_table.save(plan_cache.table_path(), {ENVIRONMENT: [entry(id=5)]})
     found = _tuned_table.load_all(plan_cache.table_path())[ENVIRONMENT]
     assert {e.tokens: e.id for e in found} == {8: 5, 16: 2}
 
