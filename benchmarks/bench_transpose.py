@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transpose_values against copy bandwidth and against a gather from the dense transpose.
+"""transpose_values against copy bandwidth, a copy of as many bytes and a gather from the dense.
 
 Limit: bytes that must move (per dense element of b bytes: values b/2 and both masks 1/8 each read,
-values b/2 written) over the copy bandwidth measured in the same run. Baseline: torch.gather from a
-transposed view of the dense weight with precomputed int64 indices, without the cost of making
-either.
+values b/2 written) over the bandwidth of a large copy in the same run. Baselines: a copy that
+moves as many bytes, which is what a kernel of that length can reach; torch.gather from a transposed
+view of the dense weight with precomputed int64 indices, without the cost of making either.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ def bench_shape(
     weights, values, bitmasks = harness.compressed_weights(rows, columns, dtype, sets)
     bitmasks_t = [ops.prune_transposed(v, b) for v, b in zip(values, bitmasks, strict=True)]
     outs = [torch.empty(columns, rows // 2, dtype=dtype, device="cuda") for _ in range(sets)]
+    copied = [
+        torch.randint(256, (2, int(moved) // 2), dtype=torch.uint8, device="cuda") for _ in outs
+    ]
     index = reference._kept_columns(bitmasks_t[0])
     timings = harness.time_cases(
         {
             "ours": lambda i: ops.transpose_values(values[i], bitmasks[i], bitmasks_t[i], outs[i]),
+            "copy of as many bytes": lambda i: copied[i][0].copy_(copied[i][1]),
             "torch.gather": lambda i: torch.gather(weights[i].t(), -1, index, out=outs[i]),
         },
         sets,

@@ -3,8 +3,11 @@
 
 Operands are random. An algorithm counts only if its product is that of a dense GEMM, to rounding;
 the fastest must also be right with bias, with an addend, and at both ends of the token counts that
-will share its entry. Timed are single launches after the L2 cache was read over, in turns, so that
-clocks and temperature hit all alike; algorithms clearly behind after the first turns are dropped.
+will share its entry. They take turns, so that clocks and temperature hit all alike; algorithms
+clearly behind after the first turns are dropped. No launch finds its operands in the L2 cache:
+operands that fit there are timed in single launches, each after something else was read; larger
+ones in a row of launches, since a long product under the power limit has other winners than a
+first one on a rested GPU.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ _TOLERANCE = 0.02  # of the largest magnitude; rounding makes 0.004
 _FIRST_TURNS, _MORE_TURNS = 2, 7
 _DROP = 1.15  # slower than the best by this factor
 _SECONDS = 0.5  # spent on timing one shape, about
+_ROW_FLOPS = 1e12  # of the launches that are timed as one: a millisecond or two
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ class _Sweep:
         if problem.accumulate:
             self.expected += self.before
         self.allowed = _TOLERANCE * self.expected.abs().amax()
+        self.l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        operands = (self.packed, self.x, self.y)
+        exceeds_l2 = sum(tensor.nbytes for tensor in operands) > 2 * self.l2_bytes
+        flops = rows * columns * tokens
+        self.launches = max(1, round(_ROW_FLOPS / flops)) if exceeds_l2 else 1  # of one sample
 
     def trial(self, algorithm: Any) -> _Trial | None:
         """Makes the plan and runs it once; None where the library refuses or the result is off."""
@@ -129,20 +138,20 @@ class _Sweep:
         )
 
     def time(self, trials: list[_Trial], turns: int) -> None:
-        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-        cold = torch.zeros(2 * l2_bytes // 4, dtype=torch.int32, device=self.device)
+        cold = torch.zeros(2 * self.l2_bytes // 4, dtype=torch.int32, device=self.device)
         for _ in range(turns):
             events = []
             for trial in trials:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 cold.amax()
                 start.record()
-                self.run(trial)
+                for _ in range(self.launches):
+                    self.run(trial)
                 end.record()
                 events.append((start, end))
             for trial, (start, end) in zip(trials, events, strict=True):
                 end.synchronize()
-                trial.samples.append(start.elapsed_time(end) * 1e-3)
+                trial.samples.append(start.elapsed_time(end) * 1e-3 / self.launches)
 
 
 @torch.no_grad()
@@ -169,7 +178,8 @@ def sweep(problem: Any) -> list[Candidate]:
         if trials:
             fastest = min(trial.seconds for trial in trials)
             close = [trial for trial in trials if trial.seconds <= _DROP * fastest]
-            turns = int(_SECONDS / sum(trial.seconds + 1e-4 for trial in close))
+            seconds = sum(job.launches * trial.seconds + 1e-4 for trial in close)
+            turns = int(_SECONDS / seconds)
             job.time(close, min(max(turns, 2), _MORE_TURNS))
         del job
         right = {id(trial.algorithm): trial.seconds for trial in _verified(plain, trials)}
