@@ -109,6 +109,13 @@ class Checker:
             self.shape(name, metadata, (size,), "the metadata of the weight")
             self.same_device(name, metadata, "values", values)
 
+    def fits_sparse_cores(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> None:
+        self.require(
+            fits_sparse_cores(dtype, rows, columns),
+            f"{name} must be of a float16 or bfloat16 weight with out and in multiples of 16, for "
+            f"the sparse tensor cores, got out x in = {rows} x {columns}",
+        )
+
     def backend(self, backend: str) -> None:
         self.require(
             backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend}"
@@ -129,6 +136,11 @@ class Checker:
             self.shape("bias", bias, (values.shape[0],), "[out]")
             self.same_dtype("bias", bias, "values", values)
             self.same_device("bias", bias, "values", values)
+
+
+def fits_sparse_cores(dtype: torch.dtype, rows: int, columns: int) -> bool:
+    """Whether the sparse tensor cores take a weight [rows, columns] of that dtype."""
+    return dtype in (torch.float16, torch.bfloat16) and rows % 16 == 0 and columns % 16 == 0
 
 
 def metadata_bytes(rows: int, columns: int, device: torch.device) -> int:

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from slope_ext import _C, _library
-from slope_ext._check import metadata_bytes
-
-_MULTIPLE = 16  # rows and columns that the sparse tensor cores take
+from slope_ext._check import fits_sparse_cores, metadata_bytes
 
 
 class _Bytes:
@@ -39,9 +37,7 @@ def is_packable(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
     """Whether the sparse product on ``device`` takes a weight [rows, columns]."""
     return (
         device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
-        and rows % _MULTIPLE == 0
-        and columns % _MULTIPLE == 0
+        and fits_sparse_cores(dtype, rows, columns)
         and rows * columns > 0
         and _products_run_here(device.index or 0)
     )

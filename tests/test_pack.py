@@ -131,7 +131,9 @@ def test_operand_in_place_is_what_pack_makes():
 @pytest.mark.gpu
 def test_what_the_tensor_cores_do_not_take_is_an_error():
     o = Operands(24, 32, torch.bfloat16, torch.device("cuda"))
-    with pytest.raises(RuntimeError, match="slope::pack: values must have out and in multiples"):
+    with pytest.raises(
+        RuntimeError, match="slope::pack: values must be of a float16 or bfloat16 weight"
+    ):
         ops.pack(o.values, o.bitmask)
     with pytest.raises(RuntimeError, match="slope::pack: values must be float16 or bfloat16"):
         ops.pack(o.values.float(), o.bitmask)

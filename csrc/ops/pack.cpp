@@ -251,16 +251,16 @@ int64_t metadata_bytes(int64_t rows, int64_t columns) {
          8;
 }
 
+bool fits_sparse_cores(ScalarType dtype, int64_t rows, int64_t columns) {
+  return (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && rows % kMultiple == 0 &&
+         columns % kMultiple == 0;
+}
+
 void check_packable(const char* op, const char* name, const Tensor& values, int64_t rows,
                     int64_t columns) {
-  const ScalarType dtype = values.scalar_type();
-  check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "slope::", op, ": ", name,
-        " must be float16 or bfloat16 for the sparse tensor cores");
-  check(rows % kMultiple == 0 && columns % kMultiple == 0, "slope::", op, ": ", name,
-        " must have out and in multiples of ", kMultiple,
-        " for the sparse tensor cores, got out x "
-        "in = ",
-        rows, " x ", columns);
+  check(fits_sparse_cores(values.scalar_type(), rows, columns), "slope::", op, ": ", name,
+        " must be of a float16 or bfloat16 weight with out and in multiples of ", kMultiple,
+        ", for the sparse tensor cores, got out x in = ", rows, " x ", columns);
 }
 
 void write_metadata(const char* op, const Tensor& bitmask, void* metadata, cudaStream_t stream) {

@@ -12,8 +12,12 @@ namespace slope {
 // Bytes of metadata of a 16-bit weight [rows, columns], in whole tiles of the hardware.
 int64_t metadata_bytes(int64_t rows, int64_t columns);
 
-// Raises RuntimeError "slope::<op>: ..." unless the library takes such a weight: 16-bit type (of
-// the tensor named `name`), rows and columns multiples of 16.
+// Whether the sparse tensor cores take a weight [rows, columns] of that type: 16-bit, rows and
+// columns multiples of 16.
+bool fits_sparse_cores(ScalarType dtype, int64_t rows, int64_t columns);
+
+// Raises RuntimeError "slope::<op>: ..." unless a weight [rows, columns] with such values, named
+// `name`, fits the sparse tensor cores.
 void check_packable(const char* op, const char* name, const Tensor& values, int64_t rows,
                     int64_t columns);
 

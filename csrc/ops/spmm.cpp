@@ -18,13 +18,6 @@ namespace {
 
 constexpr int64_t kTokenMultiple = 8;  // what the library takes of 16-bit dense operands
 
-// What "auto" multiplies by a plan.
-bool fits_sparse_cores(const Tensor& values) {
-  const ScalarType dtype = values.scalar_type();
-  return (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && values.size(0) % 16 == 0 &&
-         values.size(1) % 8 == 0;
-}
-
 void warn_dense_product(const Tensor& values) {
   static std::atomic<bool> warned{false};
   if (!warned.exchange(true)) {
@@ -151,14 +144,17 @@ bool takes_plan(const char* op, const SparseWeight& weight, const std::string& b
   if (backend == "reference") {
     return false;
   }
-  const bool fits =
-      fits_sparse_cores(weight.values) && (backend == "cusparselt" || cusparselt::available());
+  const Tensor& values = weight.values;
+  const int64_t rows = values.size(0);
+  const int64_t columns = values.size(1) * 2;
+  const bool fits = fits_sparse_cores(values.scalar_type(), rows, columns) &&
+                    (backend == "cusparselt" || cusparselt::available());
   if (backend == "cusparselt") {
-    check_packable(op, "values", weight.values, weight.values.size(0), weight.values.size(1) * 2);
+    check_packable(op, "values", values, rows, columns);
   } else if (!fits) {
-    warn_dense_product(weight.values);
+    warn_dense_product(values);
   }
-  return fits && weight.values.numel() > 0;
+  return fits && values.numel() > 0;
 }
 
 Tensor sparse_linear(const char* op, const Tensor& x, const SparseWeight& weight,

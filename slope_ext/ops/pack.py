@@ -49,11 +49,7 @@ def _check(values: Tensor, bitmask: Tensor) -> None:
     check = Checker("pack")
     rows, columns = check.values(values, bitmask)
     if values.is_cuda:
-        check.require(
-            values.dtype in (torch.float16, torch.bfloat16),
-            "values must be float16 or bfloat16 for the sparse tensor cores",
-        )
-        _check_multiples(check, "values", rows, columns)
+        check.fits_sparse_cores("values", values.dtype, rows, columns)
 
 
 def _check_metadata(bitmask: Tensor, metadata: Tensor) -> None:
@@ -62,17 +58,9 @@ def _check_metadata(bitmask: Tensor, metadata: Tensor) -> None:
     rows, columns = bitmask.shape[0], 8 * bitmask.shape[1]
     check.bitmask("bitmask", bitmask, rows, columns, "bitmask", bitmask)
     if bitmask.is_cuda:
-        _check_multiples(check, "bitmask", rows, columns)
+        check.fits_sparse_cores("bitmask", torch.float16, rows, columns)
     check.metadata("metadata", metadata, rows, columns, bitmask)
     check.require(metadata.is_contiguous(), "metadata must be contiguous")
-
-
-def _check_multiples(check: Checker, name: str, rows: int, columns: int) -> None:
-    check.require(
-        rows % 16 == 0 and columns % 16 == 0,
-        f"{name} must be of a weight whose out and in are multiples of 16, "
-        f"got out x in = {rows} x {columns}",
-    )
 
 
 def _fake(values: Tensor, bitmask: Tensor) -> Tensor:

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compute-sanitizer over the tests of the kernels; writes tests/sanitizer_report.json.
+
+    PYTHONPATH=. python scripts/sanitize.py [--tool memcheck] [--logs DIR]
+
+A report is ours if the kernel is, or if the op library launched it; those make the exit code 1.
+Reports in kernels of other libraries are counted: initcheck and racecheck know neither what the
+TMA unit writes nor the barriers it signals, so they misjudge library kernels that use it.
+
+========== =========================================== ============================================
+memcheck   every kernel                                every tensor an allocation of its own
+initcheck  every kernel, in tests without a product    as above; a product's result, written by
+                                                       TMA, would count as never written
+racecheck  kernels of this project                     shared memory
+synccheck  kernels of this project                     barriers
+========== =========================================== ============================================
+
+The tools run side by side. Left out are tests that the tools make too slow or that need the caching
+allocator: large shapes, CUDA graphs, compilation, threads, random shapes, counts of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from gpu_report import ROOT, source_hash
+
+REPORT = ROOT / "tests" / "sanitizer_report.json"
+SELECTION = ("compress", "prune", "transpose", "pack")
+PRODUCTS = ("packed_layer", "weight_grad", "spmm", "lowrank")
+LEFT_OUT = ["4096", "4104", "4097", "graph", "captur", "compile", "thread", "leak", "reference"]
+LEFT_OUT += ["random", "memory"]
+OURS = ["--kernel-name", "kernel_substring=5slope"]  # as the mangled name of a kernel has it
+PYTORCH_ALLOCATES_EACH = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """How one tool of compute-sanitizer is run."""
+
+    name: str
+    options: list[str]
+    tests: tuple[str, ...] = (*SELECTION, *PRODUCTS)
+    left_out: list[str] = field(default_factory=lambda: LEFT_OUT)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self, log: Path) -> subprocess.Popen[bytes]:
+        """Runs the tests under the tool, output into ``log``."""
+        files = [f"tests/test_{family}.py" for family in self.tests]
+        selected = f"not ({' or '.join(self.left_out)})"
+        command = ["compute-sanitizer", "--tool", self.name, "--report-api-errors", "no"]
+        pytest = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", selected]
+        with log.open("wb") as out:
+            return subprocess.Popen(
+                [*command, *self.options, sys.executable, *pytest, *files],
+                cwd=ROOT,
+                env=os.environ | self.environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+
+TOOLS = [
+    Tool("memcheck", [], environment=PYTORCH_ALLOCATES_EACH),
+    Tool(
+        "initcheck",
+        [],
+        tests=SELECTION,
+        left_out=[*LEFT_OUT, "multiplies"],
+        environment=PYTORCH_ALLOCATES_EACH,
+    ),
+    Tool("racecheck", OURS),
+    Tool("synccheck", OURS),
+]
+
+
+def reports(text: str) -> list[str]:
+    """The reports in a tool's output: runs of lines with its prefix that say where."""
+    found = [""]
+    for line in text.splitlines():
+        said = line.partition("=========")[2]
+        if said.strip():
+            found[-1] += said + "\n"
+        else:
+            found.append("")
+    return [report for report in found if re.search(r"^ +at |access at ", report, re.M)]
+
+
+def is_ours(report: str) -> bool:
+    """Whether a kernel of this project, or one that its op library launched, is reported."""
+    return "slope::" in report or "5slope" in report or "_ops.so" in report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tool", action="append", choices=[tool.name for tool in TOOLS])
+    parser.add_argument("--logs", type=Path, default=ROOT / "build" / "sanitizer")
+    arguments = parser.parse_args()
+    arguments.logs.mkdir(parents=True, exist_ok=True)
+    tools = [tool for tool in TOOLS if not arguments.tool or tool.name in arguments.tool]
+    runs = {tool.name: (arguments.logs / f"{tool.name}.txt", tool) for tool in tools}
+    processes = {name: tool.start(log) for name, (log, tool) in runs.items()}
+
+    results: dict[str, dict[str, int]] = {}
+    failed = False
+    for name, process in processes.items():
+        tests_failed = process.wait() != 0
+        text = runs[name][0].read_text(errors="replace")
+        found = reports(text)
+        ours = [report for report in found if is_ours(report)]
+        passed = re.search(r"(\d+) passed", text)
+        results[name] = {
+            "tests": int(passed[1]) if passed else 0,
+            "reports": len(ours),
+            "reports_in_other_libraries": len(found) - len(ours),
+        }
+        failed |= tests_failed or bool(ours) or not passed
+        print(f"{name}: {results[name]}{', tests failed' if tests_failed else ''}")
+        for report in ours[:5]:
+            print(report)
+    if not arguments.tool and not failed:
+        record = {
+            "tools": results,
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "date": datetime.date.today().isoformat(),
+            "sources": source_hash(),
+        }
+        REPORT.write_text(json.dumps(record, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
