@@ -5,7 +5,9 @@ Plans are tuned ahead, as training does it in its first steps; what a plan or a 
 is in bench_host_overhead.py and bench_first_call.py.
 
 linear_forward           F.linear with the dense weight; a SparseSemiStructuredTensor (algorithm 0);
-                         torch._cslt_sparse_mm with what torch._cslt_sparse_mm_search found
+                         torch._cslt_sparse_mm with what torch._cslt_sparse_mm_search found, in bf16
+                         with 2048 tokens and more: elsewhere that search may end in an "illegal
+                         instruction" (cuSPARSELt 0.8.0), which takes the process with it
 linear_forward_vs_best_id  the fastest of the three best candidates of a sweep by hand, each timed
                          as the others are, without what a call of the op adds (bar shapes only)
 linear_forward_vs_halves two layers of half the rows, one after the other: a wide weight cut into
@@ -80,12 +82,14 @@ def forward_cases(
     }
     try:
         sparse = [torch.sparse.to_sparse_semi_structured(weight) for weight in dense]
-        packed = [torch._cslt_compress(weight) for weight in dense]
-        searched = torch._cslt_sparse_mm_search(packed[0], xs[0].t(), transpose_result=True)
     except RuntimeError as error:
         print(f"left out: torch's 2:4 products ({str(error).splitlines()[0]})")
         return cases
     cases[TORCH_LINEAR] = lambda i: F.linear(xs[i], sparse[i])
+    if xs[0].dtype != torch.bfloat16 or xs[0].shape[0] < min(MOST):
+        return cases
+    packed = [torch._cslt_compress(weight) for weight in dense]
+    searched = torch._cslt_sparse_mm_search(packed[0], xs[0].t(), transpose_result=True)
     cases[TORCH_SEARCHED] = lambda i: torch._cslt_sparse_mm(
         packed[i], xs[i].t(), alg_id=searched, transpose_result=True
     )

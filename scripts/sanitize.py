@@ -11,8 +11,8 @@ TMA unit writes nor the barriers it signals, so they misjudge library kernels th
 memcheck   every kernel                                every tensor an allocation of its own
 initcheck  every kernel, in tests without a product    as above; a product's result, written by
                                                        TMA, would count as never written
-racecheck  kernels of this project                     shared memory
-synccheck  kernels of this project                     barriers
+racecheck  every kernel                                shared memory
+synccheck  every kernel                                barriers
 ========== =========================================== ============================================
 
 The tools run side by side. Left out are tests that the tools make too slow or that need the caching
@@ -39,7 +39,6 @@ SELECTION = ("compress", "prune", "transpose", "pack")
 PRODUCTS = ("packed_layer", "weight_grad", "spmm", "lowrank")
 LEFT_OUT = ["4096", "4104", "4097", "graph", "captur", "compile", "thread", "leak", "reference"]
 LEFT_OUT += ["random", "memory"]
-OURS = ["--kernel-name", "kernel_substring=5slope"]  # as the mangled name of a kernel has it
 PYTORCH_ALLOCATES_EACH = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
@@ -48,7 +47,7 @@ class Tool:
     """How one tool of compute-sanitizer is run."""
 
     name: str
-    options: list[str]
+    options: tuple[str, ...] = ()
     tests: tuple[str, ...] = (*SELECTION, *PRODUCTS)
     left_out: list[str] = field(default_factory=lambda: LEFT_OUT)
     environment: dict[str, str] = field(default_factory=dict)
@@ -70,16 +69,15 @@ class Tool:
 
 
 TOOLS = [
-    Tool("memcheck", [], environment=PYTORCH_ALLOCATES_EACH),
+    Tool("memcheck", ("--destroy-on-device-error", "kernel"), environment=PYTORCH_ALLOCATES_EACH),
     Tool(
         "initcheck",
-        [],
         tests=SELECTION,
         left_out=[*LEFT_OUT, "multiplies"],
         environment=PYTORCH_ALLOCATES_EACH,
     ),
-    Tool("racecheck", OURS),
-    Tool("synccheck", OURS),
+    Tool("racecheck"),
+    Tool("synccheck"),
 ]
 
 

@@ -4,8 +4,9 @@
     one allocation   | values, row-major, 2 bytes each | metadata |
     two tensors        values [rows, columns/2]          metadata uint8
 
-Each of the two has a storage of its own within the allocation, so that saving, copying or stamping
-the values concerns their bytes alone. Whichever tensor lives longer keeps the allocation.
+Behind the metadata the allocation goes on for what cuSPARSELt's kernels read too much; nobody else
+does. Each of the two has a storage of its own within the allocation, so that saving, copying or
+stamping the values concerns their bytes alone. Whichever tensor lives longer keeps the allocation.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from slope_ext import _C, _library
 from slope_ext._check import fits_sparse_cores, metadata_bytes
+
+_OVERREAD_BYTES = 2048  # kOverreadBytes in csrc/ops/pack_metadata.h says why
 
 
 class _Bytes:
@@ -62,7 +65,7 @@ def empty(
     value_bytes = rows * columns // 2 * dtype.itemsize
     size = value_bytes + metadata_bytes(rows, columns, device)
     with torch.inference_mode(False):
-        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        buffer = torch.empty(size + _OVERREAD_BYTES, dtype=torch.uint8, device=device)
         values = torch.as_tensor(_Bytes(buffer, 0, value_bytes), device=buffer.device)
         metadata = torch.as_tensor(
             _Bytes(buffer, value_bytes, size - value_bytes), device=buffer.device

@@ -201,7 +201,9 @@ Tensor pack(const Tensor& values, const Tensor& bitmask) {
   const torch::stable::accelerator::DeviceGuard guard(values.get_device());
 
   const int64_t value_bytes = values.numel() * 2;
-  Tensor packed = torch::stable::new_empty(bitmask, {value_bytes + metadata_bytes(rows, columns)});
+  const int64_t size = value_bytes + metadata_bytes(rows, columns);
+  Tensor allocated = torch::stable::new_empty(bitmask, {size + kOverreadBytes});
+  const Tensor packed = torch::stable::narrow(allocated, 0, 0, size);
   if (values.numel() == 0) {
     return packed;
   }

@@ -9,6 +9,11 @@
 
 namespace slope {
 
+// The library's kernels load metadata by their own tiles, at most 64 rows x 256 columns at once,
+// and so read that far beyond the end of an operand whose columns are no multiple of such a tile.
+// Memory must be there.
+constexpr int64_t kOverreadBytes = 64 * 256 / 8;
+
 // Bytes of metadata of a 16-bit weight [rows, columns], in whole tiles of the hardware.
 int64_t metadata_bytes(int64_t rows, int64_t columns);
 
