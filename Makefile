@@ -4,8 +4,8 @@
 #   make test       set up, build, run every test that a CPU can run
 #   make test-gpu   build and run the gpu tests with the interpreter at hand; writes tests/gpu_report.json
 #   make bench      on a GPU: every benchmark, records into benchmarks/results/<gpu>; BENCH_ARGS="--quick --out DIR"
-#   make sanitize   on a GPU: compute-sanitizer over the tests of the kernels; writes tests/sanitizer_report.json
-#   make stress     on a GPU: 100,000 mixed calls from two threads, memory watched
+#   make sanitize   on a GPU: compute-sanitizer over the tests of the kernels; record in tests/
+#   make stress     on a GPU: 100,000 mixed calls from two threads, memory watched; record in tests/
 #   make lint       formatters, linters and type checks, nothing rewritten
 #   make build      build the native libraries in place
 #   make wheel      build a wheel into dist/
@@ -79,7 +79,7 @@ sanitize:
 	PYTHONPATH=. $(PYTHON) scripts/sanitize.py
 
 stress:
-	PYTHONPATH=. $(PYTHON) scripts/stress.py
+	PYTHONPATH=. $(PYTHON) scripts/stress.py --out tests/stress_report.json
 
 # ---- quality ---------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compute-sanitizer over the tests of the kernels; writes tests/sanitizer_report.json.
+"""compute-sanitizer over the tests of the kernels; records it in tests/sanitizer_report.json.
 
     PYTHONPATH=. python scripts/sanitize.py [--tool memcheck] [--logs DIR]
 
@@ -30,6 +30,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_report import ROOT, source_hash
@@ -98,43 +99,47 @@ def is_ours(report: str) -> bool:
     return "slope::" in report or "5slope" in report or "_ops.so" in report
 
 
+def result_of(text: str) -> dict[str, Any]:
+    """What a tool's output says, for the record."""
+    found = reports(text)
+    passed = re.search(r"(\d+) passed", text)
+    ours = sum(map(is_ours, found))
+    return {
+        "tests": int(passed[1]) if passed else 0,
+        "reports": ours,
+        "reports_in_other_libraries": len(found) - ours,
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "sources": source_hash(),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tool", action="append", choices=[tool.name for tool in TOOLS])
+    parser.add_argument(
+        "--tool", action="append", choices=[tool.name for tool in TOOLS], help="default: all"
+    )
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "sanitizer")
     arguments = parser.parse_args()
     arguments.logs.mkdir(parents=True, exist_ok=True)
     tools = [tool for tool in TOOLS if not arguments.tool or tool.name in arguments.tool]
-    runs = {tool.name: (arguments.logs / f"{tool.name}.txt", tool) for tool in tools}
-    processes = {name: tool.start(log) for name, (log, tool) in runs.items()}
+    logs = {tool.name: arguments.logs / f"{tool.name}.txt" for tool in tools}
+    processes = {tool.name: tool.start(logs[tool.name]) for tool in tools}
 
-    results: dict[str, dict[str, int]] = {}
+    record = json.loads(REPORT.read_text()) if REPORT.exists() else {}
     failed = False
     for name, process in processes.items():
         tests_failed = process.wait() != 0
-        text = runs[name][0].read_text(errors="replace")
-        found = reports(text)
-        ours = [report for report in found if is_ours(report)]
-        passed = re.search(r"(\d+) passed", text)
-        results[name] = {
-            "tests": int(passed[1]) if passed else 0,
-            "reports": len(ours),
-            "reports_in_other_libraries": len(found) - len(ours),
-        }
-        failed |= tests_failed or bool(ours) or not passed
-        print(f"{name}: {results[name]}{', tests failed' if tests_failed else ''}")
-        for report in ours[:5]:
+        text = logs[name].read_text(errors="replace")
+        record[name] = result_of(text)
+        failed |= tests_failed or record[name]["reports"] > 0 or record[name]["tests"] == 0
+        print(f"{name}: {record[name]}{', tests failed' if tests_failed else ''}")
+        for report in list(filter(is_ours, reports(text)))[:5]:
             print(report)
-    if not arguments.tool and not failed:
-        record = {
-            "tools": results,
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-            "sources": source_hash(),
-        }
+    if not failed:
         REPORT.write_text(json.dumps(record, indent=1) + "\n")
     return int(failed)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixed calls from two threads on two streams, every result checked, memory watched.
 
-    PYTHONPATH=. python scripts/stress.py [--calls 100000] [--out stress.json]
+    PYTHONPATH=. python scripts/stress.py [--calls 100000] [--out tests/stress_report.json]
 
 Each call takes a shape, a token count and an op at random; its result is compared on the GPU with
 one computed beforehand in fp64. Memory is looked at after each fifth of the calls. Exit code 1 if a
