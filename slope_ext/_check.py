@@ -109,11 +109,11 @@ class Checker:
             self.shape(name, metadata, (size,), "the metadata of the weight")
             self.same_device(name, metadata, "values", values)
 
-    def fits_sparse_cores(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> None:
+    def core_multiples(self, name: str, rows: int, columns: int) -> None:
         self.require(
-            fits_sparse_cores(dtype, rows, columns),
-            f"{name} must be of a float16 or bfloat16 weight with out and in multiples of 16, for "
-            f"the sparse tensor cores, got out x in = {rows} x {columns}",
+            fits_sparse_cores(torch.float16, rows, columns),
+            f"{name} must be of a weight with out and in in multiples of 16 for the sparse tensor "
+            f"cores, got out x in = {rows} x {columns}",
         )
 
     def backend(self, backend: str) -> None:

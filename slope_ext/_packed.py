@@ -4,9 +4,10 @@
     one allocation   | values, row-major, 2 bytes each | metadata |
     two tensors        values [rows, columns/2]          metadata uint8
 
-Behind the metadata the allocation goes on for what cuSPARSELt's kernels read too much; nobody else
-does. Each of the two has a storage of its own within the allocation, so that saving, copying or
-stamping the values concerns their bytes alone. Whichever tensor lives longer keeps the allocation.
+Behind the metadata the allocation goes on for some bytes, which kernels of cuSPARSELt may read and
+never use. Values and metadata have a storage each, so that saving, copying or stamping the values
+concerns their bytes alone; the metadata's has those bytes too. Whichever tensor lives longer keeps
+the allocation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from slope_ext import _C, _library
 from slope_ext._check import fits_sparse_cores, metadata_bytes
 
-_OVERREAD_BYTES = 2048  # kOverreadBytes in csrc/ops/pack_metadata.h says why
+OVERREAD_BYTES = 2048  # kOverreadBytes in csrc/ops/pack_metadata.h says why
 
 
 class _Bytes:
@@ -63,17 +64,22 @@ def empty(
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised values [rows, columns/2] and their metadata; they must be packable."""
     value_bytes = rows * columns // 2 * dtype.itemsize
-    size = value_bytes + metadata_bytes(rows, columns, device)
+    size = metadata_bytes(rows, columns, device)
     with torch.inference_mode(False):
-        buffer = torch.empty(size + _OVERREAD_BYTES, dtype=torch.uint8, device=device)
+        buffer = torch.empty(value_bytes + size + OVERREAD_BYTES, dtype=torch.uint8, device=device)
         values = torch.as_tensor(_Bytes(buffer, 0, value_bytes), device=buffer.device)
-        metadata = torch.as_tensor(
-            _Bytes(buffer, value_bytes, size - value_bytes), device=buffer.device
+        behind = torch.as_tensor(
+            _Bytes(buffer, value_bytes, size + OVERREAD_BYTES), device=buffer.device
         )
-        return values.view(dtype).view(rows, columns // 2), metadata
+        return values.view(dtype).view(rows, columns // 2), behind[:size]
 
 
 def is_packed(values: Tensor, metadata: Tensor) -> bool:
-    """Whether ``metadata`` lies right behind ``values``."""
+    """Whether ``metadata`` lies right behind ``values``, with room behind it."""
     value_bytes = values.numel() * values.element_size()
-    return values.data_ptr() + value_bytes == metadata.data_ptr() and values.is_contiguous()
+    end = metadata.storage_offset() + metadata.numel()
+    return (
+        values.data_ptr() + value_bytes == metadata.data_ptr()
+        and values.is_contiguous()
+        and end + OVERREAD_BYTES <= metadata.untyped_storage().nbytes()
+    )

@@ -112,6 +112,40 @@ def test_packed_operand_multiplies(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 32), (192, 96), (80, 48), (320, 288), (1088, 1056)])
+def test_packed_operand_multiplies_by_every_algorithm(shape):
+    """Rows and columns that no tile divides, one token octet and more than one tile of them; for
+    compute-sanitizer as well, which sees what is read beyond the operands."""
+    rows, columns = shape
+    cuda = torch.device("cuda")
+    o = Operands(rows, columns, torch.bfloat16, cuda)
+    packed = ops.pack(o.values, o.bitmask)
+    stream = torch.cuda.current_stream().cuda_stream
+    right = 0
+    for tokens in (8, 264):
+        x = o.randn(tokens, columns)
+        expected = F.linear(x, o.dense)
+        problem = _C.SpmmProblem(rows=rows, columns=columns, tokens=tokens, device=0, bfloat16=True)
+        count = _C.SpmmPlan(problem, _C.SpmmAlgorithm()).algorithm_count
+        splits = ((-1, 0),) if torch.cuda.get_device_capability()[0] == 9 else ()
+        for algorithm in range(count):
+            for split in ((1, 0), *splits):
+                try:
+                    plan = _C.SpmmPlan(problem, _C.SpmmAlgorithm(algorithm, *split))
+                except RuntimeError:  # refused
+                    continue
+                workspace = torch.empty(
+                    max(1, plan.workspace_bytes), dtype=torch.uint8, device=cuda
+                )
+                y = torch.full_like(expected, float("nan"))
+                pointers = (packed, x, None, y, workspace)
+                plan.run(*(0 if t is None else t.data_ptr() for t in pointers), stream)
+                torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2 * columns**0.5)
+                right += 1
+    assert right > 10
+
+
+@pytest.mark.gpu
 def test_operand_in_place_is_what_pack_makes():
     o = Operands(192, 96, torch.bfloat16, torch.device("cuda"))
     values, metadata = _packed.empty(192, 96, torch.bfloat16, o.values.device)
@@ -120,6 +154,9 @@ def test_operand_in_place_is_what_pack_makes():
     assert _packed.is_packed(values, metadata)
     packed = ops.pack(o.values, o.bitmask)
     assert torch.equal(packed, torch.cat([values.view(torch.uint8).flatten(), metadata]))
+    for behind in (metadata, packed):  # kernels may read so far
+        room = behind.untyped_storage().nbytes() - behind.numel()
+        assert room == _packed.OVERREAD_BYTES
     # Each has a storage of its own, so that saving the values saves no metadata.
     assert values.untyped_storage().nbytes() == values.numel() * 2
     # Either keeps the memory of both.
@@ -132,10 +169,10 @@ def test_operand_in_place_is_what_pack_makes():
 def test_what_the_tensor_cores_do_not_take_is_an_error():
     o = Operands(24, 32, torch.bfloat16, torch.device("cuda"))
     with pytest.raises(
-        RuntimeError, match="slope::pack: values must be of a float16 or bfloat16 weight"
+        RuntimeError, match="slope::pack: values must be of a weight with out and in"
     ):
         ops.pack(o.values, o.bitmask)
-    with pytest.raises(RuntimeError, match="slope::pack: values must be of a float16"):
+    with pytest.raises(RuntimeError, match="slope::pack: values must be float16 or bfloat16"):
         ops.pack(o.values.float(), o.bitmask)
     with pytest.raises(RuntimeError, match="slope::pack_metadata: bitmask must be of a weight"):
         ops.pack_metadata(o.bitmask, o.bitmask.flatten())

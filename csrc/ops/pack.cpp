@@ -190,6 +190,12 @@ bool own_kernel_is_right(const char* op, const Tensor& like, MetadataLayout layo
   return verdict == 1;
 }
 
+void check_multiples(const char* op, const char* name, int64_t rows, int64_t columns) {
+  check(rows % kMultiple == 0 && columns % kMultiple == 0, "slope::", op, ": ", name,
+        " must be of a weight with out and in in multiples of ", kMultiple,
+        " for the sparse tensor cores, got out x in = ", rows, " x ", columns);
+}
+
 // ---- ops -----------------------------------------------------------------------------------
 
 Tensor pack(const Tensor& values, const Tensor& bitmask) {
@@ -225,9 +231,7 @@ void pack_metadata(const Tensor& bitmask, Tensor metadata) {
   check(bitmask.scalar_type() == ScalarType::Byte, "slope::", kOp, ": bitmask must be uint8");
   const int64_t rows = bitmask.size(0);
   const int64_t columns = bitmask.size(1) * kColumnsPerByte;
-  check(rows % kMultiple == 0 && columns % kMultiple == 0, "slope::", kOp,
-        ": bitmask must be of a weight whose out and in are multiples of ", kMultiple,
-        ", got out x in = ", rows, " x ", columns);
+  check_multiples(kOp, "bitmask", rows, columns);
   const int64_t bytes = metadata_bytes(rows, columns);
   check(metadata.is_cuda() && metadata.get_device() == bitmask.get_device(), "slope::", kOp,
         ": metadata must be on the same device as bitmask");
@@ -260,9 +264,9 @@ bool fits_sparse_cores(ScalarType dtype, int64_t rows, int64_t columns) {
 
 void check_packable(const char* op, const char* name, const Tensor& values, int64_t rows,
                     int64_t columns) {
-  check(fits_sparse_cores(values.scalar_type(), rows, columns), "slope::", op, ": ", name,
-        " must be of a float16 or bfloat16 weight with out and in multiples of ", kMultiple,
-        ", for the sparse tensor cores, got out x in = ", rows, " x ", columns);
+  check(fits_sparse_cores(values.scalar_type(), kMultiple, kMultiple), "slope::", op, ": ", name,
+        " must be float16 or bfloat16 for the sparse tensor cores");
+  check_multiples(op, name, rows, columns);
 }
 
 void write_metadata(const char* op, const Tensor& bitmask, void* metadata, cudaStream_t stream) {

@@ -9,9 +9,9 @@
 
 namespace slope {
 
-// The library's kernels load metadata by their own tiles, at most 64 rows x 256 columns at once,
-// and so read that far beyond the end of an operand whose columns are no multiple of such a tile.
-// Memory must be there.
+// The library's kernels load metadata by tiles of their own, and so read beyond the end of an
+// operand whose columns are no multiple of such a tile (64 rows x 256 columns is the largest
+// known). No result depends on it, but memory must be there: in the storage of the metadata.
 constexpr int64_t kOverreadBytes = 64 * 256 / 8;
 
 // Bytes of metadata of a 16-bit weight [rows, columns], in whole tiles of the hardware.

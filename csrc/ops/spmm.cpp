@@ -46,16 +46,22 @@ void check_metadata(const char* op, const char* name, const OptionalTensor& meta
   }
 }
 
-// The address of [values | metadata]: of the values, where the metadata lies right behind them;
-// else of a copy, which `copy` then owns.
+// Whether `metadata` lies right behind `values`, with the room behind it that kernels want.
+bool is_packed(const Tensor& values, const Tensor& metadata) {
+  const auto* const start = static_cast<const uint8_t*>(values.const_data_ptr());
+  int64_t storage_bytes = 0, offset = 0;
+  SLOPE_TORCH_CHECK(aoti_torch_get_storage_size(metadata.get(), &storage_bytes));
+  SLOPE_TORCH_CHECK(aoti_torch_get_storage_offset(metadata.get(), &offset));
+  return values.is_contiguous() && reinterpret_cast<uintptr_t>(start) % 16 == 0 &&
+         start + values.numel() * 2 == metadata.const_data_ptr() &&
+         offset + metadata.numel() + kOverreadBytes <= storage_bytes;
+}
+
+// The address of [values | metadata]: of the values, where the metadata lies behind them; else of a
+// copy, which `copy` then owns.
 const void* packed_operand(const SparseWeight& weight, OptionalTensor& copy) {
-  if (weight.metadata && weight.values.is_contiguous()) {
-    const auto* const start = static_cast<const uint8_t*>(weight.values.const_data_ptr());
-    const bool aligned = reinterpret_cast<uintptr_t>(start) % 16 == 0;
-    if (aligned && start + weight.values.numel() * 2 == weight.metadata->const_data_ptr())
-        [[likely]] {
-      return start;
-    }
+  if (weight.metadata && is_packed(weight.values, *weight.metadata)) [[likely]] {
+    return weight.values.const_data_ptr();
   }
   copy = call_op("slope::pack", "", weight.values, weight.bitmask);
   return copy->const_data_ptr();

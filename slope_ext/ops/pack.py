@@ -23,7 +23,8 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
         bitmask: uint8 [out, in/8].
 
     Returns:
-        packed: uint8 [bytes of values + bytes of metadata].
+        packed: uint8 [bytes of values + bytes of metadata]; on CUDA a view of a storage that goes
+            on for what the library's kernels read beyond it.
 
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
@@ -49,7 +50,11 @@ def _check(values: Tensor, bitmask: Tensor) -> None:
     check = Checker("pack")
     rows, columns = check.values(values, bitmask)
     if values.is_cuda:
-        check.fits_sparse_cores("values", values.dtype, rows, columns)
+        check.require(
+            values.dtype in (torch.float16, torch.bfloat16),
+            "values must be float16 or bfloat16 for the sparse tensor cores",
+        )
+        check.core_multiples("values", rows, columns)
 
 
 def _check_metadata(bitmask: Tensor, metadata: Tensor) -> None:
@@ -58,7 +63,7 @@ def _check_metadata(bitmask: Tensor, metadata: Tensor) -> None:
     rows, columns = bitmask.shape[0], 8 * bitmask.shape[1]
     check.bitmask("bitmask", bitmask, rows, columns, "bitmask", bitmask)
     if bitmask.is_cuda:
-        check.fits_sparse_cores("bitmask", torch.float16, rows, columns)
+        check.core_multiples("bitmask", rows, columns)
     check.metadata("metadata", metadata, rows, columns, bitmask)
     check.require(metadata.is_contiguous(), "metadata must be contiguous")
 

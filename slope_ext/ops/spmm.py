@@ -45,7 +45,8 @@ def linear(
         values_t: [in, out/2] cache of the double-pruned values that backward refreshes when
             ``values`` changed; None computes them in every backward and keeps nothing.
         metadata: uint8, what :func:`slope_ext.ops.pack_metadata` makes of ``bitmask``; the caller
-            keeps the two in step. Where it lies right behind ``values`` in memory, the product
+            keeps the two in step. Where it lies right behind ``values`` in memory, as in what
+            :func:`slope_ext.ops.pack` returns, and its storage goes on for 2048 bytes, the product
             reads both in place; else they are packed in every call.
         metadata_t: that of ``values_t`` and ``bitmask_t``; a cache, as ``values_t`` is.
         backend: "auto"; "cusparselt", an error where that cannot be; "reference", a dense product
