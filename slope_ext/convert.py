@@ -25,6 +25,9 @@ FilterFn = Callable[[nn.Module, str], bool]
 # Output heads by the names that transformers gives them.
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls")
 
+# Where DistributedDataParallel looks up what it leaves alone, on the module that it wraps.
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+
 
 class SlopeConversionWarning(UserWarning):
     """Some linear layers stayed dense; the message lists each with its reason."""
@@ -107,6 +110,10 @@ def convert(
     shared between layers. Hooks of a weight itself are not: its gradient has another shape. Build
     the optimizer afterwards.
 
+    DistributedDataParallel would broadcast every buffer in each forward pass. The model that is
+    converted tells it to leave out what layers derive from weight and bitmask, which each rank
+    derives by itself; wrap that model, not one around it.
+
     Args:
         model: any module; if it is itself a linear layer, use the return value.
         config: see SlopeConfig; None is SlopeConfig().
@@ -143,9 +150,7 @@ def convert(
         layer = _sparse_twin(module, names_of_weight[id(module.weight)], first, config)
         by_weight.setdefault(id(module.weight), layer)
         replacements[module] = layer
-    converted = _replace(model, replacements)
-    _exclude_from_ddp(converted)
-    return converted
+    return _replace(model, replacements)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -166,9 +171,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             if not layer.has_adapter:  # an adapter makes the dense weight the layer's own
                 dense.weight = by_weight.setdefault(id(layer.weight), dense).weight
             replacements[layer] = dense
-    dense_model = _replace(model, replacements)
-    _exclude_from_ddp(dense_model)
-    return dense_model
+    return _replace(model, replacements)
 
 
 # ---- which layers --------------------------------------------------------------------------------
@@ -423,31 +426,23 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
     new.train(old.training)
 
 
-def _exclude_from_ddp(model: nn.Module) -> None:
-    """DistributedDataParallel broadcasts every buffer in each forward pass. What a layer derives
-    from its weight each rank derives by itself, to the same bits. The list is read from the module
-    that is wrapped: the one that was converted."""
-    theirs = [
-        name
-        for name in getattr(model, _DDP_IGNORES, ())
-        if name.rpartition(".")[2] not in DERIVED_BUFFERS
-    ]
-    ours = [
+def _derived_buffers(model: nn.Module) -> list[str]:
+    return [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         if isinstance(module, SLoPeLinear)
         for name in DERIVED_BUFFERS
     ]
-    if theirs or ours or hasattr(model, _DDP_IGNORES):
-        setattr(model, _DDP_IGNORES, [*theirs, *ours])
-
-
-_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    derived = set(_derived_buffers(model))
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
-    return replacements.get(model, model)
+    replaced = replacements.get(model, model)
+    ignored = [name for name in vars(replaced).pop(_DDP_IGNORES, ()) if name not in derived]
+    if ignored := ignored + _derived_buffers(replaced):
+        setattr(replaced, _DDP_IGNORES, ignored)
+    return replaced

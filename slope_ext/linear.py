@@ -17,7 +17,8 @@ from slope_ext.ops.spmm import Backend
 from slope_ext.sparse_layer import SparseLayer
 
 BackwardCopy = Literal["cached", "recompute"]
-# Buffers that follow from weight and bitmask.
+# Buffers that a layer derives from weight and bitmask; the mask of the backward copy may be of an
+# earlier weight.
 DERIVED_BUFFERS = ("weight_metadata", "weight_t", "weight_t_bitmask", "weight_t_metadata")
 _prepare_lock = threading.RLock()
 Operand = tuple[

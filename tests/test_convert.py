@@ -502,3 +502,14 @@ def test_ddp_ignores_what_is_derived_and_what_it_ignored_before():
     assert not [name for name in ignored if name.endswith((".weight", ".weight_bitmask"))]
     slope.to_dense(model)
     assert model._ddp_params_and_buffers_to_ignore == ["1.bias"]
+
+
+def test_ddp_list_is_theirs_again_after_to_dense():
+    """A buffer of theirs with one of our names stays; a list that was not there is gone."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Identity())
+    model[1].register_buffer("weight_t", torch.zeros(1))
+    model._ddp_params_and_buffers_to_ignore = ["1.weight_t"]
+    assert "1.weight_t" in slope.convert(model)._ddp_params_and_buffers_to_ignore
+    assert slope.to_dense(model)._ddp_params_and_buffers_to_ignore == ["1.weight_t"]
+    other = nn.Sequential(nn.Linear(16, 16))
+    assert not hasattr(slope.to_dense(slope.convert(other)), "_ddp_params_and_buffers_to_ignore")
