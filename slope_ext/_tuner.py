@@ -4,10 +4,9 @@
 Operands are random. An algorithm counts only if its product is that of a dense GEMM, to rounding;
 the fastest must also be right with bias, with an addend, and at both ends of the token counts that
 will share its entry. They take turns, so that clocks and temperature hit all alike; algorithms
-clearly behind after the first turns are dropped. No launch finds its operands in the L2 cache:
-operands that fit there are timed in single launches, each after something else was read; larger
-ones in a row of launches, since a long product under the power limit has other winners than a
-first one on a rested GPU.
+clearly behind after the first turns are dropped. Small operands are timed in single launches, each
+after something else was read over the L2 cache; those that exceed the cache twice in rows of
+launches, since a GPU at its power limit has other winners than a rested one.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _TOLERANCE = 0.02  # of the largest magnitude; rounding makes 0.004
 _FIRST_TURNS, _MORE_TURNS = 2, 7
 _DROP = 1.15  # slower than the best by this factor
 _SECONDS = 0.5  # spent on timing one shape, about
-_ROW_FLOPS = 1e12  # of the launches that are timed as one: a millisecond or two
+_ROW_FLOP = 1e12  # of the dense products of a row, which takes a millisecond or two
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,11 @@ def bucket(tokens: int) -> int:
     return 1 << max(3, math.ceil(math.log2(tokens)))
 
 
+def launches(operand_bytes: int, l2_bytes: int, flop: int) -> int:
+    """How many launches of a dense product's ``flop`` are timed as one sample."""
+    return max(2, round(_ROW_FLOP / flop)) if operand_bytes > 2 * l2_bytes else 1
+
+
 def _variant(problem: Any, **changes: Any) -> Any:
     fields = ("rows", "columns", "tokens", "device", "bfloat16", "bias", "accumulate")
     return _C.SpmmProblem(**({name: getattr(problem, name) for name in fields} | changes))
@@ -106,10 +110,8 @@ class _Sweep:
             self.expected += self.before
         self.allowed = _TOLERANCE * self.expected.abs().amax()
         self.l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-        operands = (self.packed, self.x, self.y)
-        exceeds_l2 = sum(tensor.nbytes for tensor in operands) > 2 * self.l2_bytes
-        flops = rows * columns * tokens
-        self.launches = max(1, round(_ROW_FLOPS / flops)) if exceeds_l2 else 1  # of one sample
+        operand_bytes = sum(tensor.nbytes for tensor in (self.packed, self.x, self.y))
+        self.launches = launches(operand_bytes, self.l2_bytes, 2 * rows * columns * tokens)
 
     def trial(self, algorithm: Any) -> _Trial | None:
         """Makes the plan and runs it once; None where the library refuses or the result is off."""

@@ -40,6 +40,7 @@ __all__ = [
     "clear",
     "entries",
     "export_table",
+    "forget_tables",
     "import_table",
     "info",
     "policy",
@@ -278,6 +279,12 @@ def import_table(path: str | Path) -> None:
     found = _tuned_table.load(Path(path), strict=True)
     with _lock:
         _tuned_table.save(table_path(), found)
+    forget_tables()
+
+
+def forget_tables() -> None:
+    """Reads the tables from their files again, when next asked; plans are forgotten."""
+    with _lock:
         _tables.clear()
     clear()
 

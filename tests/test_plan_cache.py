@@ -138,12 +138,15 @@ def test_export_and_import(tmp_path, monkeypatch):
         plan_cache.import_table(tmp_path / "missing.json")
 
 
-def test_shipped_tables_are_readable():
+def test_shipped_tables_are_readable_and_have_the_shapes_of_the_records():
     assert list(SHIPPED.glob("*.json"))
     for path in SHIPPED.glob("*.json"):
         for environment, found in _tuned_table.load(path, strict=True).items():
             assert len(environment.split(" | ")) == 4
-            assert found
+            keys = {e.key for e in found}
+            for rows, columns in ((4096, 4096), (14336, 4096), (9216, 9216), (5120, 20480)):
+                for tokens in (2048, 8192):
+                    assert Key(rows, columns, tokens, "bfloat16") in keys
             for e in found:
                 assert math.isfinite(e.seconds)
                 assert e.key.tokens & (e.key.tokens - 1) == 0
@@ -155,6 +158,12 @@ def test_shipped_tables_lie_under_the_users_own():
     _tuned_table.save(plan_cache.table_path(), {ENVIRONMENT: [entry(id=5)]})
     found = _tuned_table.load_all(plan_cache.table_path())[ENVIRONMENT]
     assert {e.tokens: e.id for e in found} == {8: 5, 16: 2}
+
+
+def test_large_products_are_timed_in_rows():
+    assert _tuner.launches(90 << 20, 50 << 20, 10**9) == 1
+    assert _tuner.launches(110 << 20, 50 << 20, 2 * 4096**3) == 7
+    assert _tuner.launches(110 << 20, 50 << 20, 10**13) == 2
 
 
 def test_bad_arguments():
@@ -449,8 +458,8 @@ def test_backends_agree(backend):
 def test_cusparselt_refuses_what_it_cannot_do():
     o = Operands(24, 96, torch.float16, CUDA)
     with pytest.raises(
-        RuntimeError, match="slope::linear: values must be of a float16 or bfloat16 weight"
+        RuntimeError, match="slope::linear: values must be of a weight with out and in"
     ):
         ops.linear(o.randn(8, 96), o.values, o.bitmask, backend="cusparselt")
-    with pytest.raises(RuntimeError, match="slope::linear: values must be of a float16"):
+    with pytest.raises(RuntimeError, match="slope::linear: values must be float16 or bfloat16"):
         ops.linear(o.randn(8, 96).float(), o.values.float(), o.bitmask, backend="cusparselt")
