@@ -2,17 +2,15 @@
 """The first call of a new shape: what making a plan costs, and what tuning it costs.
 
 Wall time from an idle GPU until it is idle again, of calls with token counts that were never used
-before, around the one that the case names; median and interquartile range over them. The library is
-warm: another shape ran first. ``plan`` makes a plan with the default algorithm (policy "off"),
-``tune`` sweeps the algorithms first (policy "on_first_use"; the table is forgotten between calls,
-since these counts share an entry). Baseline: F.linear with the dense weight and the same token
-counts, also for the first time.
+before, around the one that the case names; median and interquartile range over them. Libraries are
+warm: the same weight was multiplied with other token counts first, by both. ``plan`` makes a plan
+with the default algorithm (policy "off"), ``tune`` sweeps the algorithms first (policy
+"on_first_use"; the table is forgotten between calls, since these counts share an entry). Baseline:
+F.linear with the dense weight and the same token counts, also for the first time.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 
 import torch
@@ -24,18 +22,19 @@ from model_shapes import BAR_SHAPES, Shape
 from slope_ext import SLoPeLinear, plan_cache
 
 TOKENS = [64, 8192]
-CALLS = 6
+CALLS = 12
+WARM_CALLS = 3
 STEP = 16  # between token counts
 
 
 def first_calls(linear: Callable[[Tensor], Tensor], xs: list[Tensor]) -> harness.Timing:
-    """One call for each input, the first of its shape."""
+    """One call for each input, the first of its shape; the first WARM_CALLS are not counted."""
     seconds = []
     for x in xs:
         plan_cache.table_path().unlink(missing_ok=True)
-        plan_cache._tables.clear()
+        plan_cache.forget_tables()
         seconds.append(harness.wall_time(lambda x=x: linear(x)))  # type: ignore[misc]
-    return harness.timing_of(seconds)
+    return harness.timing_of(seconds[WARM_CALLS:])
 
 
 def bench_shape(shape: Shape, tokens: int) -> Iterator[harness.Record]:
@@ -64,16 +63,10 @@ def bench_shape(shape: Shape, tokens: int) -> Iterator[harness.Record]:
 @torch.no_grad()
 def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of two bar shapes, or one in a quick run."""
-    plan_cache.set_policy("off")
-    warm = torch.randn(512, 512, device="cuda").bfloat16()
-    for linear in (SLoPeLinear.from_dense(warm), lambda x: F.linear(x, warm)):
-        linear(warm)
     for shape in run.first(BAR_SHAPES[:2], 1):
         for tokens in TOKENS:
             yield from bench_shape(shape, tokens)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["SLOPE_EXT_CACHE_DIR"] = folder  # not the user's table
-        harness.main("first_call", __doc__, bench)
+    harness.main("first_call", __doc__, bench)

@@ -228,18 +228,21 @@ def bench_input_grad(
 @torch.no_grad()
 def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of the bar shapes, then of the other layers."""
-    for dtype in run.first(DTYPES, 1):
-        for shape in BAR_SHAPES:
-            for tokens in run.first(TOKENS, 2) if dtype == torch.bfloat16 else MOST:
-                yield from bench_forward(shape, dtype, tokens, run)
-                yield bench_input_grad(shape, dtype, tokens, run)
-                if shape[0] > 2 * shape[1]:
-                    yield bench_halves(shape, dtype, tokens, run)
+    cases = [
+        (shape, dtype, tokens)
+        for dtype in run.first(DTYPES, 1)
+        for shape in BAR_SHAPES
+        for tokens in (run.first(TOKENS, 2) if dtype == torch.bfloat16 else MOST)
+    ]
     if not run.quick:
-        for shape in model_shapes.users():
-            if shape not in BAR_SHAPES:
-                for tokens in MOST:
-                    yield from bench_forward(shape, torch.bfloat16, tokens, run)
+        others = [shape for shape in model_shapes.users() if shape not in BAR_SHAPES]
+        cases += [(shape, torch.bfloat16, tokens) for shape in others for tokens in MOST]
+    for shape, dtype, tokens in run.own(cases):
+        yield from bench_forward(shape, dtype, tokens, run)
+        if shape in BAR_SHAPES:
+            yield bench_input_grad(shape, dtype, tokens, run)
+            if shape[0] > 2 * shape[1]:
+                yield bench_halves(shape, dtype, tokens, run)
 
 
 if __name__ == "__main__":

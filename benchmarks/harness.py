@@ -18,6 +18,7 @@ Host time is another figure: what a call keeps the Python thread busy for, with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import json
@@ -26,8 +27,9 @@ import os
 import random
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +37,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from slope_ext import ops
+from slope_ext import _tuned_table, ops, plan_cache
 
 RESULTS = Path(__file__).parent / "results"
 Case = Callable[[int], Any]
@@ -93,10 +95,16 @@ class Run:
     quick: bool
     bandwidth: float  # bytes/s, copy_bandwidth()
     matmul_rate: float  # FLOP/s, matmul_rate()
+    part: tuple[int, int] = (0, 1)  # which of how many parts of the work
 
     def first(self, items: Sequence[T], count: int) -> Sequence[T]:
         """The first ``count`` items in a quick run, otherwise all."""
         return items[:count] if self.quick else items
+
+    def own(self, items: Iterable[T]) -> list[T]:
+        """The items of this part of the work."""
+        number, count = self.part
+        return [item for place, item in enumerate(items) if place % count == number]
 
     def limit(self, moved: float, flops: float = 0.0) -> float:
         """Least seconds of work that must move that many bytes and do that many FLOP."""
@@ -360,21 +368,61 @@ def main(name: str, description: str | None, bench: Callable[[Run], Iterable[Rec
     )
     parser.add_argument("--out", type=Path, help="folder of the records (default: results/<gpu>)")
     parser.add_argument("--quick", action="store_true", help="few shapes and types")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="this part of a bench that has parts",
+    )
+    parser.add_argument("--table", type=Path, help="merge what was tuned into this table")
     arguments = parser.parse_args()
 
     started = time.perf_counter()
-    run = Run(quick=arguments.quick, bandwidth=copy_bandwidth(), matmul_rate=matmul_rate())
+    run = Run(
+        quick=arguments.quick,
+        bandwidth=copy_bandwidth(),
+        matmul_rate=matmul_rate(),
+        part=arguments.part,
+    )
     print(
         f"{torch.cuda.get_device_name()}: copy bandwidth {run.bandwidth / 1e12:.2f} TB/s, "
         f"dense bf16 product {run.matmul_rate / 1e12:.0f} TFLOP/s"
     )
+    file = name if run.part == (0, 1) else f"{name}.{run.part[0]}"
     records: list[Record] = []
-    for record in bench(run):
-        records.append(record)
-        print(line(record), flush=True)
-        if arguments.out or not run.quick:
-            save(records, name, arguments.out)
+    with own_table(arguments.table):
+        for record in bench(run):
+            records.append(record)
+            print(line(record), flush=True)
+            if arguments.out or not run.quick:
+                save(records, file, arguments.out)
     print(f"{len(records)} records of {name} in {time.perf_counter() - started:.0f} s")
+
+
+@contextlib.contextmanager
+def own_table(table: Path | None) -> Iterator[None]:
+    """Tunes from nothing, by neither the user's table nor a shipped one; merges into ``table``."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SLOPE_EXT_CACHE_DIR"] = folder
+        _tuned_table.SHIPPED = Path(folder)
+        plan_cache.forget_tables()
+        yield
+        if table is not None:
+            _tuned_table.save(table, _tuned_table.load(plan_cache.table_path()))
+
+
+def merge(parts: Iterable[Path], path: Path) -> None:
+    """Writes the records of all parts of a bench as one file."""
+    records = [record for part in sorted(parts) for record in json.loads(part.read_text())]
+    path.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, count = map(int, text.split("/"))
+    if not 0 <= number < count:
+        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, got {text}")
+    return number, count
 
 
 def save(records: Sequence[Record], name: str, directory: Path | None = None) -> Path:

@@ -57,6 +57,14 @@ def test_record_holds_microseconds_and_ratios(record):
     assert "80.0% of limit 8.0" in harness.line(record)
 
 
+def test_parts_of_a_bench_are_all_of_it(record, tmp_path):
+    runs = [harness.Run(quick=False, bandwidth=1, matmul_rate=1, part=(i, 3)) for i in range(3)]
+    assert [run.own("abcdefg") for run in runs] == [list("adg"), list("be"), list("cf")]
+    parts = [harness.save([record] * (i + 1), f"op.{i}", tmp_path) for i in range(3)]
+    harness.merge(parts, tmp_path / "op.json")
+    assert len(json.loads((tmp_path / "op.json").read_text())) == 6
+
+
 def test_record_without_limit(record):
     host = replace(record, limit=None, limit_fraction=None)
     assert "limit" not in harness.line(host)
