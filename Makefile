@@ -73,12 +73,15 @@ test-gpu:
 	PYTHONPATH=. $(PYTHON) scripts/gpu_report.py $(PYTEST_ARGS)
 
 bench:
+	$(PYTHON) setup.py -q build_ext --inplace
 	for name in $(BENCHES); do PYTHONPATH=.:benchmarks $(PYTHON) benchmarks/bench_$$name.py $(BENCH_ARGS) || exit 1; done
 
 sanitize:
+	$(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) scripts/sanitize.py
 
 stress:
+	$(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) scripts/stress.py --out tests/stress_report.json
 
 # ---- quality ---------------------------------------------------------------------------------------

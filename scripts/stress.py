@@ -15,6 +15,7 @@ import argparse
 import datetime
 import json
 import random
+import resource
 import sys
 import threading
 import time
@@ -124,12 +125,11 @@ class Worker(threading.Thread):
 
 
 def memory() -> tuple[int, int]:
-    """Bytes in use on the device, by all of the process, and resident on the host."""
+    """Bytes in use on the device, by all of the process, and the most ever resident on the host."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return total - free, pages * 4096
+    return total - free, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def main() -> int:
@@ -162,7 +162,8 @@ def main() -> int:
         "by_op": {op: sum(worker.counts[op] for worker in workers) for op in OPS},
         "wrong": wrong,
         "device_growth_bytes": device,
-        "host_growth_bytes": host,
+        "host_peak_growth_bytes": host,
+        "host_peak_bytes": samples[-1][1],
         "seconds": round(time.perf_counter() - start, 1),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

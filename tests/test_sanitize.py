@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/sanitize.py: what it makes of the output of compute-sanitizer."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+try:
+    sanitize = importlib.import_module("sanitize")
+finally:
+    sys.path.remove(str(SCRIPTS))
+
+READ = """\
+========= Invalid __global__ read of size 16 bytes
+=========     at {kernel}+0x3390
+=========     by thread (32,0,0) in block (0,0,0)
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: {caller} [0x1376c] in {library}
+=========
+"""
+RACE = """\
+..s..========= Error: Race reported between Write access at {kernel}+0x4940
+=========     and Read access at {kernel}+0x6ee0 [762 hazards]
+=========
+"""
+OURS = "void slope::tile_kernel<(slope::FloatKind)1>(slope::WeightParams)"
+
+
+def output(*reports, summary="ERROR SUMMARY: {} errors"):
+    text = "========= COMPUTE-SANITIZER\n...\n" + "".join(reports) + "17 passed in 3.2s\n"
+    return text + f"========= {summary.format(len(reports))}\n"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.setattr(sanitize.torch.cuda, "get_device_name", lambda: "GPU")
+
+
+def counts(text):
+    result = sanitize.result_of(text)
+    return result["tests"], result["reports"], result["reports_in_other_libraries"]
+
+
+def test_a_clean_run():
+    assert counts(output()) == (17, 0, 0)
+
+
+def test_reports_of_our_kernels_and_of_what_our_library_launched_are_ours():
+    ours = READ.format(kernel=OURS, caller="cudaLaunchKernel", library="libcudart.so.13")
+    launched = READ.format(kernel="gemm", caller="slope::SpmmPlan::run", library="_ops.so")
+    theirs = READ.format(kernel="gemm", caller="cublasLtMatmul", library="libcublasLt.so.13")
+    assert counts(output(ours, launched, theirs)) == (17, 2, 1)
+
+
+def test_races():
+    summary = "RACECHECK SUMMARY: {} hazards displayed (2 errors, 0 warnings)"
+    races = (RACE.format(kernel=OURS), RACE.format(kernel="gemm"))
+    assert counts(output(*races, summary=summary)) == (17, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "17 passed in 3.2s\n",
+        output() + "========= Internal Sanitizer Error: failed\n",
+        output(summary="ERROR SUMMARY: 2 errors"),
+    ],
+    ids=["no summary", "internal error", "reports of a form that is not known"],
+)
+def test_what_cannot_be_trusted_is_an_error(text):
+    with pytest.raises(RuntimeError, match="sanitize: 0 reports found"):
+        sanitize.result_of(text)
