@@ -5,8 +5,9 @@
 //
 // Shapes: W is [out, in]; values [out, in/2]; bitmask uint8 [out, in/8] (1 = kept);
 //         values_t [in, out/2] and bitmask_t uint8 [in, out/8] are the double-pruned W transposed;
-//         metadata, metadata_t uint8: what the sparse tensor cores want of a bitmask. A product on
-//         CUDA reads a weight in place if its metadata lies right behind its values.
+//         metadata, metadata_t: what the sparse tensor cores want of a bitmask; int32 for the own
+//         kernel, uint8 for cuSPARSELt, which reads a weight in place if it lies right behind
+//         values.
 #include "common/torch_stable.h"
 
 STABLE_TORCH_LIBRARY(slope, m) {

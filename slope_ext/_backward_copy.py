@@ -29,6 +29,7 @@ def follow(
     bitmask_t: Tensor,
     values_t: Tensor | None,
     metadata_t: Tensor | None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the up-to-date transposed values [in, out/2] and their metadata.
 
@@ -46,7 +47,7 @@ def follow(
         bitmask_t, bitmask
     )
     if values_t is None:
-        values_t, metadata_t = _new_values_t(values)
+        values_t, metadata_t = new_values_t(values, backend)
     sources = (values, bitmask, bitmask_t)
     if mask_is_stale:
         with _unseen():
@@ -64,11 +65,14 @@ def follow(
     return values_t, metadata_t
 
 
-def _new_values_t(values: Tensor) -> tuple[Tensor, Tensor | None]:
+def new_values_t(values: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Uninitialised transposed values [in, out/2] and their metadata, as the backend wants them."""
     rows, columns = 2 * values.shape[1], values.shape[0]
-    if _packed.is_packable(rows, columns, values.dtype, values.device):
+    kind = _packed.backend_of(rows, columns, values.dtype, values.device, backend)
+    if kind == "cusparselt":
         return _packed.empty(rows, columns, values.dtype, values.device)
-    return values.new_empty(rows, columns // 2), None
+    words = _packed.empty_words(rows, columns, values.device) if kind == "native" else None
+    return values.new_empty(rows, columns // 2), words
 
 
 def follow_metadata(bitmask: Tensor, metadata: Tensor) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "cusparselt", "reference")
+BACKENDS = ("auto", "native", "cusparselt", "reference")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -104,8 +104,12 @@ class Checker:
     ) -> None:
         """Checks the metadata of a weight [rows, columns] beside ``values``."""
         if metadata is not None:
-            self.require(metadata.dtype == torch.uint8, f"{name} must be uint8")
-            size = metadata_bytes(rows, columns, values.device)
+            self.require(
+                metadata.dtype in (torch.uint8, torch.int32), f"{name} must be uint8 or int32"
+            )
+            words = metadata.dtype == torch.int32
+            device = values.device
+            size = metadata_words(rows, columns) if words else metadata_bytes(rows, columns, device)
             self.shape(name, metadata, (size,), "the metadata of the weight")
             self.same_device(name, metadata, "values", values)
 
@@ -141,6 +145,11 @@ class Checker:
 def fits_sparse_cores(dtype: torch.dtype, rows: int, columns: int) -> bool:
     """Whether the sparse tensor cores take a weight [rows, columns] of that dtype."""
     return dtype in (torch.float16, torch.bfloat16) and rows % 16 == 0 and columns % 16 == 0
+
+
+def metadata_words(rows: int, columns: int) -> int:
+    """int32 elements of the metadata of a weight [rows, columns] for the own product on sm_90."""
+    return -(-rows // 64) * -(-columns // 256) * 512
 
 
 def metadata_bytes(rows: int, columns: int, device: torch.device) -> int:

@@ -13,13 +13,13 @@ the allocation.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from slope_ext import _C, _library
-from slope_ext._check import fits_sparse_cores, metadata_bytes
+from slope_ext._check import fits_sparse_cores, metadata_bytes, metadata_words
 
 OVERREAD_BYTES = 2048  # kOverreadBytes in csrc/ops/pack_metadata.h says why
 
@@ -37,8 +37,37 @@ class _Bytes:
         }
 
 
+def backend_of(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device, backend: str
+) -> Literal["native", "cusparselt"] | None:
+    """What multiplies by a weight [rows, columns] of a layer with that backend; None: cuBLAS."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    fits = half and rows % 8 == 0 and columns % 32 == 0 and rows * columns > 0
+    on_cuda = device.type == "cuda"
+    if backend in ("auto", "native") and on_cuda and fits and _native_runs_here(device.index or 0):
+        return "native"
+    if backend in ("auto", "cusparselt") and is_packable(rows, columns, dtype, device):
+        return "cusparselt"
+    return None
+
+
+@functools.cache
+def _native_runs_here(device: int) -> bool:
+    """Whether there are compiled ops with code for sm_90a, and a GPU that runs it."""
+    if "linear" not in _library.CUDA_KERNELS or _library.FORCE_REFERENCE:
+        return False
+    built = _C.build_info()["cuda_archs"].split(",")
+    return "90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def empty_words(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Uninitialised metadata of a weight [rows, columns] for the own product."""
+    with torch.inference_mode(False):
+        return torch.empty(metadata_words(rows, columns), dtype=torch.int32, device=device)
+
+
 def is_packable(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the sparse product on ``device`` takes a weight [rows, columns]."""
+    """Whether a cuSPARSELt plan on ``device`` takes a weight [rows, columns]."""
     return (
         device.type == "cuda"
         and fits_sparse_cores(dtype, rows, columns)
@@ -83,3 +112,12 @@ def is_packed(values: Tensor, metadata: Tensor) -> bool:
         and values.is_contiguous()
         and end + OVERREAD_BYTES <= metadata.untyped_storage().nbytes()
     )
+
+
+def fits(values: Tensor, metadata: Tensor | None, kind: str | None) -> bool:
+    """Whether metadata is of the form that a kind of product (backend_of) wants beside values."""
+    if metadata is None or kind is None:
+        return metadata is None and kind is None
+    if kind == "native":
+        return metadata.dtype == torch.int32 and metadata.device == values.device
+    return metadata.dtype == torch.uint8 and is_packed(values, metadata)

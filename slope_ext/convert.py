@@ -49,7 +49,7 @@ class SlopeConfig:
         pattern: "2:4", compressed; any other N:M, or ``simulate``, is dense masked arithmetic.
         simulate: use MaskedLinear for 2:4 too.
         backward_copy: "cached" or "recompute", see SLoPeLinear.
-        backend: "auto", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`.
+        backend: "auto", "native", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`.
         target_modules: "all-linear", a regular expression that must match the whole name, or a
             sequence of names; a name matches its last components ("q_proj" any q_proj).
         exclude_modules: like ``target_modules``, left dense. Output heads always are, unless

@@ -20,6 +20,7 @@ BackwardCopy = Literal["cached", "recompute"]
 # Buffers that a layer derives from weight and bitmask; the mask of the backward copy may be of an
 # earlier weight.
 DERIVED_BUFFERS = ("weight_metadata", "weight_t", "weight_t_bitmask", "weight_t_metadata")
+
 _prepare_lock = threading.RLock()
 Operand = tuple[
     Tensor,
@@ -51,9 +52,10 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     ``weight_t``          [in, out/2]              backward copy, derived, not in the state_dict;
                                                    None with ``backward_copy="recompute"``
     ``weight_t_bitmask``  uint8 [in, out/8]        its mask, derived, not in the state_dict
-    ``weight_metadata``,  uint8                    masks as the sparse tensor cores read them, right
-    ``weight_t_metadata``                          behind the values in memory; derived, not in the
-                                                   state_dict; None where those cores are not used
+    ``weight_metadata``,  int32 or uint8           masks as the sparse tensor cores read them, uint8
+    ``weight_t_metadata``                          right behind the values in memory; derived, not
+                                                   in the state_dict; None where those cores are not
+                                                   used
     ====================  =======================  =================================================
 
     The gradient, optimizer state, clipping, gradient scaling, DDP and checkpoints see an ordinary
@@ -64,15 +66,15 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     :meth:`update_transposed_mask` (``slope_ext.optim.AdamW`` does that every ``mask_interval``
     steps).
 
-    On CUDA, fp16 and bf16 weights move to memory where their metadata follows them, in the first
-    forward pass or when the layer is moved. A forward pass that runs as Python sees a bitmask
-    written by hand; compiled or captured ones need :meth:`prepare` after that.
+    fp16 and bf16 weights that cuSPARSELt multiplies move to memory where their metadata follows
+    them, in the first forward pass or when the layer is moved. A forward pass that runs as Python
+    sees a bitmask written by hand; compiled or captured ones need :meth:`prepare` after that.
 
     Args:
         in_features, out_features: logical sizes, multiples of 8.
         bias: whether to learn a bias.
         device, dtype: as in ``nn.Linear``; fp16, bf16, fp32 (or fp64 on the CPU).
-        backend: "auto", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`.
+        backend: "auto", "native", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`.
         backward_copy: "cached" keeps the transposed values (fastest); "recompute" derives them in
             every backward (least memory). Take "recompute" for fp32 weights under autocast, which
             derives them from the cast weight anyway.
@@ -341,20 +343,15 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     def _allocate_transposed_values(self) -> None:
         values_t = metadata_t = None
         if self.backward_copy == "cached":
-            shape = (self.in_features, self.out_features)
-            if self._is_packable(*shape):
-                values_t, metadata_t = _packed.empty(*shape, self.weight.dtype, self.weight.device)
-            else:
-                values_t = self.weight.new_empty(self.in_features, self.out_features // 2)
+            values_t, metadata_t = _backward_copy.new_values_t(self.weight.data, self.backend)
         self.register_buffer("weight_t", values_t, persistent=False)
         self.register_buffer("weight_t_metadata", metadata_t, persistent=False)
 
     def _transposed_values_fit(self, values_t: Tensor) -> bool:
         if values_t.dtype != self.weight.dtype:
             return False
-        if self.weight_t_metadata is not None:
-            return _packed.is_packed(values_t, self.weight_t_metadata)
-        return not self._is_packable(self.in_features, self.out_features)
+        kind = self._kind(self.in_features, self.out_features)
+        return _packed.fits(values_t, self.weight_t_metadata, kind)
 
     def _follow_transposed_mask(self) -> None:
         # At once, not in the next backward: that may be the replay of a CUDA graph.
@@ -365,8 +362,13 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def _pack(self, may_move: bool) -> None:
         weight, metadata = self.weight, self.weight_metadata
-        if metadata is None or not _packed.is_packed(weight, metadata):
-            metadata = self._move_to_packed() if may_move else None
+        kind = self._kind(self.out_features, self.in_features)
+        if metadata is None or not _packed.fits(weight, metadata, kind):
+            metadata = None
+            if may_move and kind == "native":
+                metadata = _packed.empty_words(self.out_features, self.in_features, weight.device)
+            elif may_move and kind == "cusparselt":
+                metadata = self._move_to_packed()
             self.weight_metadata = metadata
         if metadata is not None:
             _backward_copy.follow_metadata(self.weight_bitmask, metadata)
@@ -374,24 +376,23 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     def _move_to_packed(self) -> Tensor | None:
         """Gives ``weight`` memory with room for metadata behind it; returns that, if there is."""
         weight = self.weight
-        shape = (self.out_features, self.in_features)
         owns_memory = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
         # A DTensor and its like, or a part of somebody's flat buffer, must stay what it is.
-        if type(weight.data) is not Tensor or not owns_memory or not self._is_packable(*shape):
+        if type(weight.data) is not Tensor or not owns_memory:
             return None
         with torch.inference_mode(False), torch.no_grad():
-            values, metadata = _packed.empty(*shape, weight.dtype, weight.device)
+            values, metadata = _packed.empty(
+                self.out_features, self.in_features, weight.dtype, weight.device
+            )
             values.copy_(weight)
             weight.data = values
             # Once a layer: other streams may read it from now on, and reuse the old memory.
             torch.cuda.current_stream(weight.device).synchronize()
         return metadata
 
-    def _is_packable(self, rows: int, columns: int) -> bool:
+    def _kind(self, rows: int, columns: int) -> str | None:
         weight = self.weight
-        return self.backend != "reference" and _packed.is_packable(
-            rows, columns, weight.dtype, weight.device
-        )
+        return _packed.backend_of(rows, columns, weight.dtype, weight.device, self.backend)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._prepared = None

@@ -194,7 +194,8 @@ def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[A
         if not isinstance(module, SLoPeLinear) or not module.weight.is_cuda:
             continue
         module.prepare()
-        if module.weight_metadata is None:
+        metadata = module.weight_metadata
+        if metadata is None or metadata.dtype != torch.uint8:
             continue
         shapes = [(module.out_features, module.in_features)]
         if backward:

@@ -121,8 +121,23 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
 
 
 def pack_metadata(bitmask: Tensor, metadata: Tensor) -> None:
-    """The identity layout: the bitmask itself."""
-    metadata.copy_(bitmask.flatten())
+    """uint8: the identity layout, the bitmask itself; int32: the words of docs/layouts.md."""
+    if metadata.dtype != torch.int32:
+        metadata.copy_(bitmask.flatten())
+        return
+    rows, columns = bitmask.shape[0], 8 * bitmask.shape[1]
+    kept = unpack_bits(bitmask).unflatten(-1, (columns // 4, 4))
+    first = kept.int().argmax(-1)
+    last = 3 - kept.flip(-1).int().argmax(-1)
+    nibbles = metadata.new_full((-(-rows // 64) * 64, -(-columns // 256) * 64), 0x4)
+    nibbles[:rows, : columns // 4] = first | last << 2
+    # From [block, warp, half, g, quad, stage, t, nibble]
+    # to [block, quad, warp, g, t, stage, half, nibble]
+    nibbles = nibbles.view(-1, 4, 2, 8, nibbles.shape[1] // 64, 4, 4, 4)
+    nibbles = nibbles.permute(0, 4, 1, 3, 6, 5, 2, 7).reshape(-1, 8).long()
+    shifts = 4 * torch.arange(8, device=nibbles.device)
+    words = (nibbles << shifts).sum(-1)
+    metadata.copy_(torch.where(words < 1 << 31, words, words - (1 << 32)))
 
 
 # ---- products ------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.gpu
 OUT, IN, TOKENS = 128, 192, 40
 
 
-def make(dtype=torch.bfloat16, **options):
+def make(dtype=torch.bfloat16, backend="cusparselt", **options):
+    options["backend"] = backend
     layer = slope.SLoPeLinear(IN, OUT, device="cuda", dtype=dtype, **options)
     layer.prepare()
     return layer
@@ -57,8 +58,7 @@ def test_new_layer(dtype, backward_copy):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_cannot_be_packed_still_computes(dtype):
-    options = {"backend": "reference"} if dtype == torch.bfloat16 else {}
-    layer = make(dtype, **options)
+    layer = make(dtype, backend="reference" if dtype == torch.bfloat16 else "auto")
     assert layer.weight_metadata is None
     assert layer.weight_t_metadata is None
     assert_right(layer)
@@ -177,9 +177,9 @@ def _requested_bytes():
 def test_memory_is_values_masks_and_metadata():
     out, in_ = 1024, 2048
     weight = torch.randn(out, in_, device="cuda", dtype=torch.bfloat16)
-    slope.SLoPeLinear.from_dense(weight)  # what a first use makes
+    slope.SLoPeLinear.from_dense(weight, backend="cusparselt")  # what a first use makes
     before = _requested_bytes()
-    layer = slope.SLoPeLinear.from_dense(weight)
+    layer = slope.SLoPeLinear.from_dense(weight, backend="cusparselt")
     assert layer.weight_metadata is not None
     added = _requested_bytes() - before
     room = _packed.OVERREAD_BYTES

@@ -752,7 +752,8 @@ def test_gpu_trains_as_the_reference_does(inputs: Path, tmp_path: Path) -> None:
         options += ["--steps", 50, "--lr", 0.003, "--mask-interval", 10, "--adapter-fraction", 0.04]
         assert main(arguments(inputs, tmp_path / device, *options)) == 0
         curves[device] = np.array(losses(tmp_path / device))
-    assert slope.plan_cache.info()["plans"] > 0
+    on_plans = torch.cuda.get_device_capability() != (9, 0)  # else on the own kernel
+    assert (slope.plan_cache.info()["plans"] > 0) == on_plans
     assert len(curves["cuda"]) == 50
     assert curves["cuda"][-1] < 0.8 * curves["cuda"][0]
     relative = np.abs(curves["cuda"] / curves["cpu"] - 1).max()

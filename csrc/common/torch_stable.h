@@ -83,7 +83,7 @@ inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& 
 
 // A contiguous tensor whose data starts at a multiple of 16 bytes: itself, or a copy.
 inline Tensor contiguous_16b(const Tensor& tensor) {
-  Tensor result = torch::stable::contiguous(tensor);
+  Tensor result = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   const auto address = reinterpret_cast<uintptr_t>(result.const_data_ptr());
   return address % 16 == 0 ? result : torch::stable::clone(result);
 }

@@ -2,10 +2,11 @@
 //
 // linear_lowrank on CUDA: Y = X W^T + scale T B^T + b with T = X A^T.
 //
-// T and T B^T are dense products; the sparse one then adds to the latter in its epilogue, so that
-// Y is written twice and read once.
+// T is a dense product. The own kernel multiplies T B^T on the sums of the sparse product; a plan
+// adds to a dense T B^T in its epilogue, so that Y is written twice and read once.
 #include "common/check_operands.h"
 #include "common/cuda_check.h"
+#include "common/round_up.h"
 #include "ops/spmm.h"
 
 namespace slope {
@@ -19,6 +20,13 @@ Tensor scaled(const Tensor& t, double scale) {
   Tensor factor = torch::stable::new_empty(t, {1});
   torch::stable::fill_(factor, scale);
   return call_op("aten::mul", "Tensor", t, factor);
+}
+
+// Columns of zeros up to a multiple of 8, which the tail of the own kernel wants.
+Tensor pad_rank(const Tensor& factor) {
+  const int64_t rank = factor.size(factor.dim() - 1);
+  const int64_t padded = round_up(rank, 8);
+  return padded == rank ? factor : torch::stable::pad(factor, {0, padded - rank});
 }
 
 void check_factor(const char* op, const char* name, const Tensor& factor, const Tensor& values) {
@@ -46,9 +54,18 @@ std::tuple<Tensor, Tensor> linear_lowrank(
 
   const OptionalTensor none;
   const Tensor t = call_op("aten::linear", "", x, lora_A, none);
-  if (takes_plan(kOp, weight, backend) && x.numel() > 0) {
-    const Tensor low_rank = call_op("aten::linear", "", scaled(t, scale), lora_B, none);
-    return {sparse_linear(kOp, x, weight, bias, contiguous_16b(low_rank)), t};
+  switch (choose_backend(kOp, x, weight, backend)) {
+    case Backend::kNative:
+      if (rank == 0) {
+        return {native_linear(kOp, x, weight, bias, none, none), t};
+      }
+      return {native_linear(kOp, x, weight, bias, pad_rank(scaled(t, scale)), pad_rank(lora_B)), t};
+    case Backend::kPlan: {
+      const Tensor low_rank = call_op("aten::linear", "", scaled(t, scale), lora_B, none);
+      return {plan_linear(kOp, x, weight, bias, contiguous_16b(low_rank)), t};
+    }
+    case Backend::kDense:
+      break;
   }
   const Tensor low_rank = call_op("aten::linear", "", t, lora_B, none);
   return {torch::stable::subtract(dense_linear(x, weight, bias), low_rank, -scale), t};

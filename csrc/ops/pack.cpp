@@ -231,25 +231,47 @@ void pack_metadata(const Tensor& bitmask, Tensor metadata) {
   check(bitmask.scalar_type() == ScalarType::Byte, "slope::", kOp, ": bitmask must be uint8");
   const int64_t rows = bitmask.size(0);
   const int64_t columns = bitmask.size(1) * kColumnsPerByte;
-  check_multiples(kOp, "bitmask", rows, columns);
-  const int64_t bytes = metadata_bytes(rows, columns);
+  const bool words = metadata.scalar_type() == ScalarType::Int;
+  if (words) {
+    check(rows % 8 == 0 && columns % 32 == 0, "slope::", kOp,
+          ": bitmask must be of a weight with out in multiples of 8 and in in multiples of 32 for "
+          "int32 metadata, got out x in = ",
+          rows, " x ", columns);
+  } else {
+    check_multiples(kOp, "bitmask", rows, columns);
+  }
+  const int64_t size = words ? metadata_words(rows, columns) : metadata_bytes(rows, columns);
   check(metadata.is_cuda() && metadata.get_device() == bitmask.get_device(), "slope::", kOp,
         ": metadata must be on the same device as bitmask");
-  check(metadata.scalar_type() == ScalarType::Byte && metadata.dim() == 1 &&
-            metadata.size(0) == bytes && metadata.is_contiguous(),
-        "slope::", kOp, ": metadata must be contiguous uint8 [", bytes, "], got ",
-        ShapeOf{metadata});
+  check((words || metadata.scalar_type() == ScalarType::Byte) && metadata.dim() == 1 &&
+            metadata.size(0) == size && metadata.is_contiguous(),
+        "slope::", kOp, ": metadata must be contiguous ", words ? "int32" : "uint8", " [", size,
+        "], got ", ShapeOf{metadata});
   check(reinterpret_cast<uintptr_t>(metadata.const_data_ptr()) % 16 == 0, "slope::", kOp,
         ": metadata must start at a multiple of 16 bytes");
   if (bitmask.numel() == 0) {
     return;
   }
   const torch::stable::accelerator::DeviceGuard guard(bitmask.get_device());
-  write_metadata(kOp, contiguous_16b(bitmask), metadata.mutable_data_ptr(),
-                 current_stream(bitmask, kOp));
+  const auto write = words ? &write_words : &write_metadata;
+  write(kOp, contiguous_16b(bitmask), metadata.mutable_data_ptr(), current_stream(bitmask, kOp));
 }
 
 }  // namespace
+
+int64_t metadata_words(int64_t rows, int64_t columns) {
+  return round_up(rows, 64) * round_up(columns, 256) / 32;
+}
+
+void write_words(const char* op, const Tensor& bitmask, void* words, cudaStream_t stream) {
+  const PackWordsParams params{
+      .bitmask = static_cast<const uint8_t*>(bitmask.const_data_ptr()),
+      .words = static_cast<uint32_t*>(words),
+      .rows = bitmask.size(0),
+      .columns = bitmask.size(1) * kColumnsPerByte,
+  };
+  check_cuda(launch_pack_words(params, stream), op);
+}
 
 int64_t metadata_bytes(int64_t rows, int64_t columns) {
   return std::max(round_up(rows, 32) * round_up(columns, 64),

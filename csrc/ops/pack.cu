@@ -104,9 +104,56 @@ void launch(const PackMetadataParams& params, cudaStream_t stream) {
                                         static_cast<uint2*>(params.metadata), params.rows, words);
 }
 
+// ---- words of spmm_sm90 --------------------------------------------------------------------
+//
+// Element [b, q, l, s] is what lane 4g + t of warp w, l = 32w + 4g + t, gives to the wgmma of
+// columns 256q + 64s on: groups of columns 256q + 64s + 16t on, four nibbles of row 64b + 16w + g,
+// then four of the row 8 below.
+//
+// Ownership. A thread owns the four words of its lane, 16 bytes; a block one [b, q]. Its warps read
+// 32 bytes each of 16 rows of the bitmask.
+constexpr int kQuadThreads = 128;
+constexpr int kQuadColumns = 256;
+constexpr uint32_t kKeepsFirstTwo = 0x33333333;  // of each group: as good as any beyond the weight
+
+__global__ void __launch_bounds__(kQuadThreads) pack_words_kernel(const PackWordsParams params) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row = int64_t{blockIdx.y} * kWarpRows + threadIdx.x / 32 * 16 + lane / 4;
+  const int64_t column = int64_t{blockIdx.x} * kQuadColumns + lane % 4 * 16;
+  const int64_t row_bytes = params.columns / 8;
+
+  uint32_t words[4];
+#pragma unroll
+  for (int stage = 0; stage < 4; ++stage) {
+    uint32_t mask = kKeepsFirstTwo;
+    const int64_t first = column + stage * 64;
+    if (first < params.columns) {
+      const auto* const source = params.bitmask + row * row_bytes + first / 8;
+      if (row < params.rows) {
+        mask = (mask & 0xffff0000) | *reinterpret_cast<const uint16_t*>(source);
+      }
+      if (row + 8 < params.rows) {
+        const auto below = *reinterpret_cast<const uint16_t*>(source + 8 * row_bytes);
+        mask = (mask & 0x0000ffff) | uint32_t{below} << 16;
+      }
+    }
+    words[stage] = indices_of(mask);
+  }
+  const int64_t place = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  reinterpret_cast<uint4*>(params.words)[place * kQuadThreads + threadIdx.x] = {words[0], words[1],
+                                                                                words[2], words[3]};
+}
+
 }  // namespace
 
-// ---- launcher ----------------------------------------------------------------------------
+// ---- launchers ---------------------------------------------------------------------------
+
+cudaError_t launch_pack_words(const PackWordsParams& params, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((params.columns + kQuadColumns - 1) / kQuadColumns),
+                  static_cast<unsigned>((params.rows + kWarpRows - 1) / kWarpRows));
+  pack_words_kernel<<<grid, kQuadThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
 
 cudaError_t launch_pack_metadata(const PackMetadataParams& params, cudaStream_t stream) {
   if (params.layout == MetadataLayout::kSm90) {

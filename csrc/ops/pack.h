@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Launcher of pack_metadata.
+// Launchers of pack_metadata.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,6 +19,16 @@ struct PackMetadataParams {
   int64_t columns;         // multiple of 32 (kSm90) or 128 (kSm80)
   MetadataLayout layout;
 };
+
+struct PackWordsParams {
+  const uint8_t* bitmask;  // [rows, columns / 8], 2-byte aligned
+  uint32_t* words;         // [ceil(rows / 64), ceil(columns / 256), 128, 4], 16-byte aligned
+  int64_t rows;            // multiple of 8
+  int64_t columns;         // multiple of 32
+};
+
+// words <- the metadata as spmm_sm90 wants it; any valid metadata beyond the weight.
+cudaError_t launch_pack_words(const PackWordsParams& params, cudaStream_t stream);
 
 // metadata <- where the kept elements are, as indices. Reads bitmask, writes metadata.
 cudaError_t launch_pack_metadata(const PackMetadataParams& params, cudaStream_t stream);

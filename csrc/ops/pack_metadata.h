@@ -14,6 +14,12 @@ namespace slope {
 // known). No result depends on it, but memory must be there: in the storage of the metadata.
 constexpr int64_t kOverreadBytes = 64 * 256 / 8;
 
+// Words of metadata of a weight [rows, columns] for spmm_sm90.
+int64_t metadata_words(int64_t rows, int64_t columns);
+
+// words <- those of a contiguous bitmask [rows, columns / 8] on the current device.
+void write_words(const char* op, const Tensor& bitmask, void* words, cudaStream_t stream);
+
 // Bytes of metadata of a 16-bit weight [rows, columns], in whole tiles of the hardware.
 int64_t metadata_bytes(int64_t rows, int64_t columns);
 

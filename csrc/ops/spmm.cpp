@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// linear on CUDA: Y = X W^T + b by a cached cuSPARSELt plan (spmm_plan.h), or with W decompressed
-// where the sparse tensor cores do not take it.
+// linear on CUDA: Y = X W^T + b by the own kernel on Hopper (spmm_sm90.h), by a cached cuSPARSELt
+// plan (spmm_plan.h), or with W decompressed where the sparse tensor cores do not take it.
 #include "ops/spmm.h"
 
 #include <atomic>
@@ -12,6 +12,7 @@
 #include "common/round_up.h"
 #include "ops/pack_metadata.h"
 #include "ops/spmm_plan.h"
+#include "ops/spmm_sm90.h"
 
 namespace slope {
 namespace {
@@ -38,11 +39,12 @@ void check_metadata(const char* op, const char* name, const OptionalTensor& meta
   if (metadata) {
     check(metadata->is_cuda() && metadata->get_device() == values.get_device(), "slope::", op, ": ",
           name, " must be on the same device as values");
-    const int64_t bytes = metadata_bytes(rows, columns);
-    check(metadata->scalar_type() == ScalarType::Byte && metadata->dim() == 1 &&
-              metadata->size(0) == bytes && metadata->is_contiguous(),
-          "slope::", op, ": ", name, " must be contiguous uint8 [", bytes, "], got ",
-          ShapeOf{*metadata});
+    const bool words = metadata->scalar_type() == ScalarType::Int;
+    const int64_t size = words ? metadata_words(rows, columns) : metadata_bytes(rows, columns);
+    check((words || metadata->scalar_type() == ScalarType::Byte) && metadata->dim() == 1 &&
+              metadata->size(0) == size && metadata->is_contiguous(),
+          "slope::", op, ": ", name, " must be contiguous ", words ? "int32" : "uint8", " [", size,
+          "], got ", ShapeOf{*metadata});
   }
 }
 
@@ -60,7 +62,8 @@ bool is_packed(const Tensor& values, const Tensor& metadata) {
 // The address of [values | metadata]: of the values, where the metadata lies behind them; else of a
 // copy, which `copy` then owns.
 const void* packed_operand(const SparseWeight& weight, OptionalTensor& copy) {
-  if (weight.metadata && is_packed(weight.values, *weight.metadata)) [[likely]] {
+  if (weight.metadata && weight.metadata->scalar_type() == ScalarType::Byte &&
+      is_packed(weight.values, *weight.metadata)) [[likely]] {
     return weight.values.const_data_ptr();
   }
   copy = call_op("slope::pack", "", weight.values, weight.bitmask);
@@ -111,8 +114,13 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
   const SparseWeight weight{values, bitmask, bitmask_t, values_t, metadata, metadata_t};
   check_linear(kOp, x, weight, bias);
   const torch::stable::accelerator::DeviceGuard guard(values.get_device());
-  if (takes_plan(kOp, weight, backend) && x.numel() > 0) {
-    return sparse_linear(kOp, x, weight, bias, std::nullopt);
+  switch (choose_backend(kOp, x, weight, backend)) {
+    case Backend::kNative:
+      return native_linear(kOp, x, weight, bias, std::nullopt, std::nullopt);
+    case Backend::kPlan:
+      return plan_linear(kOp, x, weight, bias, std::nullopt);
+    case Backend::kDense:
+      break;
   }
   return dense_linear(x, weight, bias);
 }
@@ -144,27 +152,92 @@ void check_linear(const char* op, const Tensor& x, const SparseWeight& weight,
   check_metadata(op, "metadata_t", weight.metadata_t, values, columns, rows);
 }
 
-bool takes_plan(const char* op, const SparseWeight& weight, const std::string& backend) {
-  check(backend == "auto" || backend == "cusparselt" || backend == "reference", "slope::", op,
-        ": backend must be auto, cusparselt or reference, got ", backend);
+Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weight,
+                       const std::string& backend) {
+  const bool automatic = backend == "auto";
+  check(automatic || backend == "native" || backend == "cusparselt" || backend == "reference",
+        "slope::", op, ": backend must be auto, native, cusparselt or reference, got ", backend);
   if (backend == "reference") {
-    return false;
+    return Backend::kDense;
   }
   const Tensor& values = weight.values;
+  const ScalarType dtype = values.scalar_type();
   const int64_t rows = values.size(0);
   const int64_t columns = values.size(1) * 2;
-  const bool fits = fits_sparse_cores(values.scalar_type(), rows, columns) &&
-                    (backend == "cusparselt" || cusparselt::available());
-  if (backend == "cusparselt") {
+  const bool empty = values.numel() == 0 || x.numel() == 0;
+
+  // Metadata for the library's kernels says that the weight is meant for those
+  const bool for_plan = weight.metadata && weight.metadata->scalar_type() == ScalarType::Byte;
+  if (backend == "native" || (automatic && !for_plan)) {
+    const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+    const bool fits = half && rows % 8 == 0 && columns % 32 == 0;
+    const bool runs = fits && spmm_sm90_runs(values.get_device());
+    check(automatic || fits, "slope::", op,
+          ": values must be of a float16 or bfloat16 weight with out in multiples of 8 and in in "
+          "multiples of 32 for backend native, got out x in = ",
+          rows, " x ", columns);
+    check(automatic || runs, "slope::", op,
+          ": backend native needs a GPU of compute capability 9.0 and a build for sm_90a");
+    if (runs) {
+      return empty ? Backend::kDense : Backend::kNative;
+    }
+  }
+
+  const bool fits =
+      fits_sparse_cores(dtype, rows, columns) && (!automatic || cusparselt::available());
+  if (!automatic) {
     check_packable(op, "values", values, rows, columns);
   } else if (!fits) {
     warn_dense_product(values);
   }
-  return fits && values.numel() > 0;
+  return fits && !empty ? Backend::kPlan : Backend::kDense;
 }
 
-Tensor sparse_linear(const char* op, const Tensor& x, const SparseWeight& weight,
-                     const OptionalTensor& bias, const OptionalTensor& addend) {
+Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight,
+                     const OptionalTensor& bias, const OptionalTensor& tail_x,
+                     const OptionalTensor& tail_weight) {
+  const int64_t rows = weight.values.size(0);
+  const int64_t columns = weight.values.size(1) * 2;
+  const cudaStream_t stream = current_stream(weight.values, op);
+  const Tensor input = contiguous_16b(x);
+  const Tensor values = contiguous_16b(weight.values);
+  OptionalTensor words;
+  if (weight.metadata && weight.metadata->scalar_type() == ScalarType::Int) [[likely]] {
+    words = contiguous_16b(*weight.metadata);
+  } else {
+    words =
+        torch::stable::new_empty(weight.bitmask, {metadata_words(rows, columns)}, ScalarType::Int);
+    write_words(op, contiguous_16b(weight.bitmask), words->mutable_data_ptr(), stream);
+  }
+  const auto aligned = [](const OptionalTensor& tensor) {
+    return tensor ? OptionalTensor(contiguous_16b(*tensor)) : std::nullopt;
+  };
+  const OptionalTensor vector = aligned(bias), left = aligned(tail_x), right = aligned(tail_weight);
+  Tensor y = empty_like_device(x, shape_with(x, rows), x.scalar_type());
+  const auto pointer = [](const OptionalTensor& tensor) {
+    return tensor ? tensor->const_data_ptr() : nullptr;
+  };
+  const SpmmSm90Params params{
+      .x = input.const_data_ptr(),
+      .values = values.const_data_ptr(),
+      .metadata = words->const_data_ptr(),
+      .tail_x = pointer(left),
+      .tail_weight = pointer(right),
+      .bias = pointer(vector),
+      .y = y.mutable_data_ptr(),
+      .tokens = x.numel() / columns,
+      .rows = rows,
+      .columns = columns,
+      .rank = right ? right->size(1) : 0,
+      .kind = values.scalar_type() == ScalarType::Half ? FloatKind::kHalf : FloatKind::kBFloat16,
+      .tile = -1,
+  };
+  check_cuda(launch_spmm_sm90(params, stream), op);
+  return y;
+}
+
+Tensor plan_linear(const char* op, const Tensor& x, const SparseWeight& weight,
+                   const OptionalTensor& bias, const OptionalTensor& addend) {
   const int64_t rows = weight.values.size(0);
   const int64_t columns = weight.values.size(1) * 2;
   const int64_t tokens = x.numel() / columns;

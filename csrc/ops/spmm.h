@@ -31,14 +31,24 @@ struct SparseWeight {
 void check_linear(const char* op, const Tensor& x, const SparseWeight& weight,
                   const OptionalTensor& bias);
 
-// Whether sparse_linear takes a cuSPARSELt plan. Raises RuntimeError where `backend` is unknown or
-// asks for what the weight does not allow; warns once of a weight that "auto" must decompress.
-bool takes_plan(const char* op, const SparseWeight& weight, const std::string& backend);
+// What multiplies: the own kernel (spmm_sm90.h), a cuSPARSELt plan, or cuBLAS.
+enum class Backend { kNative, kPlan, kDense };
+
+// Raises RuntimeError where `backend` is unknown or asks for what the weight does not allow; warns
+// once of a weight that "auto" must decompress. The current device is the weight's.
+Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weight,
+                       const std::string& backend);
+
+// x W^T [+ tail_x tail_weight^T] [+ bias] by the own kernel, on the current device; x not empty.
+// tail_x [..., rank] and tail_weight [out, rank], rank a multiple of 8, or neither.
+Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight,
+                     const OptionalTensor& bias, const OptionalTensor& tail_x,
+                     const OptionalTensor& tail_weight);
 
 // x W^T [+ addend] [+ bias] by a plan, on the current device; x not empty. The addend [..., out]
 // must be contiguous; the result may be written over it.
-Tensor sparse_linear(const char* op, const Tensor& x, const SparseWeight& weight,
-                     const OptionalTensor& bias, const OptionalTensor& addend);
+Tensor plan_linear(const char* op, const Tensor& x, const SparseWeight& weight,
+                   const OptionalTensor& bias, const OptionalTensor& addend);
 
 // x W^T [+ bias] with W decompressed.
 Tensor dense_linear(const Tensor& x, const SparseWeight& weight, const OptionalTensor& bias);

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slope_ext import reference
+from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
 from slope_ext._library import register, register_autocast
 from slope_ext.ops.spmm import (
     Backend,
     call_directly,
+    composes,
     needs_grad,
     require_bitmask_t,
     rows_of,
@@ -128,6 +129,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t, metadata_t)
 
 
+def _input_grad_on_cuda(
+    dy: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    values: Tensor,
+    bitmask: Tensor,
+    bitmask_t: Tensor,
+    values_t: Tensor | None,
+    metadata_t: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """dX = dY W^{R,C} + scale (dY B) A in the one product, and dY B [..., rank]."""
+    values_t, metadata_t = _backward_copy.follow(
+        values, bitmask, bitmask_t, values_t, metadata_t, backend
+    )
+    adapter = (lora_B.t(), lora_A.t())  # those of the transposed layer
+    rest = (scale, None, None, None, metadata_t, None, backend)
+    with torch._C._AutoDispatchBelowAutograd():
+        dx, dt = torch.ops.slope.linear_lowrank.default(dy, values_t, bitmask_t, *adapter, *rest)
+    return dx, dt
+
+
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
@@ -136,11 +160,16 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     x_needs, values_need, a_needs, b_needs, bias_needs = ctx.needs
     flat_dy = rows_of(dy)
 
-    dt = ctx.scale * (flat_dy @ lora_B)  # [tokens, rank]
-    dx = None
-    if x_needs:
-        dx = trusted_input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
-        dx = dx + (dt @ lora_A).view(dx.shape)
+    weight = (values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
+    if x_needs and composes(dy):
+        dx, dt = _input_grad_on_cuda(dy, lora_A, lora_B, ctx.scale, *weight)
+        dt = ctx.scale * rows_of(dt)
+    else:
+        dt = ctx.scale * (flat_dy @ lora_B)  # [tokens, rank]
+        dx = None
+        if x_needs:
+            dx = trusted_input_grad(dy, *weight)
+            dx = dx + (dt @ lora_A).view(dx.shape)
     dw = weight_grad(dy, x, bitmask) if values_need else None
     da = dt.t() @ rows_of(x) if a_needs else None
     db = ctx.scale * (flat_dy.t() @ rows_of(t)) if b_needs else None

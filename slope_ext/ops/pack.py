@@ -37,7 +37,8 @@ def pack_metadata(bitmask: Tensor, metadata: Tensor) -> None:
 
     Args:
         bitmask: uint8 [out, in/8]; on CUDA out and in multiples of 16.
-        metadata: uint8 [bytes of metadata], contiguous, from a multiple of 16 bytes; overwritten.
+        metadata: uint8 [bytes of metadata] or, for the own product on sm_90, int32 [words]; both in
+            docs/layouts.md. Contiguous, from a multiple of 16 bytes; overwritten.
 
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it and
@@ -62,7 +63,13 @@ def _check_metadata(bitmask: Tensor, metadata: Tensor) -> None:
     check.matrix("bitmask", bitmask)
     rows, columns = bitmask.shape[0], 8 * bitmask.shape[1]
     check.bitmask("bitmask", bitmask, rows, columns, "bitmask", bitmask)
-    if bitmask.is_cuda:
+    if metadata.dtype == torch.int32:
+        check.require(
+            rows % 8 == 0 and columns % 32 == 0,
+            "bitmask must be of a weight with out in multiples of 8 and in in multiples of 32 for "
+            f"int32 metadata, got out x in = {rows} x {columns}",
+        )
+    elif bitmask.is_cuda:
         check.core_multiples("bitmask", rows, columns)
     check.metadata("metadata", metadata, rows, columns, bitmask)
     check.require(metadata.is_contiguous(), "metadata must be contiguous")

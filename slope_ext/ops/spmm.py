@@ -14,7 +14,7 @@ from slope_ext._check import Checker
 from slope_ext._library import COMPOSED, register, register_autocast
 from slope_ext.ops.weight_grad import weight_grad
 
-Backend = Literal["auto", "cusparselt", "reference"]
+Backend = Literal["auto", "native", "cusparselt", "reference"]
 
 
 def linear(
@@ -44,13 +44,14 @@ def linear(
         bitmask_t: uint8 [in, out/8]; needed if ``x`` requires grad (out a multiple of 8).
         values_t: [in, out/2] cache of the double-pruned values that backward refreshes when
             ``values`` changed; None computes them in every backward and keeps nothing.
-        metadata: uint8, what :func:`slope_ext.ops.pack_metadata` makes of ``bitmask``; the caller
-            keeps the two in step. Where it lies right behind ``values`` in memory, as in what
-            :func:`slope_ext.ops.pack` returns, and its storage goes on for 2048 bytes, the product
-            reads both in place; else they are packed in every call.
+        metadata: what :func:`slope_ext.ops.pack_metadata` makes of ``bitmask``, int32 for the own
+            kernel or uint8 for cuSPARSELt; the caller keeps the two in step. uint8 is read in place
+            where it lies right behind ``values`` in memory, as in what :func:`slope_ext.ops.pack`
+            returns, and its storage goes on for 2048 bytes; else both are packed in every call.
         metadata_t: that of ``values_t`` and ``bitmask_t``; a cache, as ``values_t`` is.
-        backend: "auto"; "cusparselt", an error where that cannot be; "reference", a dense product
-            of the decompressed weight.
+        backend: "native" (the own kernel) or "cusparselt", an error where that cannot be;
+            "reference", a dense product of the decompressed weight; "auto", the first of them that
+            takes the weight.
 
     Returns:
         y: [..., out], contiguous.
@@ -146,7 +147,9 @@ def _input_grad_on_cuda(
     metadata_t: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    values_t, metadata_t = _backward_copy.follow(values, bitmask, bitmask_t, values_t, metadata_t)
+    values_t, metadata_t = _backward_copy.follow(
+        values, bitmask, bitmask_t, values_t, metadata_t, backend
+    )
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.slope.linear.default(  # type: ignore[no-any-return]
             dy, values_t, bitmask_t, None, None, None, metadata_t, None, backend
@@ -155,10 +158,15 @@ def _input_grad_on_cuda(
 
 def trusted_input_grad(dy: Tensor, *rest: Any) -> Tensor:
     """input_grad of arguments that a forward pass checked."""
-    eager = not torch.compiler.is_compiling() and type(dy) is Tensor
-    if dy.is_cuda and eager and "input_grad" in COMPOSED:
+    if composes(dy):
         return _input_grad_on_cuda(dy, *rest)
     return torch.ops.slope.input_grad.default(dy, *rest)  # type: ignore[no-any-return]
+
+
+def composes(dy: Tensor) -> bool:
+    """Whether a gradient may be made of compiled ops: eager, on CUDA, references not forced."""
+    eager = not torch.compiler.is_compiling() and type(dy) is Tensor
+    return dy.is_cuda and eager and "input_grad" in COMPOSED
 
 
 def needs_grad(*inputs: Tensor | None) -> tuple[bool, ...]:

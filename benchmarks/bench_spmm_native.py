@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The own Hopper product against the best cuSPARSELt plan and cuBLAS; what a low-rank tail adds.
+
+spmm_native     linear on the own kernel; F.linear with the dense weight; linear on the plan of the
+                fastest algorithm of a sweep
+linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
+                epilogue adds the dense low-rank product; the own kernel without an adapter
+
+Limit: as in bench_spmm.py, the low-rank products included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import harness
+from bench_spmm import MOST, sparse_limit
+from model_shapes import BAR_SHAPES, Shape
+from slope_ext import SLoPeLinear, plan_cache
+from slope_ext.ops.spmm import Backend
+
+TOKENS = [*MOST, 512, 1024, 16384]
+
+
+def make_layers(
+    shape: Shape, dtype: torch.dtype, count: int
+) -> tuple[list[SLoPeLinear], list[SLoPeLinear]]:
+    """Layers of one shape with the same random weights: on the own kernel, and on plans."""
+    weights = [torch.randn(*shape, device="cuda").to(dtype) for _ in range(count)]
+
+    def layers(backend: Backend) -> list[SLoPeLinear]:
+        return [SLoPeLinear.from_dense(weight, backend=backend) for weight in weights]
+
+    return layers("native"), layers("cusparselt")
+
+
+def lowrank(xs: list[Tensor], operands: list[Any], a: Tensor, b: Tensor) -> harness.Case:
+    """linear_lowrank of buffer set i, with one adapter for all."""
+
+    def case(i: int) -> Any:
+        values, bitmask, *rest = operands[i]
+        return torch.ops.slope.linear_lowrank(xs[i], values, bitmask, a, b, 1.0, *rest)
+
+    return case
+
+
+def bench_shape(
+    shape: Shape, dtype: torch.dtype, tokens: int, run: harness.Run
+) -> Iterator[harness.Record]:
+    """Records of one shape."""
+    moved, limit = sparse_limit(shape, dtype, tokens, run)
+    sets = harness.buffer_sets(int(moved))
+    own, by_plan = make_layers(shape, dtype, sets)
+    dense = [layer.dense_weight().detach() for layer in own]
+    xs = [torch.randn(tokens, shape[1], device="cuda").to(dtype) for _ in range(sets)]
+    plan_cache.tune(by_plan[0], tokens=[tokens], backward=False)
+    operands = {name: [layer.operand() for layer in layers]
+                for name, layers in (("own", own), ("plan", by_plan))}  # fmt: skip
+    timings = harness.time_cases(
+        {
+            "ours": lambda i: torch.ops.slope.linear(xs[i], *operands["own"][i]),
+            "F.linear": lambda i: F.linear(xs[i], dense[i]),
+            "best cuSPARSELt plan": lambda i: torch.ops.slope.linear(xs[i], *operands["plan"][i]),
+        },
+        sets,
+    )
+    common: dict[str, Any] = {
+        "case": f"{shape[0]}x{shape[1]}",
+        "dtype": dtype,
+        "tokens": tokens,
+    }
+    yield from harness.baseline_records(timings, bench="spmm_native", limit=limit, **common)
+    if tokens not in MOST:
+        return
+    for rank in (64, -(-shape[1] * 156 // 10000 // 8) * 8):
+        a = torch.randn(rank, shape[1], device="cuda").to(dtype) / shape[1] ** 0.5
+        b = torch.randn(shape[0], rank, device="cuda").to(dtype)
+
+        timings = harness.time_cases(
+            {
+                "ours": lowrank(xs, operands["own"], a, b),
+                "plan with beta = 1": lowrank(xs, operands["plan"], a, b),
+                "without adapter": lambda i: torch.ops.slope.linear(xs[i], *operands["own"][i]),
+            },
+            sets,
+        )
+        flops = rank * (shape[0] + shape[1]) * tokens * 2
+        yield from harness.baseline_records(
+            timings,
+            bench="linear_lowrank",
+            limit=limit + flops / run.matmul_rate,
+            **common | {"case": f"{shape[0]}x{shape[1]};r={rank}"},
+        )
+
+
+@torch.no_grad()
+def bench(run: harness.Run) -> Iterator[harness.Record]:
+    """Records of the bar shapes."""
+    cases = [
+        (shape, dtype, tokens)
+        for dtype in run.first([torch.bfloat16, torch.float16], 1)
+        for shape in BAR_SHAPES
+        for tokens in (run.first(TOKENS, 3) if dtype == torch.bfloat16 else MOST)
+    ]
+    for shape, dtype, tokens in run.own(cases):
+        yield from bench_shape(shape, dtype, tokens, run)
+
+
+if __name__ == "__main__":
+    harness.main("spmm_native", __doc__, bench)

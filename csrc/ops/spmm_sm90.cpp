@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Host side of spmm_sm90: which tile, tensor maps, launch. No torch header.
+#include "ops/spmm_sm90.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <utility>
+
+#include "ops/spmm_sm90_args.h"
+
+namespace slope {
+namespace {
+
+// Times of a tile as fitted to products of 12 shapes, 64 to 8192 tokens, on an H200 with all blocks
+// at work; 2 % to 10 % off, but alike for all tiles of a shape.
+constexpr std::array<SpmmSm90Tile, 6> kTiles{{
+    {256, 192, 2, 0.718, 5.7, -9.4, &launch_spmm_sm90_256x192},
+    {256, 176, 1, 0.663, 5.2, -8.9, &launch_spmm_sm90_256x176},
+    {256, 168, 1, 0.623, 5.9, -8.5, &launch_spmm_sm90_256x168},
+    {256, 128, 2, 0.502, 4.2, -5.0, &launch_spmm_sm90_256x128},
+    {128, 256, 2, 0.470, 4.1, -4.1, &launch_spmm_sm90_128x256},
+    {128, 128, 1, 0.324, 1.6, -3.9, &launch_spmm_sm90_128x128},
+}};
+
+constexpr int kElementBytes = 2;
+constexpr int kBlockRows = 64;  // of a wgmma
+constexpr int kAtomColumns = 32;
+constexpr int kRasterRows = 3072;  // of W that blocks work on at a time
+
+int64_t ceil_div(int64_t size, int64_t by) { return (size + by - 1) / by; }
+
+// ---- choice of the tile ------------------------------------------------------------------
+
+// How a product is cut into tiles, and the microseconds that it takes.
+struct Cut {
+  int tile;
+  int64_t row_tiles, token_tiles;  // those of a cluster are one
+  int64_t clusters;
+  double time;
+};
+
+Cut cut_of(int index, const SpmmSm90Params& params, int processors) {
+  const SpmmSm90Tile& tile = kTiles[index];
+  const int64_t row_tiles = ceil_div(params.rows, int64_t{tile.rows} * tile.cluster);
+  const int64_t token_tiles = ceil_div(params.tokens, tile.tokens);
+  const int64_t clusters = std::min<int64_t>(row_tiles * token_tiles, processors / tile.cluster);
+  const int64_t stages =
+      ceil_div(params.columns, kSm90TileColumns) + ceil_div(params.rank, kSm90TailTileColumns);
+  // Every cluster takes as many tiles, one after the other, as the busiest has to
+  const auto rounds = static_cast<double>(ceil_div(row_tiles * token_tiles, clusters));
+  const double round = static_cast<double>(stages) * tile.stage_us + tile.output_us;
+  return {index, row_tiles, token_tiles, clusters, rounds * round + tile.start_us};
+}
+
+Cut choose_cut(const SpmmSm90Params& params, int processors) {
+  if (params.tile >= 0) {
+    return cut_of(params.tile, params, processors);
+  }
+  Cut best = cut_of(0, params, processors);
+  for (int index = 1; index < spmm_sm90_tile_count(); ++index) {
+    const Cut other = cut_of(index, params, processors);
+    best = other.time < best.time ? other : best;
+  }
+  return best;
+}
+
+int processors_of(int device) {
+  int processors = 0;
+  return cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess
+             ? processors
+             : 0;
+}
+
+// ---- tensor maps ---------------------------------------------------------------------------
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// Looked up in the driver, so that nothing links to it.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                                12000, cudaEnableDefault, &result);
+    return status == cudaSuccess && result == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<EncodeTiled>(found)
+               : nullptr;
+  }();
+  return function;
+}
+
+struct Matrix {
+  const void* data;
+  int64_t rows, columns;  // row-major, contiguous
+};
+
+struct Box {
+  int rows, columns;  // the columns are one swizzle span wide
+};
+
+// Maps of one product; remembers whether one was refused.
+class MapMaker {
+ public:
+  explicit MapMaker(FloatKind kind)
+      : type_(kind == FloatKind::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16) {}
+
+  CUtensorMap make(const Matrix& matrix, Box box) {
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.columns),
+                                 static_cast<cuuint64_t>(matrix.rows)};
+    const cuuint64_t row_bytes[1] = {sizes[0] * kElementBytes};
+    const cuuint32_t box_sizes[2] = {static_cast<cuuint32_t>(box.columns),
+                                     static_cast<cuuint32_t>(box.rows)};
+    const cuuint32_t steps[2] = {1, 1};
+    CUtensorMap map{};
+    const CUresult result = encode_tiled()(
+        &map, type_, 2, const_cast<void*>(matrix.data), sizes, row_bytes, box_sizes, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE,
+        box.columns * kElementBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    good_ = good_ && result == CUDA_SUCCESS;
+    return map;
+  }
+
+  bool good() const { return good_; }
+
+ private:
+  CUtensorMapDataType type_;
+  bool good_ = true;
+};
+
+// ---- checks ----------------------------------------------------------------------------------
+
+bool is_aligned(const void* pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+bool is_valid(const SpmmSm90Params& params) {
+  constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max() - 256;  // and a tile more
+  const bool sizes = params.tokens >= 0 && params.tokens <= kMaxSize && params.rows >= 0 &&
+                     params.rows <= kMaxSize && params.rows % 8 == 0 && params.columns >= 0 &&
+                     params.columns <= kMaxSize && params.columns % kAtomColumns == 0 &&
+                     params.rank >= 0 && params.rank <= kMaxSize && params.rank % 8 == 0;
+  const bool pointers = is_aligned(params.x, 16) && is_aligned(params.values, 16) &&
+                        is_aligned(params.metadata, 16) && is_aligned(params.tail_x, 16) &&
+                        is_aligned(params.tail_weight, 16) && is_aligned(params.bias, 2) &&
+                        is_aligned(params.y, 16);
+  const bool tail = params.rank == 0 || (params.tail_x != nullptr && params.tail_weight != nullptr);
+  const bool kind = params.kind == FloatKind::kHalf || params.kind == FloatKind::kBFloat16;
+  const bool tile = params.tile >= -1 && params.tile < spmm_sm90_tile_count();
+  return sizes && pointers && tail && kind && tile;
+}
+
+}  // namespace
+
+// ---- launcher --------------------------------------------------------------------------------
+
+bool spmm_sm90_runs(int device) {
+#ifdef SLOPE_SM90A
+  int major = 0, minor = 0;
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0 && encode_tiled() != nullptr;
+#else
+  (void)device;
+  return false;
+#endif
+}
+
+int spmm_sm90_tile_count() { return static_cast<int>(kTiles.size()); }
+
+cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) {
+  if (!is_valid(params)) {
+    return cudaErrorInvalidValue;
+  }
+  if (params.tokens == 0 || params.rows == 0) {
+    return cudaSuccess;
+  }
+  if (params.columns == 0) {
+    return cudaErrorInvalidValue;
+  }
+
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) {
+    return status;
+  }
+  if (!spmm_sm90_runs(device)) {
+    return cudaErrorNotSupported;
+  }
+  const int processors = processors_of(device);
+  const Cut cut = choose_cut(params, processors);
+  const SpmmSm90Tile& tile = kTiles[cut.tile];
+  if (cut.row_tiles * cut.token_tiles > std::numeric_limits<int32_t>::max() - processors) {
+    return cudaErrorInvalidValue;
+  }
+
+  // Maps. Those of an absent tail are not used
+  MapMaker maps(params.kind);
+  const Matrix y{params.y, params.tokens, params.rows};
+  const int rest = tile.tokens % kSm90OutBox;
+  SpmmSm90Args args{};
+  args.values = maps.make({params.values, params.rows, params.columns / 2},
+                          {tile.rows, kSm90TileColumns / 2});
+  args.x = maps.make({params.x, params.tokens, params.columns},
+                     {tile.tokens / tile.cluster, kSm90TileColumns});
+  if (params.rank > 0) {
+    args.tail_weight = maps.make({params.tail_weight, params.rows, params.rank},
+                                 {tile.rows, kSm90TailTileColumns});
+    args.tail_x = maps.make({params.tail_x, params.tokens, params.rank},
+                            {tile.tokens / tile.cluster, kSm90TailTileColumns});
+  }
+  args.y = maps.make(y, {kSm90OutBox, kSm90OutBox});
+  args.y_rest = rest == 0 ? args.y : maps.make(y, {rest, kSm90OutBox});
+  if (!maps.good()) {
+    return cudaErrorInvalidValue;
+  }
+
+  args.metadata = static_cast<const uint4*>(params.metadata);
+  args.bias = params.bias;
+  args.rows = static_cast<int>(params.rows);
+  args.tokens = static_cast<int>(params.tokens);
+  args.quads = static_cast<int>(ceil_div(params.columns, kSm90QuadColumns));
+  args.row_blocks = static_cast<int>(ceil_div(params.rows, kBlockRows));
+  args.k_tiles = static_cast<int>(ceil_div(params.columns, kSm90TileColumns));
+  args.tail_tiles = static_cast<int>(ceil_div(params.rank, kSm90TailTileColumns));
+  args.row_tiles = static_cast<int>(cut.row_tiles);
+  args.token_tiles = static_cast<int>(cut.token_tiles);
+  // Groups of equal height
+  const int64_t group = kRasterRows / (tile.rows * tile.cluster);
+  args.raster_group = static_cast<int>(ceil_div(cut.row_tiles, ceil_div(cut.row_tiles, group)));
+
+  const auto blocks = static_cast<unsigned>(cut.clusters * tile.cluster);
+  return tile.launch(args, params.kind, blocks, stream);
+}
+
+}  // namespace slope
+
+int slope_spmm_sm90(const void* params, void* stream) {
+  return slope::launch_spmm_sm90(*static_cast<const slope::SpmmSm90Params*>(params),
+                                 static_cast<cudaStream_t>(stream));
+}

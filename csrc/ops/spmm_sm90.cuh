@@ -1,0 +1,506 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// spmm_sm90:  y = x W^T [+ tail_x tail_weight^T] [+ bias],  W 2:4, 16-bit types, sums in fp32
+//
+// To the tensor cores W is the left operand, wgmma.mma_async.sp m64nNk32, so a tile of Y lies
+// transposed in the accumulators: rows are features of Y (rows of W), columns are tokens.
+//
+// Ownership. One block for each multiprocessor. Blocks, or clusters of two, one below the other,
+// take tiles of Y in turns, a block kRows features x kTokens tokens. It has three warpgroups:
+//
+//   warpgroup 0       one thread of it fills the ring by TMA; the rest is idle
+//   warpgroups 1, 2   kBlocks times 64 features each, all tokens of the tile; warp w of one has
+//                     features 16w to 16w+15 of every 64
+//
+// Ring. A stage is 64 columns of W and X, or then 32 of the tail's factors (whose X part is half
+// as large). It is full when TMA has written its bytes, empty when both warpgroups have done its
+// wgmma; each has the wgmma of one stage under way while it issues those of the next.
+//
+//            full: 1 arrival + bytes                    empty: 2 arrivals
+//   TMA ---> | stage 0 | stage 1 | ... | stage n-1 | ---> wgmma
+//            | values kRows x 32, 64-byte swizzle  |
+//            | x    kTokens x 64, 128-byte swizzle |
+//
+// Metadata goes from global memory to registers, four stages ahead: see Metadata.
+//
+// Output. 64 features x 64 tokens at a time: bias, conversion, stmatrix.trans into one of four
+// buffers of 8 KB (a token a row, 128-byte swizzle), TMA store. The ring fills meanwhile.
+//
+// Work of a stage with tile 256 x 192: 2 * 256 * 192 * 64 = 6.3 MFLOP of the dense product, in 768
+// clocks of the tensor cores; 16 KB of values, 2 KB of metadata and 24 KB of x in.
+//
+// Preconditions, which the launcher checks: as in SpmmSm90Params, columns > 0, tokens > 0, rows >
+// 0. Sizes need not be multiples of the tile: TMA reads zeros beyond the operands and leaves out
+// what is beyond Y. With an odd number of atoms the last stage's second half is such zeros.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <atomic>
+#include <type_traits>
+#include <utility>
+
+#include "common/ptx.cuh"
+#include "ops/spmm_sm90_args.h"
+
+namespace slope {
+namespace sm90 {
+
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+constexpr int kBlockRows = 64;    // of a wgmma
+constexpr int kAtomColumns = 32;  // of a sparse wgmma
+constexpr int kSteps = kSm90TileColumns / kAtomColumns;
+static_assert(kSteps == 2, "the two selectors of a metadata word");
+constexpr int kQuad = kSm90QuadColumns / kSm90TileColumns;  // stages whose metadata stands together
+static_assert(kQuad == 4, "words of a 16-byte load");
+
+// 65536 registers: 128 * 24 + 256 * 240 = 64512
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;
+
+constexpr int kElementBytes = 2;
+constexpr int kValueRowBytes = kSm90TileColumns / 2 * kElementBytes;  // 64
+constexpr int kXRowBytes = kSm90TileColumns * kElementBytes;          // 128
+constexpr int kTailRowBytes = kSm90TailTileColumns * kElementBytes;   // 64
+static_assert(kTailRowBytes <= kValueRowBytes && kTailRowBytes <= kXRowBytes);
+constexpr int kOutRowBytes = kSm90OutBox * kElementBytes;  // 128
+constexpr int kOutBytes = kSm90OutBox * kOutRowBytes;
+constexpr int kOutBuffers = 4;          // of each consumer
+constexpr int kSharedAlignment = 1024;  // of the 128-byte swizzle
+constexpr int kMaxSharedBytes = 227 * 1024;
+
+// kBlocks: m64 accumulators of a consumer. kTokens: N of the wgmma. kCluster: blocks, one below the
+// other, that share tiles of X.
+template <int kBlocks_, int kTokens_, int kStages_, int kCluster_>
+struct Tile {
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kCluster = kCluster_;
+  static constexpr int kXPart = kTokens / kCluster;  // that a block loads for its cluster
+  static constexpr int kRows = kConsumers * kBlocks * kBlockRows;
+  static constexpr int kOutChunks = (kTokens + kSm90OutBox - 1) / kSm90OutBox;
+  static constexpr int kRestTokens = kTokens % kSm90OutBox;  // of the last chunk, 0: whole
+
+  // Shared memory, from the first multiple of kSharedAlignment
+  static constexpr int kValueBytes = kRows * kValueRowBytes;
+  static constexpr int kXBytes = kTokens * kXRowBytes;
+  static constexpr int kTailBytes = (kRows + kTokens) * kTailRowBytes;
+  static constexpr int kX = 0;
+  static constexpr int kValues = kX + kStages * kXBytes;
+  static constexpr int kOut = kValues + kStages * kValueBytes;
+  static constexpr int kFull = kOut + kConsumers * kOutBuffers * kOutBytes;
+  static constexpr int kEmpty = kFull + kStages * 8;
+  static constexpr int kSharedBytes = kEmpty + kStages * 8 + kSharedAlignment;
+  static_assert(kXBytes % kSharedAlignment == 0 && kValueBytes % kSharedAlignment == 0);
+  static_assert(kTokens % (8 * kCluster) == 0 && kSharedBytes <= kMaxSharedBytes);
+  static_assert(kBlocks * kTokens / 2 + 40 <= kConsumerRegisters);
+};
+
+// ---- elements ----------------------------------------------------------------------------
+
+template <FloatKind kKind>
+struct Element;
+
+template <>
+struct Element<FloatKind::kHalf> {
+  using Type = __half;
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
+};
+
+template <>
+struct Element<FloatKind::kBFloat16> {
+  using Type = __nv_bfloat16;
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
+};
+
+// ---- metadata ----------------------------------------------------------------------------
+
+// Words of a quad of stages, for the kBlocks blocks of 64 rows of a consumer. Sparse wgmma takes
+// one word from each lane for the two k32 steps of a stage; docs/layouts.md draws which, and that
+// the four words of a quad stand together.
+template <int kBlocks>
+struct Metadata {
+  uint32_t word[kBlocks][kQuad];
+
+  // Starts the loads of quad `quad` of blocks `block` on. Blocks beyond W read the last; quads
+  // beyond it read nothing, since they are not used.
+  __device__ __forceinline__ void load(const SpmmSm90Args& args, int block, int quad, int thread) {
+    if (quad < args.quads) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const int64_t place = int64_t{min(block + i, args.row_blocks - 1)} * args.quads + quad;
+        ptx::load_once(word[i], args.metadata + place * kWarpgroup + thread);
+      }
+    }
+  }
+};
+
+// ---- order of tiles, ring ----------------------------------------------------------------
+
+template <typename T>
+__device__ __forceinline__ int block_of_cluster() {
+  return T::kCluster == 1 ? 0 : blockIdx.x % T::kCluster;
+}
+
+struct TilePlace {
+  int row, token;  // this block's first
+};
+
+// The tiles of a cluster, one under the other, count as one here. Groups of raster_group along
+// features; in one, features before tokens. Clusters that run at the same time then share tiles of
+// W and of X in L2.
+template <typename T>
+__device__ __forceinline__ TilePlace place_of(const SpmmSm90Args& args, int tile) {
+  const int group_tiles = args.raster_group * args.token_tiles;
+  const int group = tile / group_tiles;
+  const int in_group = tile - group * group_tiles;
+  const int first = group * args.raster_group;
+  const int height = min(args.raster_group, args.row_tiles - first);
+  const int row_tile = (first + in_group % height) * T::kCluster + block_of_cluster<T>();
+  return {row_tile * T::kRows, in_group / height * T::kTokens};
+}
+
+template <typename T>
+struct Ring {
+  uint32_t shared;  // start of the block's shared memory
+  int stage = 0;
+  uint32_t round = 0;  // parity of the times that the ring was gone through
+
+  __device__ __forceinline__ uint32_t full(int s) const { return shared + T::kFull + s * 8; }
+  __device__ __forceinline__ uint32_t empty(int s) const { return shared + T::kEmpty + s * 8; }
+  __device__ __forceinline__ uint32_t x() const { return shared + T::kX + stage * T::kXBytes; }
+  __device__ __forceinline__ uint32_t values() const {
+    return shared + T::kValues + stage * T::kValueBytes;
+  }
+  __device__ __forceinline__ void advance() {
+    if (++stage == T::kStages) {
+      stage = 0;
+      round ^= 1;
+    }
+  }
+};
+
+// ---- producer ----------------------------------------------------------------------------
+
+// Tokens `token` on of X or of the tail's X, rows of kRowBytes: this block's part, to all blocks.
+template <typename T, int kRowBytes>
+__device__ __forceinline__ void load_x(uint32_t x, const CUtensorMap* map, int column, int token,
+                                       uint32_t full) {
+  if constexpr (T::kCluster == 1) {
+    ptx::tma_load(x, map, column, token, full);
+  } else {
+    const int first = block_of_cluster<T>() * T::kXPart;
+    ptx::tma_load_multicast(x + first * kRowBytes, map, column, token + first, full,
+                            (1 << T::kCluster) - 1);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t shared) {
+  Ring<T> ring{shared};
+  const int clusters = gridDim.x / T::kCluster;
+  const int tiles = args.row_tiles * args.token_tiles;
+  for (int tile = blockIdx.x / T::kCluster; tile < tiles; tile += clusters) {
+    const TilePlace place = place_of<T>(args, tile);
+    for (int k_tile = 0; k_tile < args.k_tiles; ++k_tile) {
+      ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
+      const uint32_t full = ring.full(ring.stage);
+      ptx::barrier_arrive_expect(full, T::kValueBytes + T::kXBytes);
+      ptx::tma_load(ring.values(), &args.values, k_tile * (kSm90TileColumns / 2), place.row, full);
+      load_x<T, kXRowBytes>(ring.x(), &args.x, k_tile * kSm90TileColumns, place.token, full);
+      ring.advance();
+    }
+    for (int k_tile = 0; k_tile < args.tail_tiles; ++k_tile) {
+      ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
+      const uint32_t full = ring.full(ring.stage);
+      const int column = k_tile * kSm90TailTileColumns;
+      ptx::barrier_arrive_expect(full, T::kTailBytes);
+      ptx::tma_load(ring.values(), &args.tail_weight, column, place.row, full);
+      load_x<T, kTailRowBytes>(ring.x(), &args.tail_x, column, place.token, full);
+      ring.advance();
+    }
+  }
+}
+
+// ---- consumers ---------------------------------------------------------------------------
+
+// Features `row` to `row` + 63 of a tile's tokens. `sums` is one m64 accumulator; this thread's two
+// features have `bias`. Stores before it in this tile: kFirst.
+template <FloatKind kKind, typename T, int kFirst>
+__device__ __forceinline__ void store_block(const SpmmSm90Args& args,
+                                            const float (&sums)[T::kTokens / 2],
+                                            const float (&bias)[2], int row, int first_token,
+                                            uint32_t buffers, int consumer, int thread) {
+  using E = Element<kKind>;
+  const int lane = thread % 32;
+  // stmatrix: lanes 0-7 and 8-15 address eight tokens, features 0-7 and 8-15 of the warp's 16;
+  // lanes 16-31 the next eight tokens
+  const int lane_token = lane / 16 * 8 + lane % 8;
+  const int out_chunk = thread / 32 * 2 + lane / 8 % 2;  // of 16 bytes
+  const uint32_t lane_offset = lane_token * kOutRowBytes + ((out_chunk ^ lane % 8) * 16);
+
+#pragma unroll
+  for (int chunk = 0; chunk < T::kOutChunks; ++chunk) {
+    const int token = first_token + chunk * kSm90OutBox;
+    if (row >= args.rows || token >= args.tokens) {
+      break;
+    }
+    constexpr int kChunkOctets = kSm90OutBox / 8;
+    const int octets = min(kChunkOctets, T::kTokens / 8 - chunk * kChunkOctets);
+    const uint32_t out = buffers + (kFirst + chunk) % kOutBuffers * kOutBytes;
+    if (thread == 0) {
+      ptx::tma_store_wait_read<kOutBuffers - 1>();
+    }
+    ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
+    const auto word = [&](int i, int half) {
+      return E::pack(sums[i * 4 + half * 2] + bias[half], sums[i * 4 + half * 2 + 1] + bias[half]);
+    };
+#pragma unroll
+    for (int octet = 0; octet < kChunkOctets; octet += 2) {
+      const int i = chunk * kChunkOctets + octet;
+      const uint32_t address = out + lane_offset + octet * 8 * kOutRowBytes;
+      if (octet + 1 < octets) {
+        ptx::store_matrices_t(address, word(i, 0), word(i, 1), word(i + 1, 0), word(i + 1, 1));
+      } else if (octet < octets) {
+        ptx::store_matrices_t(address, word(i, 0), word(i, 1));
+      }
+    }
+    ptx::fence_async_shared();
+    ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
+    if (thread == 0) {
+      const bool rest = T::kRestTokens != 0 && chunk == T::kOutChunks - 1;
+      ptx::tma_store(out, rest ? &args.y_rest : &args.y, row, token);
+      ptx::tma_store_commit();
+    }
+  }
+}
+
+template <FloatKind kKind, typename T>
+__device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t shared, int consumer,
+                                        int thread) {
+  using Wgmma = ptx::Wgmma<kKind, T::kTokens>;
+  constexpr int kBlocks = T::kBlocks;
+  constexpr uint64_t kValueStep = kValueRowBytes / kSteps / 16;  // in a matrix descriptor
+  constexpr uint64_t kXStep = kXRowBytes / kSteps / 16;
+  constexpr uint64_t kTailStep = kTailRowBytes / 2 / 16;  // a dense wgmma has 16 columns
+
+  const uint32_t values_of_consumer = consumer * kBlocks * kBlockRows * kValueRowBytes;
+  const uint32_t buffers = shared + T::kOut + consumer * kOutBuffers * kOutBytes;
+  Ring<T> ring{shared};
+  float sums[kBlocks][T::kTokens / 2];
+  Metadata<kBlocks> metadata[2] = {};  // by parity of the quad
+
+  const auto values_block = [&](int i) {
+    return ptx::matrix_descriptor<kValueRowBytes>(ring.values() + values_of_consumer +
+                                                  i * kBlockRows * kValueRowBytes);
+  };
+  const auto release = [&](int stage) {
+    if constexpr (T::kCluster == 1) {
+      if (thread == 0) {
+        ptx::barrier_arrive(ring.empty(stage));
+      }
+    } else if (thread < T::kCluster) {
+      ptx::barrier_arrive_at(ring.empty(stage), thread);
+    }
+  };
+
+  const int clusters = gridDim.x / T::kCluster;
+  const int tiles = args.row_tiles * args.token_tiles;
+  int row_block = 0;
+  const auto begin = [&](int tile) {
+    row_block = place_of<T>(args, tile).row / kBlockRows + consumer * kBlocks;
+    metadata[0].load(args, row_block, 0, thread);
+  };
+  begin(blockIdx.x / T::kCluster);
+  for (int tile = blockIdx.x / T::kCluster; tile < tiles; tile += clusters) {
+    int k_tile = 0;
+    int previous = 0;  // stage whose wgmma may be under way
+
+    // Sparse part, by pairs of quads; false after the last stage
+    const auto multiply = [&]<int kStage>(std::integral_constant<int, kStage>) {
+      constexpr int kInQuad = kStage % kQuad;
+      const Metadata<kBlocks>& words = metadata[kStage / kQuad];
+      Metadata<kBlocks>& other = metadata[1 - kStage / kQuad];
+      ptx::barrier_wait(ring.full(ring.stage), ring.round);
+      const uint64_t x = ptx::matrix_descriptor<kXRowBytes>(ring.x());
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const uint64_t values = values_block(i);
+        const uint32_t word = words.word[i][kInQuad];
+        Wgmma::template sparse<0>(sums[i], values, x, word, k_tile != 0);
+        Wgmma::template sparse<1>(sums[i], values + kValueStep, x + kXStep, word, 1);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      if (k_tile != 0) {
+        release(previous);
+      }
+      // The multiplications that took the other quad's last word, this one's last but one, are done
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        ptx::wgmma_keep_until(kInQuad == 0 ? other.word[i][kQuad - 1] : words.word[i][kInQuad - 1]);
+      }
+      if constexpr (kInQuad == 0) {
+        other.load(args, row_block, k_tile / kQuad + 1, thread);
+      }
+      previous = ring.stage;
+      ring.advance();
+      return ++k_tile < args.k_tiles;
+    };
+    const auto multiply_pair = [&]<int... kStage>(std::integer_sequence<int, kStage...>) {
+      return (... && multiply(std::integral_constant<int, kStage>{}));
+    };
+    while (multiply_pair(std::make_integer_sequence<int, 2 * kQuad>{})) {
+    }
+
+    // Tail
+#pragma unroll 1
+    for (int tail_tile = 0; tail_tile < args.tail_tiles; ++tail_tile) {
+      ptx::barrier_wait(ring.full(ring.stage), ring.round);
+      const uint64_t x = ptx::matrix_descriptor<kTailRowBytes>(ring.x());
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const uint64_t weight = values_block(i);
+        Wgmma::dense(sums[i], weight, x);
+        Wgmma::dense(sums[i], weight + kTailStep, x + kTailStep);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      release(previous);
+      previous = ring.stage;
+      ring.advance();
+    }
+
+    ptx::wgmma_wait<0>();
+    release(previous);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      ptx::wgmma_keep_after(sums[i]);
+    }
+    if (tile + clusters < tiles) {
+      begin(tile + clusters);
+    }
+
+    // Output. The place is computed anew: the sums leave no registers to keep it in
+    const TilePlace place = place_of<T>(args, tile);
+    if (thread == 0) {
+      ptx::tma_store_wait_read<0>();  // of the tile before
+    }
+    const auto store = [&]<int i>(std::integral_constant<int, i>) {
+      const int row = place.row + (consumer * kBlocks + i) * kBlockRows;
+      float bias[2] = {};
+      if (args.bias != nullptr) {
+        const auto* const biases = static_cast<const typename Element<kKind>::Type*>(args.bias);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int feature = row + thread / 32 * 16 + thread % 32 / 4 + half * 8;
+          bias[half] = feature < args.rows ? static_cast<float>(biases[feature]) : 0.0f;
+        }
+      }
+      store_block<kKind, T, i * T::kOutChunks>(args, sums[i], bias, row, place.token, buffers,
+                                               consumer, thread);
+    };
+    store(std::integral_constant<int, 0>{});
+    if constexpr (kBlocks == 2) {
+      store(std::integral_constant<int, 1>{});
+    }
+  }
+  if (thread == 0) {
+    ptx::tma_store_wait<0>();
+  }
+}
+
+// ---- kernel ------------------------------------------------------------------------------
+
+template <FloatKind kKind, typename T>
+__global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
+    spmm_sm90_kernel(const __grid_constant__ SpmmSm90Args args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ uint8_t dynamic_shared[];
+  const uint32_t aligned = (ptx::shared_address(dynamic_shared) + kSharedAlignment - 1) /
+                           kSharedAlignment * kSharedAlignment;
+  const uint32_t shared = __shfl_sync(~0u, aligned, 0);  // else it is computed anew at each use
+
+  if (threadIdx.x == 0) {
+    const Ring<T> ring{shared};
+    for (int stage = 0; stage < T::kStages; ++stage) {
+      ptx::barrier_init(ring.full(stage), 1);
+      ptx::barrier_init(ring.empty(stage), kConsumers * T::kCluster);
+    }
+    ptx::fence_barrier_init();
+    ptx::prefetch_map(&args.values);
+    ptx::prefetch_map(&args.x);
+    ptx::prefetch_map(&args.y);
+  }
+  if constexpr (T::kCluster == 1) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync();
+  }
+
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  if (warpgroup == 0) {
+    ptx::give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      produce<T>(args, shared);
+    }
+  } else {
+    ptx::take_registers<kConsumerRegisters>();
+    consume<kKind, T>(args, shared, warpgroup - 1, threadIdx.x % kWarpgroup);
+  }
+  if constexpr (T::kCluster > 1) {
+    __syncwarp();
+    ptx::cluster_sync();  // no block leaves while another writes to it
+  }
+#else
+  __trap();  // the launcher checks the device
+#endif
+}
+
+// ---- launcher ----------------------------------------------------------------------------
+
+template <FloatKind kKind, typename T>
+cudaError_t launch_kernel(const SpmmSm90Args& args, unsigned blocks, cudaStream_t stream) {
+  auto* const kernel = &spmm_sm90_kernel<kKind, T>;
+  // The attribute is of the kernel on a device, and setting it takes longer than a launch
+  static std::atomic<uint64_t> is_set = 0;  // bit: device
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) {
+    return status;
+  }
+  const uint64_t bit = uint64_t{1} << device % 64;
+  if (device >= 64 || (is_set.load(std::memory_order_relaxed) & bit) == 0) {
+    status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
+    if (status != cudaSuccess) {
+      return status;
+    }
+    is_set.fetch_or(bit, std::memory_order_relaxed);
+  }
+  kernel<<<blocks, kThreads, T::kSharedBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch(const SpmmSm90Args& args, FloatKind kind, unsigned blocks, cudaStream_t stream) {
+  return kind == FloatKind::kHalf ? launch_kernel<FloatKind::kHalf, T>(args, blocks, stream)
+                                  : launch_kernel<FloatKind::kBFloat16, T>(args, blocks, stream);
+}
+
+}  // namespace sm90
+}  // namespace slope

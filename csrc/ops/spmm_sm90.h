@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Launcher of the own sparse product for Hopper.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/weight.h"
+
+namespace slope {
+
+// All matrices row-major and contiguous, of one 16-bit type, 16-byte aligned.
+struct SpmmSm90Params {
+  const void* x;            // [tokens, columns]
+  const void* values;       // [rows, columns / 2]
+  const void* metadata;     // words for wgmma.sp, see docs/layouts.md
+  const void* tail_x;       // [tokens, rank], nullptr if rank is 0
+  const void* tail_weight;  // [rows, rank], nullptr if rank is 0
+  const void* bias;         // [rows] or nullptr; 2-byte aligned
+  void* y;                  // [tokens, rows]
+  int64_t tokens;           // 0 to 2^31 - 257
+  int64_t rows;             // multiple of 8
+  int64_t columns;          // multiple of 32
+  int64_t rank;             // multiple of 8, 0 for no tail
+  FloatKind kind;           // kHalf or kBFloat16
+  int32_t tile;             // -1 chooses; else an index below spmm_sm90_tile_count()
+};
+
+// y <- x W^T [+ tail_x tail_weight^T] [+ bias], fp32 sums. cudaErrorNotSupported where the current
+// device is not of compute capability 9.0 or the driver has no tensor maps.
+cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream);
+
+// Whether the kernels run on a device: capability 9.0, and this library has code for sm_90a.
+bool spmm_sm90_runs(int device);
+
+int spmm_sm90_tile_count();
+
+}  // namespace slope
+
+// launch_spmm_sm90 for tests without torch; `params` is a SpmmSm90Params, the result a cudaError_t.
+extern "C" __attribute__((visibility("default"))) int slope_spmm_sm90(const void* params,
+                                                                      void* stream);

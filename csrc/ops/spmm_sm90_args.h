@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the host side of spmm_sm90 passes to its kernels.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/weight.h"
+
+namespace slope {
+
+constexpr int kSm90TileColumns = 64;      // of W and X in a stage
+constexpr int kSm90QuadColumns = 256;     // of W whose metadata a thread loads at once
+constexpr int kSm90TailTileColumns = 32;  // of the tail's factors in a stage
+constexpr int kSm90OutBox = 64;           // rows of W, and at most so many tokens, in a store
+
+struct SpmmSm90Args {
+  CUtensorMap values;       // box [tile rows, 32], 64-byte swizzle
+  CUtensorMap x;            // box [tile tokens / cluster, 64], 128-byte swizzle
+  CUtensorMap tail_weight;  // box [tile rows, 32], 64-byte swizzle
+  CUtensorMap tail_x;       // box [tile tokens / cluster, 32], 64-byte swizzle
+  CUtensorMap y;            // box [64, 64], 128-byte swizzle
+  CUtensorMap y_rest;       // box [tile tokens % 64, 64], 128-byte swizzle
+  const uint4* metadata;    // [row blocks, quads, 128]
+  const void* bias;         // [rows] or nullptr
+  int rows, tokens;
+  int quads;         // of 256 columns
+  int row_blocks;    // of 64
+  int k_tiles;       // along W's columns
+  int tail_tiles;    // along the rank
+  int row_tiles;     // along Y's features; those of a cluster are one
+  int token_tiles;   // along Y's tokens
+  int raster_group;  // tiles along features that go together, for L2
+};
+
+// One instantiation of the kernel. Tile: rows of W x tokens, of each block of a cluster.
+struct SpmmSm90Tile {
+  int rows, tokens, cluster;
+  double stage_us, output_us;  // microseconds of a stage, and of the output of a tile
+  double start_us;             // and of the kernel, less what the first tile hides
+  cudaError_t (*launch)(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
+                        cudaStream_t stream);
+};
+
+cudaError_t launch_spmm_sm90_256x192(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
+cudaError_t launch_spmm_sm90_256x176(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
+cudaError_t launch_spmm_sm90_256x168(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
+cudaError_t launch_spmm_sm90_256x128(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
+cudaError_t launch_spmm_sm90_128x256(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
+cudaError_t launch_spmm_sm90_128x128(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
+
+}  // namespace slope
