@@ -3,15 +3,17 @@
 
 Operands are random. An algorithm counts only if its product is that of a dense GEMM, to rounding;
 the fastest must also be right with bias, with an addend, and at both ends of the token counts that
-will share its entry. They take turns, so that clocks and temperature hit all alike; algorithms
-clearly behind after the first turns are dropped. Small operands are timed in single launches, each
-after something else was read over the L2 cache; those that exceed the cache twice in rows of
-launches, since a GPU at its power limit has other winners than a rested one.
+will share its entry. They take turns in shuffled order, so that clocks, temperature and what ran
+before hit all alike; algorithms clearly behind after the first turns are dropped. Small operands
+are timed in single launches, each after something else was read over the L2 cache; those that
+exceed the cache twice in rows of launches, since a GPU at its power limit has other winners than a
+rested one.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +31,7 @@ _SEGMENTS = ((-1, 0),)
 _SPLIT_OUTPUTS = 1 << 24  # rows * tokens up to which splitting K can pay
 
 _TOLERANCE = 0.02  # of the largest magnitude; rounding makes 0.004
-_FIRST_TURNS, _MORE_TURNS = 2, 7
+_FIRST_TURNS, _FEWEST_TURNS, _MORE_TURNS = 2, 5, 15
 _DROP = 1.15  # slower than the best by this factor
 _SECONDS = 0.5  # spent on timing one shape, about
 _ROW_FLOP = 1e12  # of the dense products of a row, which takes a millisecond or two
@@ -141,9 +143,11 @@ class _Sweep:
 
     def time(self, trials: list[_Trial], turns: int) -> None:
         cold = torch.zeros(2 * self.l2_bytes // 4, dtype=torch.int32, device=self.device)
+        order, shuffle = list(trials), random.Random(0).shuffle
         for _ in range(turns):
+            shuffle(order)
             events = []
-            for trial in trials:
+            for trial in order:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 cold.amax()
                 start.record()
@@ -151,7 +155,7 @@ class _Sweep:
                     self.run(trial)
                 end.record()
                 events.append((start, end))
-            for trial, (start, end) in zip(trials, events, strict=True):
+            for trial, (start, end) in zip(order, events, strict=True):
                 end.synchronize()
                 trial.samples.append(start.elapsed_time(end) * 1e-3 / self.launches)
 
@@ -182,7 +186,7 @@ def sweep(problem: Any) -> list[Candidate]:
             close = [trial for trial in trials if trial.seconds <= _DROP * fastest]
             seconds = sum(job.launches * trial.seconds + 1e-4 for trial in close)
             turns = int(_SECONDS / seconds)
-            job.time(close, min(max(turns, 2), _MORE_TURNS))
+            job.time(close, min(max(turns, _FEWEST_TURNS), _MORE_TURNS))
         del job
         right = {id(trial.algorithm): trial.seconds for trial in _verified(plain, trials)}
     candidates = [
