@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The own Hopper product against the best cuSPARSELt plan and cuBLAS; what a low-rank tail adds.
 
-spmm_native     linear on the own kernel; F.linear with the dense weight; linear on the plan of the
-                fastest algorithm of a sweep
+spmm_native_burst, spmm_native_sustained
+                linear on the own kernel, after a rest and in 50 ms of work; F.linear with the dense
+                weight; linear on the plan of the fastest algorithm of a sweep
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
                 epilogue adds the dense low-rank product; the own kernel without an adapter
 
@@ -25,6 +26,7 @@ from slope_ext import SLoPeLinear, plan_cache
 from slope_ext.ops.spmm import Backend
 
 TOKENS = [*MOST, 512, 1024, 16384]
+REGIMES = {"spmm_native_burst": harness.BURST, "spmm_native_sustained": harness.SUSTAINED}
 
 
 def make_layers(
@@ -61,20 +63,19 @@ def bench_shape(
     plan_cache.tune(by_plan[0], tokens=[tokens], backward=False)
     operands = {name: [layer.operand() for layer in layers]
                 for name, layers in (("own", own), ("plan", by_plan))}  # fmt: skip
-    timings = harness.time_cases(
-        {
-            "ours": lambda i: torch.ops.slope.linear(xs[i], *operands["own"][i]),
-            "F.linear": lambda i: F.linear(xs[i], dense[i]),
-            "best cuSPARSELt plan": lambda i: torch.ops.slope.linear(xs[i], *operands["plan"][i]),
-        },
-        sets,
-    )
+    cases: dict[str, harness.Case] = {
+        "ours": lambda i: torch.ops.slope.linear(xs[i], *operands["own"][i]),
+        "F.linear": lambda i: F.linear(xs[i], dense[i]),
+        "best cuSPARSELt plan": lambda i: torch.ops.slope.linear(xs[i], *operands["plan"][i]),
+    }
     common: dict[str, Any] = {
         "case": f"{shape[0]}x{shape[1]}",
         "dtype": dtype,
         "tokens": tokens,
     }
-    yield from harness.baseline_records(timings, bench="spmm_native", limit=limit, **common)
+    for name, regime in REGIMES.items():
+        timings = harness.time_cases(cases, sets, rounds=20, regime=regime)
+        yield from harness.baseline_records(timings, bench=name, limit=limit, **common)
     if tokens not in MOST:
         return
     for rank in (64, -(-shape[1] * 156 // 10000 // 8) * 8):

@@ -43,13 +43,25 @@ RESULTS = Path(__file__).parent / "results"
 Case = Callable[[int], Any]
 T = TypeVar("T")
 
-REPLAY_SECONDS = 500e-6  # a replay lasts at least this long,
-MAX_CALLS = 512  # unless it would hold more calls than this
+MAX_CALLS = 512  # of a replay
 CASE_SECONDS = 0.2  # the replays of a case take no longer, but there are at least MIN_ROUNDS
 MIN_ROUNDS = 10
 
 # Weights [out, in] that the memory-bound kernels are timed on.
 WEIGHT_SHAPES = [(1024, 4096), (4096, 4096), (8192, 8192), (14336, 4096), (20480, 5120)]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How long a replay lasts at least, and how long the GPU rests before it."""
+
+    replay_seconds: float
+    rest_seconds: float = 0.0
+
+
+USUAL = Regime(500e-6)
+BURST = Regime(2e-3, rest_seconds=60e-3)  # clocks are up
+SUSTAINED = Regime(50e-3)  # at the power limit, if there is one to be met
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,11 @@ def compressed_weights(
 
 
 def time_cases(
-    cases: dict[str, Case], sets: int, rounds: int = 60, optional: Collection[str] = ()
+    cases: dict[str, Case],
+    sets: int,
+    rounds: int = 60,
+    optional: Collection[str] = (),
+    regime: Regime = USUAL,
 ) -> dict[str, Timing]:
     """GPU times of cases, taken against each other. Not for work that waits for the GPU.
 
@@ -149,6 +165,7 @@ def time_cases(
             case takes more than CASE_SECONDS.
         optional: names that are left out of the result, with a line of output, if they cannot be
             captured into a CUDA graph.
+        regime: what the GPU does before and during a replay.
 
     Returns:
         name -> Timing of one call, in seconds.
@@ -157,7 +174,7 @@ def time_cases(
     graphs: dict[str, _Graph] = {}
     for name, case in cases.items():
         try:
-            graphs[name] = _Graph.of(case, sets, busy)
+            graphs[name] = _Graph.of(case, sets, busy, regime.replay_seconds)
         except RuntimeError as error:
             if name not in optional:
                 raise
@@ -170,6 +187,8 @@ def time_cases(
     for turn in range(-(rounds // 5), rounds):
         shuffle(order)
         for name in order:
+            if regime.rest_seconds > 0:
+                time.sleep(regime.rest_seconds)
             seconds = graphs[name].replay_seconds(busy) / graphs[name].calls
             if turn >= 0:
                 samples[name].append(seconds)
@@ -249,12 +268,12 @@ class _Graph:
     calls: int
 
     @classmethod
-    def of(cls, case: Case, sets: int, busy: Tensor) -> _Graph:
-        """As many calls as REPLAY_SECONDS wants, at least two, going by a first, small graph."""
+    def of(cls, case: Case, sets: int, busy: Tensor, replay_seconds: float) -> _Graph:
+        """As many calls as last so long, at least two, going by a first, small graph."""
         first = cls._capture(case, sets, min(4, sets))
         first.replay_seconds(busy)
         seconds = first.replay_seconds(busy) / first.calls
-        calls = min(MAX_CALLS, max(2, math.ceil(REPLAY_SECONDS / seconds)))
+        calls = min(MAX_CALLS, max(2, math.ceil(replay_seconds / seconds)))
         return first if calls == first.calls else cls._capture(case, sets, calls)
 
     @classmethod
