@@ -43,7 +43,6 @@ RESULTS = Path(__file__).parent / "results"
 Case = Callable[[int], Any]
 T = TypeVar("T")
 
-MAX_CALLS = 512  # of a replay
 CASE_SECONDS = 0.2  # the replays of a case take no longer, but there are at least MIN_ROUNDS
 MIN_ROUNDS = 10
 
@@ -57,11 +56,12 @@ class Regime:
 
     replay_seconds: float
     rest_seconds: float = 0.0
+    max_calls: int = 512  # of a replay, which is shorter then
 
 
 USUAL = Regime(500e-6)
 BURST = Regime(2e-3, rest_seconds=60e-3)  # clocks are up
-SUSTAINED = Regime(50e-3)  # at the power limit, if there is one to be met
+SUSTAINED = Regime(50e-3, max_calls=4096)  # at the power limit, if there is one to be met
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def time_cases(
     graphs: dict[str, _Graph] = {}
     for name, case in cases.items():
         try:
-            graphs[name] = _Graph.of(case, sets, busy, regime.replay_seconds)
+            graphs[name] = _Graph.of(case, sets, busy, regime)
         except RuntimeError as error:
             if name not in optional:
                 raise
@@ -268,12 +268,12 @@ class _Graph:
     calls: int
 
     @classmethod
-    def of(cls, case: Case, sets: int, busy: Tensor, replay_seconds: float) -> _Graph:
-        """As many calls as last so long, at least two, going by a first, small graph."""
+    def of(cls, case: Case, sets: int, busy: Tensor, regime: Regime) -> _Graph:
+        """As many calls as the regime wants, at least two, going by a first, small graph."""
         first = cls._capture(case, sets, min(4, sets))
         first.replay_seconds(busy)
         seconds = first.replay_seconds(busy) / first.calls
-        calls = min(MAX_CALLS, max(2, math.ceil(replay_seconds / seconds)))
+        calls = min(regime.max_calls, max(2, math.ceil(regime.replay_seconds / seconds)))
         return first if calls == first.calls else cls._capture(case, sets, calls)
 
     @classmethod

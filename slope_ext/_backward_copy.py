@@ -29,7 +29,7 @@ def follow(
     bitmask_t: Tensor,
     values_t: Tensor | None,
     metadata_t: Tensor | None,
-    backend: str = "auto",
+    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the up-to-date transposed values [in, out/2] and their metadata.
 
@@ -72,15 +72,18 @@ def new_values_t(values: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
     if kind == "cusparselt":
         return _packed.empty(rows, columns, values.dtype, values.device)
     words = _packed.empty_words(rows, columns, values.device) if kind == "native" else None
-    return values.new_empty(rows, columns // 2), words
+    with torch.inference_mode(False):  # it outlives the call
+        return values.new_empty(rows, columns // 2), words
 
 
-def follow_metadata(bitmask: Tensor, metadata: Tensor) -> None:
-    """Brings the metadata of a mask up to date."""
-    if not _freshness.is_fresh(metadata, bitmask):
-        with _unseen():
-            torch.ops.slope.pack_metadata(bitmask, metadata)
-        _mark(metadata, bitmask)
+def follow_metadata(bitmask: Tensor, metadata: Tensor) -> bool:
+    """Brings the metadata of a mask up to date; whether anything was to do."""
+    if _freshness.is_fresh(metadata, bitmask):
+        return False
+    with _unseen():
+        torch.ops.slope.pack_metadata(bitmask, metadata)
+    _mark(metadata, bitmask)
+    return True
 
 
 def _mark(derived: Tensor, *sources: Tensor) -> None:

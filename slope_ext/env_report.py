@@ -123,10 +123,17 @@ def _advice(info: dict[str, str]) -> list[str]:
             advice.append("torch sees no GPU: check the driver with nvidia-smi.")
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        if info["cuda"] and not _library.covers(major, minor):
+        arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+        covered = _library.covers(major, minor)
+        if info["cuda"] and (not covered or (arch == "90a" and "90a" not in info["cuda_archs"])):
             advice.append(
-                f"GPU {index} is sm_{major}{minor}, which this build does not cover: rebuild with "
-                f"SLOPE_CUDA_ARCHS={major}{minor}-real."
+                f"GPU {index} is sm_{major}{minor}, "
+                + (
+                    "for which this build lacks the own product"
+                    if covered
+                    else "which this build does not cover"
+                )
+                + f": rebuild with SLOPE_CUDA_ARCHS={arch}-real."
             )
     fast = {*_library.CUDA_KERNELS, *_library.COMPOSED}
     missing = [name for name in _library.OPS if name not in fast]

@@ -248,11 +248,12 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         capturing = _backward_copy.is_capturing(weight)
         if not weight.is_cuda:
             self.weight_metadata = None
-        else:
-            self._pack(may_move=not capturing)
+        elif self._pack(may_move=not capturing) and not capturing:
+            # From now on other streams may read what was written, and use memory that was given up.
+            torch.cuda.current_stream(weight.device).synchronize()
         operand = self.operand()
         # What was only captured is not done yet. Holding the mask's storage keeps its address from
-        # being used again; the weight's is kept by its metadata.
+        # being used again.
         storage = self.weight_bitmask.untyped_storage()
         self._prepared = None if capturing else (self._state(), operand, storage)
         return operand
@@ -319,6 +320,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
                 self.weight_t_bitmask,
                 self.weight_t,
                 self.weight_t_metadata,
+                self.backend,
             )
             return ops.decompress(values_t, self.weight_t_bitmask).t()
 
@@ -360,7 +362,8 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     # ---- packed operand --------------------------------------------------------------------------
 
-    def _pack(self, may_move: bool) -> None:
+    def _pack(self, may_move: bool) -> bool:
+        """Brings weight_metadata up to date; whether anything was to do."""
         weight, metadata = self.weight, self.weight_metadata
         kind = self._kind(self.out_features, self.in_features)
         if metadata is None or not _packed.fits(weight, metadata, kind):
@@ -370,8 +373,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             elif may_move and kind == "cusparselt":
                 metadata = self._move_to_packed()
             self.weight_metadata = metadata
-        if metadata is not None:
-            _backward_copy.follow_metadata(self.weight_bitmask, metadata)
+        return metadata is not None and _backward_copy.follow_metadata(
+            self.weight_bitmask, metadata
+        )
 
     def _move_to_packed(self) -> Tensor | None:
         """Gives ``weight`` memory with room for metadata behind it; returns that, if there is."""
@@ -386,8 +390,6 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             )
             values.copy_(weight)
             weight.data = values
-            # Once a layer: other streams may read it from now on, and reuse the old memory.
-            torch.cuda.current_stream(weight.device).synchronize()
         return metadata
 
     def _kind(self, rows: int, columns: int) -> str | None:

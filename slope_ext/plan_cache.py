@@ -30,7 +30,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from slope_ext import _C, _library, _tuned_table, _tuner
+from slope_ext import _C, _library, _packed, _tuned_table, _tuner
 from slope_ext._tuned_table import Entry, Key, Table
 from slope_ext._tuner import Candidate
 from slope_ext.linear import SLoPeLinear
@@ -181,7 +181,7 @@ def sweep(layer: nn.Module, tokens: int) -> list[Candidate]:
     """
     problems = _problems(layer, [tokens], backward=False)
     if len(problems) != 1:
-        raise ValueError("sweep: layer must be one fp16 or bf16 SLoPeLinear on CUDA")
+        raise ValueError("sweep: layer must be one SLoPeLinear on CUDA whose product runs by plans")
     return _tuner.sweep(problems[0])
 
 
@@ -194,13 +194,16 @@ def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[A
         if not isinstance(module, SLoPeLinear) or not module.weight.is_cuda:
             continue
         module.prepare()
-        metadata = module.weight_metadata
-        if metadata is None or metadata.dtype != torch.uint8:
-            continue
         shapes = [(module.out_features, module.in_features)]
         if backward:
             shapes.append((module.in_features, module.out_features))
-        for rows, columns in shapes:
+        weight, backend = module.weight, module.backend
+        by_plan = [
+            shape
+            for shape in shapes
+            if _packed.backend_of(*shape, weight.dtype, weight.device, backend) == "cusparselt"
+        ]
+        for rows, columns in by_plan:
             for count in counts:
                 problem = _C.SpmmProblem(
                     rows=rows,

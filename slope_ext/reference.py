@@ -168,7 +168,7 @@ def input_grad(
     backend: str = "reference",
 ) -> Tensor:
     """dX = dY W^{R,C}. values_t is a cache: refreshed here if it is not up to date."""
-    values_t, _ = _backward_copy.follow(values, bitmask, bitmask_t, values_t, metadata_t)
+    values_t, _ = _backward_copy.follow(values, bitmask, bitmask_t, values_t, metadata_t, backend)
     return F.linear(dy, decompress(values_t, bitmask_t))
 
 

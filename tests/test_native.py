@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The own sparse product for sm_90: its metadata, its results, and layers that run on it."""
 
+import copy
+import ctypes
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 import oracle
 import slope_ext as slope
 from cases import Operands
-from slope_ext import ops
+from slope_ext import _library, _packed, ops, plan_cache
 from slope_ext._check import metadata_words
 
 CUDA = torch.device("cuda")
@@ -48,8 +51,8 @@ def test_words_are_those_of_the_drawing(shape, device):
 
 
 def skip_unless_it_runs():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("for GPUs of compute capability 9.0")
+    if not _packed._native_runs_here(0):
+        pytest.skip("for GPUs of compute capability 9.0 and builds for sm_90a")
 
 
 @pytest.mark.gpu
@@ -94,6 +97,62 @@ def test_linear(shape, tokens, dtype):
         assert_rounded(y, exact, sums)
     without = ops.linear(x, o.values, o.bitmask, metadata=words)
     assert_rounded(without, exact - o.bias.double(), sums)
+
+
+class Params(ctypes.Structure):
+    """SpmmSm90Params of csrc/ops/spmm_sm90.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "values", "metadata", "tail_x", "tail_weight")),
+        *((name, ctypes.c_void_p) for name in ("bias", "y")),
+        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "rank")),
+        *((name, ctypes.c_int32) for name in ("kind", "tile", "device")),
+    ]
+
+
+TILES = [(256, 192), (256, 176), (256, 168), (256, 128), (128, 256), (128, 128)]
+GUARD = 1024  # elements on both sides
+
+
+def between(rows, columns, fill):
+    """bf16 [rows, columns] amid ``fill``, and all of it."""
+    whole = torch.full((rows * columns + 2 * GUARD,), fill, dtype=torch.bfloat16, device=CUDA)
+    return whole[GUARD:-GUARD].view(rows, columns), whole
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: "{}x{}".format(*TILES[i]))
+@pytest.mark.parametrize("row_tiles", [1, 3, 70])
+@pytest.mark.parametrize("rank", [0, 40])
+def test_every_tile_with_every_rest(tile, row_tiles, rank):
+    """Tokens that leave one, two or three chunks of 64 of the last tile; blocks with several tiles;
+    operands amid NaN, the result amid a sentinel."""
+    skip_unless_it_runs()
+    run = ctypes.CDLL(str(_library._LIBRARY_FILE)).slope_spmm_sm90
+    run.argtypes = [ctypes.POINTER(Params), ctypes.c_void_p]
+    tile_rows, tile_tokens = TILES[tile]
+    rows, columns = row_tiles * tile_rows - 24, 288
+    o = Operands(rows, columns, torch.bfloat16, CUDA)
+    words = with_words(o)
+    for rest in (1, 64, 65, 100, 128, 130, 0):
+        tokens = 2 * tile_tokens + rest
+        tensors = [between(tokens, columns, float("nan")), between(tokens, rank, float("nan"))]
+        tensors += [between(rows, rank, float("nan")), between(tokens, rows, 12345.0)]
+        (x, _), (left, _), (right, _), (y, whole) = tensors
+        for tensor in (x, left, right):
+            tensor.copy_(torch.randn_like(tensor))
+        y.fill_(float("nan"))
+        pointers = [x, o.values, words, *((left, right) if rank else (None, None)), o.bias, y]
+        sizes = (tokens, rows, columns, rank, 1, tile, 0)
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in pointers]
+        params = Params(*addresses, *sizes)
+        assert run(ctypes.byref(params), torch.cuda.current_stream().cuda_stream) == 0
+        operands = [(x, o.dense), (left, right)] if rank else [(x, o.dense)]
+        exact = sum(F.linear(a.double(), b.double()) for a, b in operands) + o.bias.double()
+        sums = sum(F.linear(a.double().abs(), b.double().abs()) for a, b in operands)
+        assert_rounded(y, exact, sums + o.bias.double().abs())
+        assert bool((whole[:GUARD] == 12345.0).all())
+        assert bool((whole[-GUARD:] == 12345.0).all())
 
 
 @pytest.mark.gpu
@@ -163,6 +222,28 @@ def test_what_the_kernel_does_not_take_is_an_error():
     words = torch.empty(7, dtype=torch.int32, device=CUDA)
     with pytest.raises(RuntimeError, match="slope::linear: metadata must be contiguous int32"):
         ops.linear(o.randn(8, 48), o.values, o.bitmask, metadata=words)
+
+
+@pytest.mark.gpu
+def test_gradient_that_the_kernel_cannot_make_is_refused_in_forward():
+    skip_unless_it_runs()
+    o = Operands(48, 64, torch.bfloat16, CUDA)
+    x = o.randn(8, 64).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"slope::linear: values must be .* multiples of 32 for"):
+        ops.linear(x, o.values, o.bitmask, bitmask_t=o.bitmask_t, backend="native")
+    ops.linear(x.detach(), o.values, o.bitmask, backend="native")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["native", "cusparselt"])
+def test_metadata_of_the_other_kind_is_only_slower(backend):
+    skip_unless_it_runs()
+    o = Operands(64, 96, torch.bfloat16, CUDA)
+    x = o.randn(16, 96)
+    packed = ops.pack(o.values, o.bitmask)
+    metadata = packed[o.values.nbytes :] if backend == "native" else with_words(o)
+    y = ops.linear(x, o.values, o.bitmask, o.bias, metadata=metadata, backend=backend)
+    torch.testing.assert_close(y, F.linear(x, o.dense, o.bias), rtol=2e-2, atol=2e-2)
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -249,3 +330,42 @@ def test_captured_step_replays():
         (dx, dw), torch.autograd.grad(expected, (x, layer.weight), dy), strict=True
     ):
         torch.testing.assert_close(captured, eager, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_copies_and_moves():
+    skip_unless_it_runs()
+    layer, _ = twins(64, 96)
+    x = torch.randn(16, 96, device=CUDA, dtype=torch.bfloat16)
+    expected = layer(x)
+    twin = copy.deepcopy(layer)
+    with torch.inference_mode():
+        assert torch.equal(twin(x), expected)
+    twin(x.requires_grad_()).sum().backward()
+    moved = copy.deepcopy(layer).cpu().cuda()
+    assert moved.weight_metadata.dtype == torch.int32
+    assert torch.equal(moved(x), expected)
+    half = copy.deepcopy(layer).half()
+    torch.testing.assert_close(half(x.half()), expected.half(), rtol=2e-2, atol=2e-2)
+    single = copy.deepcopy(layer).float()
+    assert single.weight_metadata is None
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(single(x.float()), expected)
+
+
+@pytest.mark.gpu
+def test_only_what_runs_by_plans_is_tuned():
+    skip_unless_it_runs()
+    layer, _ = twins(64, 96)
+    assert plan_cache.tune(layer, tokens=[16]) == []
+    with pytest.raises(ValueError, match="sweep: layer must be one SLoPeLinear"):
+        plan_cache.sweep(layer, 16)
+    mixed, _ = twins(48, 64)  # its input gradient has in = 48
+    assert mixed.weight_metadata.dtype == torch.int32
+    assert mixed.weight_t_metadata.dtype == torch.uint8
+    assert [(e.rows, e.columns) for e in plan_cache.tune(mixed, tokens=[16])] == [(64, 48)]
+    x = torch.randn(16, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    mixed(x).backward(torch.ones(16, 48, device=CUDA, dtype=torch.bfloat16))
+    torch.testing.assert_close(
+        x.grad, mixed.backward_weight().sum(0).expand(16, 64), rtol=2e-2, atol=2e-2
+    )

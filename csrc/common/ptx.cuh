@@ -39,8 +39,9 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// mbarrier.arrive at the barrier in the same place of block `block` of the cluster. Without
-// .release: that would wait for this thread's stores, and there are none to be seen.
+// mbarrier.arrive at the barrier in the same place of block `block` of the cluster. Its scope is
+// the block: nothing that this thread wrote is to be seen by the other, and the scope of the
+// cluster would have it wait for its stores.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int block) {
   asm volatile(
       "{\n"
@@ -203,12 +204,6 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// No instruction: until here the register of a metadata word is not used for anything else, which
-// the multiplication that takes it would not survive if it had not read it yet.
-__device__ __forceinline__ void wgmma_keep_until(uint32_t word) {
-  asm volatile("" ::"r"(word) : "memory");
 }
 
 // No instruction: the compiler may not read sums before this, as it may before a wait.

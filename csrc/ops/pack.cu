@@ -118,8 +118,8 @@ constexpr uint32_t kKeepsFirstTwo = 0x33333333;  // of each group: as good as an
 
 __global__ void __launch_bounds__(kQuadThreads) pack_words_kernel(const PackWordsParams params) {
   const int lane = threadIdx.x % 32;
-  const int64_t row = int64_t{blockIdx.y} * kWarpRows + threadIdx.x / 32 * 16 + lane / 4;
-  const int64_t column = int64_t{blockIdx.x} * kQuadColumns + lane % 4 * 16;
+  const int64_t row = int64_t{blockIdx.x} * kWarpRows + threadIdx.x / 32 * 16 + lane / 4;
+  const int64_t column = int64_t{blockIdx.y} * kQuadColumns + lane % 4 * 16;
   const int64_t row_bytes = params.columns / 8;
 
   uint32_t words[4];
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kQuadThreads) pack_words_kernel(const PackWord
     }
     words[stage] = indices_of(mask);
   }
-  const int64_t place = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  const int64_t place = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
   reinterpret_cast<uint4*>(params.words)[place * kQuadThreads + threadIdx.x] = {words[0], words[1],
                                                                                 words[2], words[3]};
 }
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(kQuadThreads) pack_words_kernel(const PackWord
 // ---- launchers ---------------------------------------------------------------------------
 
 cudaError_t launch_pack_words(const PackWordsParams& params, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((params.columns + kQuadColumns - 1) / kQuadColumns),
-                  static_cast<unsigned>((params.rows + kWarpRows - 1) / kWarpRows));
+  const dim3 grid(static_cast<unsigned>((params.rows + kWarpRows - 1) / kWarpRows),
+                  static_cast<unsigned>((params.columns + kQuadColumns - 1) / kQuadColumns));
   pack_words_kernel<<<grid, kQuadThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }

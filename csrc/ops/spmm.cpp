@@ -170,14 +170,17 @@ Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weig
   const bool for_plan = weight.metadata && weight.metadata->scalar_type() == ScalarType::Byte;
   if (backend == "native" || (automatic && !for_plan)) {
     const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-    const bool fits = half && rows % 8 == 0 && columns % 32 == 0;
-    const bool runs = fits && spmm_sm90_runs(values.get_device());
-    check(automatic || fits, "slope::", op,
-          ": values must be of a float16 or bfloat16 weight with out in multiples of 8 and in in "
-          "multiples of 32 for backend native, got out x in = ",
-          rows, " x ", columns);
-    check(automatic || runs, "slope::", op,
-          ": backend native needs a GPU of compute capability 9.0 and a build for sm_90a");
+    const bool fits = rows % 8 == 0 && columns % 32 == 0;
+    const bool runs = half && fits && spmm_sm90_runs(values.get_device());
+    if (!automatic) {
+      check(half, "slope::", op, ": values must be float16 or bfloat16 for backend native");
+      check(fits, "slope::", op,
+            ": values must be of a weight with out in multiples of 8 and in in multiples of 32 for "
+            "backend native, got out x in = ",
+            rows, " x ", columns);
+      check(runs, "slope::", op,
+            ": backend native needs a GPU of compute capability 9.0 and a build for sm_90a");
+    }
     if (runs) {
       return empty ? Backend::kDense : Backend::kNative;
     }
@@ -212,7 +215,11 @@ Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight
   const auto aligned = [](const OptionalTensor& tensor) {
     return tensor ? OptionalTensor(contiguous_16b(*tensor)) : std::nullopt;
   };
-  const OptionalTensor vector = aligned(bias), left = aligned(tail_x), right = aligned(tail_weight);
+  OptionalTensor vector;
+  if (bias) {
+    vector = torch::stable::contiguous(*bias);
+  }
+  const OptionalTensor left = aligned(tail_x), right = aligned(tail_weight);
   Tensor y = empty_like_device(x, shape_with(x, rows), x.scalar_type());
   const auto pointer = [](const OptionalTensor& tensor) {
     return tensor ? tensor->const_data_ptr() : nullptr;
@@ -231,6 +238,7 @@ Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight
       .rank = right ? right->size(1) : 0,
       .kind = values.scalar_type() == ScalarType::Half ? FloatKind::kHalf : FloatKind::kBFloat16,
       .tile = -1,
+      .device = values.get_device(),
   };
   check_cuda(launch_spmm_sm90(params, stream), op);
   return y;

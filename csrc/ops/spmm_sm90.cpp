@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <limits>
 #include <utility>
 
@@ -13,15 +14,33 @@
 namespace slope {
 namespace {
 
-// Times of a tile as fitted to products of 12 shapes, 64 to 8192 tokens, on an H200 with all blocks
-// at work; 2 % to 10 % off, but alike for all tiles of a shape.
-constexpr std::array<SpmmSm90Tile, 6> kTiles{{
-    {256, 192, 2, 0.718, 5.7, -9.4, &launch_spmm_sm90_256x192},
-    {256, 176, 1, 0.663, 5.2, -8.9, &launch_spmm_sm90_256x176},
-    {256, 168, 1, 0.623, 5.9, -8.5, &launch_spmm_sm90_256x168},
-    {256, 128, 2, 0.502, 4.2, -5.0, &launch_spmm_sm90_256x128},
-    {128, 256, 2, 0.470, 4.1, -4.1, &launch_spmm_sm90_128x256},
-    {128, 128, 1, 0.324, 1.6, -3.9, &launch_spmm_sm90_128x128},
+struct Tile {
+  int rows, tokens, cluster;
+  double stage_us, output_us;  // of a tile, with all blocks at work
+  double start_us;             // of the kernel, less what the first tile hides
+  decltype(&launch_spmm_sm90_tile<256, 192, 4, 2>) launch;
+};
+
+template <int kRows, int kTokens, int kStages, int kCluster>
+constexpr Tile tile_of(double stage_us, double output_us, double start_us) {
+  return {kRows,
+          kTokens,
+          kCluster,
+          stage_us,
+          output_us,
+          start_us,
+          &launch_spmm_sm90_tile<kRows, kTokens, kStages, kCluster>};
+}
+
+// Times by a fit to products of 12 shapes with 64 to 8192 tokens on an H200. It errs by up to a
+// tenth, alike for all tiles of a shape; what counts is which is the least.
+constexpr std::array<Tile, 6> kTiles{{
+    tile_of<256, 192, 4, 2>(0.718, 5.7, -9.4),
+    tile_of<256, 176, 4, 1>(0.663, 5.2, -8.9),
+    tile_of<256, 168, 4, 1>(0.623, 5.9, -8.5),
+    tile_of<256, 128, 5, 2>(0.502, 4.2, -5.0),
+    tile_of<128, 256, 4, 2>(0.47, 4.1, -4.1),
+    tile_of<128, 128, 6, 1>(0.324, 1.6, -3.9),
 }};
 
 constexpr int kElementBytes = 2;
@@ -42,7 +61,7 @@ struct Cut {
 };
 
 Cut cut_of(int index, const SpmmSm90Params& params, int processors) {
-  const SpmmSm90Tile& tile = kTiles[index];
+  const Tile& tile = kTiles[index];
   const int64_t row_tiles = ceil_div(params.rows, int64_t{tile.rows} * tile.cluster);
   const int64_t token_tiles = ceil_div(params.tokens, tile.tokens);
   const int64_t clusters = std::min<int64_t>(row_tiles * token_tiles, processors / tile.cluster);
@@ -64,13 +83,6 @@ Cut choose_cut(const SpmmSm90Params& params, int processors) {
     best = other.time < best.time ? other : best;
   }
   return best;
-}
-
-int processors_of(int device) {
-  int processors = 0;
-  return cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess
-             ? processors
-             : 0;
 }
 
 // ---- tensor maps ---------------------------------------------------------------------------
@@ -131,6 +143,37 @@ class MapMaker {
   bool good_ = true;
 };
 
+// ---- device --------------------------------------------------------------------------------
+
+int ask_processors(int device) {
+#ifdef SLOPE_SM90A
+  int major = 0, minor = 0, processors = 0;
+  for (const auto& [value, attribute] : {std::pair{&major, cudaDevAttrComputeCapabilityMajor},
+                                         std::pair{&minor, cudaDevAttrComputeCapabilityMinor},
+                                         std::pair{&processors, cudaDevAttrMultiProcessorCount}}) {
+    if (cudaDeviceGetAttribute(value, attribute, device) != cudaSuccess) {
+      return 0;
+    }
+  }
+  return major == 9 && minor == 0 && encode_tiled() != nullptr ? processors : 0;
+#else
+  (void)device;
+  return 0;
+#endif
+}
+
+// Multiprocessors of a device that runs the kernels, else 0.
+int processors_of(int device) {
+  static std::array<std::atomic<int>, 64> known{};  // one more; 0: not asked yet
+  if (device >= static_cast<int>(known.size())) {
+    return ask_processors(device);
+  }
+  if (known[device].load(std::memory_order_relaxed) == 0) {
+    known[device].store(ask_processors(device) + 1, std::memory_order_relaxed);
+  }
+  return known[device].load(std::memory_order_relaxed) - 1;
+}
+
 // ---- checks ----------------------------------------------------------------------------------
 
 bool is_aligned(const void* pointer, uintptr_t bytes) {
@@ -157,17 +200,7 @@ bool is_valid(const SpmmSm90Params& params) {
 
 // ---- launcher --------------------------------------------------------------------------------
 
-bool spmm_sm90_runs(int device) {
-#ifdef SLOPE_SM90A
-  int major = 0, minor = 0;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0 && encode_tiled() != nullptr;
-#else
-  (void)device;
-  return false;
-#endif
-}
+bool spmm_sm90_runs(int device) { return processors_of(device) > 0; }
 
 int spmm_sm90_tile_count() { return static_cast<int>(kTiles.size()); }
 
@@ -182,16 +215,12 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
     return cudaErrorInvalidValue;
   }
 
-  int device = 0;
-  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) {
-    return status;
-  }
-  if (!spmm_sm90_runs(device)) {
+  const int processors = processors_of(params.device);
+  if (processors == 0) {
     return cudaErrorNotSupported;
   }
-  const int processors = processors_of(device);
   const Cut cut = choose_cut(params, processors);
-  const SpmmSm90Tile& tile = kTiles[cut.tile];
+  const Tile& tile = kTiles[cut.tile];
   if (cut.row_tiles * cut.token_tiles > std::numeric_limits<int32_t>::max() - processors) {
     return cudaErrorInvalidValue;
   }
@@ -232,7 +261,7 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
   args.raster_group = static_cast<int>(ceil_div(cut.row_tiles, ceil_div(cut.row_tiles, group)));
 
   const auto blocks = static_cast<unsigned>(cut.clusters * tile.cluster);
-  return tile.launch(args, params.kind, blocks, stream);
+  return tile.launch(args, params.kind, blocks, params.device, stream);
 }
 
 }  // namespace slope

@@ -14,9 +14,10 @@
 //
 // Ring. A stage is 64 columns of W and X, or then 32 of the tail's factors (whose X part is half
 // as large). It is full when TMA has written its bytes, empty when both warpgroups have done its
-// wgmma; each has the wgmma of one stage under way while it issues those of the next.
+// wgmma, in a cluster those of both blocks; each has the wgmma of one stage under way while it
+// issues those of the next.
 //
-//            full: 1 arrival + bytes                    empty: 2 arrivals
+//            full: 1 arrival + bytes                    empty: 2 arrivals from each block
 //   TMA ---> | stage 0 | stage 1 | ... | stage n-1 | ---> wgmma
 //            | values kRows x 32, 64-byte swizzle  |
 //            | x    kTokens x 64, 128-byte swizzle |
@@ -255,7 +256,11 @@ __device__ __forceinline__ void store_block(const SpmmSm90Args& args,
   for (int chunk = 0; chunk < T::kOutChunks; ++chunk) {
     const int token = first_token + chunk * kSm90OutBox;
     if (row >= args.rows || token >= args.tokens) {
-      break;
+      if (thread == 0) {
+        ptx::tma_store_commit();  // of nothing: every chunk has a group, which is what is waited
+                                  // for
+      }
+      continue;
     }
     constexpr int kChunkOctets = kSm90OutBox / 8;
     const int octets = min(kChunkOctets, T::kTokens / 8 - chunk * kChunkOctets);
@@ -348,11 +353,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
       if (k_tile != 0) {
         release(previous);
       }
-      // The multiplications that took the other quad's last word, this one's last but one, are done
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        ptx::wgmma_keep_until(kInQuad == 0 ? other.word[i][kQuad - 1] : words.word[i][kInQuad - 1]);
-      }
+      // Loads are issued after the wait, so that no word changes that a multiplication may yet take
       if constexpr (kInQuad == 0) {
         other.load(args, row_block, k_tile / kQuad + 1, thread);
       }
@@ -474,18 +475,14 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
 // ---- launcher ----------------------------------------------------------------------------
 
 template <FloatKind kKind, typename T>
-cudaError_t launch_kernel(const SpmmSm90Args& args, unsigned blocks, cudaStream_t stream) {
+cudaError_t launch_kernel(const SpmmSm90Args& args, unsigned blocks, int device,
+                          cudaStream_t stream) {
   auto* const kernel = &spmm_sm90_kernel<kKind, T>;
   // The attribute is of the kernel on a device, and setting it takes longer than a launch
   static std::atomic<uint64_t> is_set = 0;  // bit: device
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) {
-    return status;
-  }
-  const uint64_t bit = uint64_t{1} << device % 64;
-  if (device >= 64 || (is_set.load(std::memory_order_relaxed) & bit) == 0) {
-    status =
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((is_set.load(std::memory_order_relaxed) & bit) == 0) {
+    const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
     if (status != cudaSuccess) {
       return status;
@@ -496,11 +493,17 @@ cudaError_t launch_kernel(const SpmmSm90Args& args, unsigned blocks, cudaStream_
   return cudaGetLastError();
 }
 
-template <typename T>
-cudaError_t launch(const SpmmSm90Args& args, FloatKind kind, unsigned blocks, cudaStream_t stream) {
-  return kind == FloatKind::kHalf ? launch_kernel<FloatKind::kHalf, T>(args, blocks, stream)
-                                  : launch_kernel<FloatKind::kBFloat16, T>(args, blocks, stream);
+}  // namespace sm90
+
+template <int kRows, int kTokens, int kStages, int kCluster>
+cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
+                                  int device, cudaStream_t stream) {
+  constexpr int kBlocks = kRows / (sm90::kConsumers * sm90::kBlockRows);
+  using T = sm90::Tile<kBlocks, kTokens, kStages, kCluster>;
+  static_assert(T::kRows == kRows);
+  return kind == FloatKind::kHalf
+             ? sm90::launch_kernel<FloatKind::kHalf, T>(args, blocks, device, stream)
+             : sm90::launch_kernel<FloatKind::kBFloat16, T>(args, blocks, device, stream);
 }
 
-}  // namespace sm90
 }  // namespace slope

@@ -26,6 +26,7 @@ struct SpmmSm90Params {
   int64_t rank;             // multiple of 8, 0 for no tail
   FloatKind kind;           // kHalf or kBFloat16
   int32_t tile;             // -1 chooses; else an index below spmm_sm90_tile_count()
+  int32_t device;           // the current one
 };
 
 // y <- x W^T [+ tail_x tail_weight^T] [+ bias], fp32 sums. cudaErrorNotSupported where the current

@@ -3,11 +3,6 @@
 // spmm_sm90 with tiles of 128 rows of W x 128 tokens.
 #include "ops/spmm_sm90.cuh"
 
-namespace slope {
-
-cudaError_t launch_spmm_sm90_128x128(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
-                                     cudaStream_t stream) {
-  return sm90::launch<sm90::Tile<1, 128, 6, 1>>(args, kind, blocks, stream);
-}
-
-}  // namespace slope
+template cudaError_t slope::launch_spmm_sm90_tile<128, 128, 6, 1>(const slope::SpmmSm90Args&,
+                                                                  slope::FloatKind, unsigned, int,
+                                                                  cudaStream_t);

@@ -3,11 +3,6 @@
 // spmm_sm90 with tiles of 256 rows of W x 168 tokens.
 #include "ops/spmm_sm90.cuh"
 
-namespace slope {
-
-cudaError_t launch_spmm_sm90_256x168(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
-                                     cudaStream_t stream) {
-  return sm90::launch<sm90::Tile<2, 168, 4, 1>>(args, kind, blocks, stream);
-}
-
-}  // namespace slope
+template cudaError_t slope::launch_spmm_sm90_tile<256, 168, 4, 1>(const slope::SpmmSm90Args&,
+                                                                  slope::FloatKind, unsigned, int,
+                                                                  cudaStream_t);

@@ -36,20 +36,10 @@ struct SpmmSm90Args {
   int raster_group;  // tiles along features that go together, for L2
 };
 
-// One instantiation of the kernel. Tile: rows of W x tokens, of each block of a cluster.
-struct SpmmSm90Tile {
-  int rows, tokens, cluster;
-  double stage_us, output_us;  // microseconds of a stage, and of the output of a tile
-  double start_us;             // and of the kernel, less what the first tile hides
-  cudaError_t (*launch)(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
-                        cudaStream_t stream);
-};
-
-cudaError_t launch_spmm_sm90_256x192(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
-cudaError_t launch_spmm_sm90_256x176(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
-cudaError_t launch_spmm_sm90_256x168(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
-cudaError_t launch_spmm_sm90_256x128(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
-cudaError_t launch_spmm_sm90_128x256(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
-cudaError_t launch_spmm_sm90_128x128(const SpmmSm90Args&, FloatKind, unsigned, cudaStream_t);
+// The kernel with tiles of kRows of W x kTokens, for each block of a cluster, and a ring of
+// kStages; one file instantiates each. `device` is the current one.
+template <int kRows, int kTokens, int kStages, int kCluster>
+cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
+                                  int device, cudaStream_t stream);
 
 }  // namespace slope

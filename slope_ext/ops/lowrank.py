@@ -17,7 +17,7 @@ from slope_ext.ops.spmm import (
     call_directly,
     composes,
     needs_grad,
-    require_bitmask_t,
+    require_input_grad,
     rows_of,
     trusted_input_grad,
 )
@@ -122,7 +122,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     t = output[1]
     ctx.needs = needs_grad(x, values, lora_A, lora_B, bias)
     x_needs, *_ = ctx.needs
-    require_bitmask_t("linear_lowrank", x_needs, bitmask_t)
+    require_input_grad("linear_lowrank", x_needs, values, bitmask_t, backend)
     ctx.mark_non_differentiable(t)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.backend = scale, backend

@@ -174,10 +174,20 @@ def needs_grad(*inputs: Tensor | None) -> tuple[bool, ...]:
     return tuple(tensor is not None and tensor.requires_grad for tensor in inputs)
 
 
-def require_bitmask_t(op: str, x_needs_grad: bool, bitmask_t: Tensor | None) -> None:
+def require_input_grad(
+    op: str, x_needs_grad: bool, values: Tensor, bitmask_t: Tensor | None, backend: str
+) -> None:
     """Raises in forward what would otherwise fail in backward."""
-    if x_needs_grad and bitmask_t is None:
+    if not x_needs_grad:
+        return
+    if bitmask_t is None:
         raise RuntimeError(f"slope::{op}: bitmask_t must be given when x requires grad, got None")
+    rows, columns = values.shape[0], 2 * values.shape[1]
+    if backend == "native" and values.is_cuda and (rows % 32 != 0 or columns % 8 != 0):
+        raise RuntimeError(
+            f"slope::{op}: values must be of a weight with out in multiples of 32 for the input "
+            f"gradient with backend native, got out x in = {rows} x {columns}"
+        )
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -216,7 +226,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, bitmask, bias, bitmask_t, values_t, _, metadata_t, ctx.backend = inputs
     ctx.needs = needs_grad(x, values, bias)
     x_needs, values_need, _ = ctx.needs
-    require_bitmask_t("linear", x_needs, bitmask_t)
+    require_input_grad("linear", x_needs, values, bitmask_t, ctx.backend)
     ctx.save_for_backward(
         x if values_need else None, values, bitmask, bitmask_t, values_t, metadata_t
     )
