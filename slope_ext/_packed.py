@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that the sparse product reads in place: values with their metadata right behind them.
+"""What a weight's product wants beside the values: who multiplies, and where the metadata lies.
+
+The own product (sm_90) reads values wherever they lie and int32 metadata of its own. cuSPARSELt's
+reads both in place, the metadata right behind the values:
 
     one allocation   | values, row-major, 2 bytes each | metadata |
     two tensors        values [rows, columns/2]          metadata uint8

@@ -284,7 +284,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy's values lie elsewhere, without metadata behind them.
+        # A copy makes its own: values lie elsewhere, for cuSPARSELt without metadata behind them.
         state = super().__getstate__()
         buffers = dict(state["_buffers"])
         buffers["weight_metadata"] = buffers["weight_t_metadata"] = None

@@ -16,7 +16,7 @@ class MemoryReport:
     """Bytes of a model as it is, beside the same model with dense linear layers.
 
     ``weights``: parameters and persistent buffers, what a checkpoint holds, and the metadata of
-    packed weights on a GPU. ``backward_copy``: derived buffers that backward reads. ``gradients``:
+    weights on a GPU. ``backward_copy``: derived buffers that backward reads. ``gradients``:
     one per trained parameter, in its dtype. ``optimizer``: two moments per trained parameter, and
     masters where asked for.
     """

@@ -24,8 +24,10 @@ void warn_dense_product(const Tensor& values) {
   if (!warned.exchange(true)) {
     std::ostringstream message;
     message
-        << "slope_ext: sparse products need cuSPARSELt >= 0.8 and float16 or bfloat16 weights with "
-           "out and in multiples of 16; a weight with values "
+        << "slope_ext: sparse products need float16 or bfloat16 weights; on compute capability 9.0 "
+           "with out in multiples of 8 and in in multiples of 32, else cuSPARSELt >= 0.8 and both "
+           "in "
+           "multiples of 16; a weight with values "
         << ShapeOf{values}
         << " is decompressed and multiplied densely in every call: results are right, speed "
            "and memory are not (backend=\"reference\" says that this is wanted)";

@@ -16,31 +16,26 @@ namespace {
 
 struct Tile {
   int rows, tokens, cluster;
-  double stage_us, output_us;  // of a tile, with all blocks at work
-  double start_us;             // of the kernel, less what the first tile hides
+  double stage_us;  // of a stage, with all blocks at work
+  double next_us;   // what a further tile of a block adds beside its stages
   decltype(&launch_spmm_sm90_tile<256, 192, 4, 2>) launch;
 };
 
 template <int kRows, int kTokens, int kStages, int kCluster>
-constexpr Tile tile_of(double stage_us, double output_us, double start_us) {
-  return {kRows,
-          kTokens,
-          kCluster,
-          stage_us,
-          output_us,
-          start_us,
-          &launch_spmm_sm90_tile<kRows, kTokens, kStages, kCluster>};
+constexpr Tile tile_of(double stage_us, double next_us) {
+  return {kRows,    kTokens, kCluster,
+          stage_us, next_us, &launch_spmm_sm90_tile<kRows, kTokens, kStages, kCluster>};
 }
 
-// Times by a fit to products of 12 shapes with 64 to 8192 tokens on an H200. It errs by up to a
-// tenth, alike for all tiles of a shape; what counts is which is the least.
+// Times by a fit to products of 12 shapes with 64 to 8192 tokens on an H200; what counts is which
+// tile has the least.
 constexpr std::array<Tile, 6> kTiles{{
-    tile_of<256, 192, 4, 2>(0.718, 5.7, -9.4),
-    tile_of<256, 176, 4, 1>(0.663, 5.2, -8.9),
-    tile_of<256, 168, 4, 1>(0.623, 5.9, -8.5),
-    tile_of<256, 128, 5, 2>(0.502, 4.2, -5.0),
-    tile_of<128, 256, 4, 2>(0.47, 4.1, -4.1),
-    tile_of<128, 128, 6, 1>(0.324, 1.6, -3.9),
+    tile_of<256, 192, 4, 2>(0.670, 8.9),
+    tile_of<256, 176, 4, 1>(0.615, 8.4),
+    tile_of<256, 168, 4, 1>(0.587, 8.5),
+    tile_of<256, 128, 5, 2>(0.483, 5.5),
+    tile_of<128, 256, 4, 2>(0.460, 4.8),
+    tile_of<128, 128, 6, 1>(0.293, 3.7),
 }};
 
 constexpr int kElementBytes = 2;
@@ -69,8 +64,9 @@ Cut cut_of(int index, const SpmmSm90Params& params, int processors) {
       ceil_div(params.columns, kSm90TileColumns) + ceil_div(params.rank, kSm90TailTileColumns);
   // Every cluster takes as many tiles, one after the other, as the busiest has to
   const auto rounds = static_cast<double>(ceil_div(row_tiles * token_tiles, clusters));
-  const double round = static_cast<double>(stages) * tile.stage_us + tile.output_us;
-  return {index, row_tiles, token_tiles, clusters, rounds * round + tile.start_us};
+  const double time =
+      rounds * static_cast<double>(stages) * tile.stage_us + (rounds - 1) * tile.next_us;
+  return {index, row_tiles, token_tiles, clusters, time};
 }
 
 Cut choose_cut(const SpmmSm90Params& params, int processors) {

@@ -33,10 +33,11 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
 
 
 def pack_metadata(bitmask: Tensor, metadata: Tensor) -> None:
-    """Writes the metadata of a mask alone; values that lie before it need no packing then.
+    """Writes the metadata of a mask alone; the values need no packing then.
 
     Args:
-        bitmask: uint8 [out, in/8]; on CUDA out and in multiples of 16.
+        bitmask: uint8 [out, in/8]; on CUDA out and in multiples of 16, for int32 metadata of 8 and
+            of 32 (on any device).
         metadata: uint8 [bytes of metadata] or, for the own product on sm_90, int32 [words]; both in
             docs/layouts.md. Contiguous, from a multiple of 16 bytes; overwritten.
 

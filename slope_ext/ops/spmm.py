@@ -30,8 +30,9 @@ def linear(
 ) -> Tensor:
     """Y = X W^T + b with W 2:4 sparse along ``in``.
 
-    On CUDA through a cached cuSPARSELt plan (:mod:`slope_ext.plan_cache`) for fp16 and bf16 with
-    out and in multiples of 16; other weights are decompressed first, with one warning.
+    On CUDA with fp16 and bf16: by the own kernel where the GPU has capability 9.0 and out is a
+    multiple of 8, in of 32; else through a cached cuSPARSELt plan (:mod:`slope_ext.plan_cache`)
+    where both are multiples of 16. Other weights are decompressed first, with one warning.
 
     Backward (arXiv 2405.16325, equations 4 to 6): dX = dY W^{R,C} with the double-pruned weight,
     dW = dY^T X at the kept positions, in the shape of ``values``, db = column sums of dY.
