@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from cases import Operands
 from slope_ext import _library, ops
-from slope_ext._check import metadata_bytes
+from slope_ext._check import metadata_bytes, metadata_words
 
 
 def samples(device):
@@ -27,6 +27,7 @@ def samples(device):
     # On CUDA what is packed is what the sparse tensor cores take.
     packable = (o.values.half() if device != "cpu" else o.values, o.bitmask)
     metadata = metadata_bytes(*o.dense.shape, torch.device(device))
+    words = torch.zeros(metadata_words(*o.dense.shape), dtype=torch.int32, device=device)
 
     def adamw(sparse):
         zeros = [torch.zeros_like(o.values) for _ in range(3)]
@@ -48,7 +49,10 @@ def samples(device):
         "decompress": [(weight, {}), (trained, {})],
         "transpose_values": [((*weight, o.bitmask_t, torch.zeros_like(fresh)), {})],
         "pack": [(packable, {})],
-        "pack_metadata": [((o.bitmask, ops.pack(*packable)[-metadata:].clone()), {})],
+        "pack_metadata": [
+            ((o.bitmask, ops.pack(*packable)[-metadata:].clone()), {}),
+            ((o.bitmask, words), {}),
+        ],
         "linear": [
             ((x, *weight), {}),
             ((x_grad, *trained, bias, o.bitmask_t), {}),
