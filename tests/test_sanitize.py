@@ -42,7 +42,7 @@ def _environment(monkeypatch):
 
 def counts(text):
     result = sanitize.result_of(text)
-    return result["tests"], result["reports"], result["reports_in_other_libraries"]
+    return result["tests"], result["reports"], result["reports_of_others"]
 
 
 def test_a_clean_run():
@@ -60,6 +60,13 @@ def test_races():
     summary = "RACECHECK SUMMARY: {} hazards displayed (2 errors, 0 warnings)"
     races = (RACE.format(kernel=OURS), RACE.format(kernel="gemm"))
     assert counts(output(*races, summary=summary)) == (17, 1, 1)
+
+
+def test_races_where_tma_writes_are_not_ours():
+    race = RACE.format(kernel="void slope::sm90::spmm_sm90_kernel<(slope::FloatKind)1>")
+    assert counts(output(race)) == (17, 0, 1)
+    read = READ.format(kernel="slope::sm90::spmm_sm90_kernel", caller="", library="_ops.so")
+    assert counts(output(read)) == (17, 1, 0)
 
 
 @pytest.mark.parametrize(
