@@ -59,8 +59,7 @@ def _native_runs_here(device: int) -> bool:
     """Whether there are compiled ops with code for sm_90a, and a GPU that runs it."""
     if "linear" not in _library.CUDA_KERNELS or _library.FORCE_REFERENCE:
         return False
-    built = _C.build_info()["cuda_archs"].split(",")
-    return "90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
+    return _C.native_runs(device)
 
 
 def empty_words(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@
 #include "common/torch_stable.h"
 #include "ops/pack_metadata.h"
 #include "ops/spmm.h"
+#include "ops/spmm_sm90.h"
 
 namespace slope {
 namespace {
@@ -323,6 +324,7 @@ const slope::SpmmCacheApi* slope_spmm_cache_api() {
       .version = slope::version,
       .driver_version = slope::driver_version,
       .metadata_writer = slope::metadata_writer,
+      .native_runs = slope::spmm_sm90_runs,
       .make = slope::make,
       .run = slope::run,
       .workspace_bytes =
