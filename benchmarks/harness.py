@@ -373,7 +373,7 @@ def main(name: str, description: str | None, bench: Callable[[Run], Iterable[Rec
         type=_part,
         default=(0, 1),
         metavar="I/N",
-        help="this part of a bench that has parts",
+        help="this part of a bench that has parts; merge() joins their files",
     )
     parser.add_argument("--table", type=Path, help="merge what was tuned into this table")
     arguments = parser.parse_args()
