@@ -31,7 +31,7 @@ TORCH_SPEC := $(if $(filter own,$(TORCH_FROM)),'$(TORCH)')
 BENCHES := compress prune transpose pack spmm spmm_native weight_grad host_overhead first_call
 BENCH_ARGS ?=
 
-.PHONY: demo test test-gpu bench sanitize stress lint build wheel clean demo-clean
+.PHONY: demo test built-here test-gpu bench sanitize stress lint build wheel clean demo-clean
 .DELETE_ON_ERROR:
 
 # ---- environment and build -------------------------------------------------------------------------
@@ -68,20 +68,19 @@ test: $(BUILT)
 
 # ---- on a machine with a GPU: the interpreter as it is ----------------------------------------------
 
-test-gpu:
+built-here:
 	$(PYTHON) setup.py -q build_ext --inplace
+
+test-gpu: built-here
 	PYTHONPATH=. $(PYTHON) scripts/gpu_report.py $(PYTEST_ARGS)
 
-bench:
-	$(PYTHON) setup.py -q build_ext --inplace
+bench: built-here
 	for name in $(BENCHES); do PYTHONPATH=.:benchmarks $(PYTHON) benchmarks/bench_$$name.py $(BENCH_ARGS) || exit 1; done
 
-sanitize:
-	$(PYTHON) setup.py -q build_ext --inplace
+sanitize: built-here
 	PYTHONPATH=. $(PYTHON) scripts/sanitize.py
 
-stress:
-	$(PYTHON) setup.py -q build_ext --inplace
+stress: built-here
 	PYTHONPATH=. $(PYTHON) scripts/stress.py --out tests/stress_report.json
 
 # ---- quality ---------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def bench_forward(
 
 def bench_halves(
     shape: model_shapes.Shape, dtype: torch.dtype, tokens: int, run: harness.Run
-) -> harness.Record:
+) -> list[harness.Record]:
     """Record of linear_forward_vs_halves."""
     out_features, in_features = shape
     moved, limit = sparse_limit(shape, dtype, tokens, run)
@@ -172,28 +172,26 @@ def bench_halves(
         plan_cache.tune(layer, tokens=[tokens], backward=False)
     timings = harness.time_cases(
         {
-            "whole": lambda i: torch.ops.slope.linear(xs[i], *whole[i].operand()),
-            "halves": lambda i: [
+            "ours": lambda i: torch.ops.slope.linear(xs[i], *whole[i].operand()),
+            "two halves of the rows": lambda i: [
                 torch.ops.slope.linear(xs[i], *half.operand()) for half in halves[i]
             ],
         },
         sets,
     )
-    return harness.time_record(
+    return harness.baseline_records(
+        timings,
         bench="linear_forward_vs_halves",
         case=f"{out_features}x{in_features}",
         dtype=dtype,
         tokens=tokens,
-        ours=timings["whole"],
-        baseline="two halves of the rows",
-        theirs=timings["halves"],
         limit=limit,
     )
 
 
 def bench_input_grad(
     shape: model_shapes.Shape, dtype: torch.dtype, tokens: int, run: harness.Run
-) -> harness.Record:
+) -> list[harness.Record]:
     """Record of linear_backward_input; the backward copies are up to date, as within a step."""
     moved, limit = sparse_limit(shape, dtype, tokens, run)
     sets = harness.buffer_sets(int(moved))
@@ -209,18 +207,16 @@ def bench_input_grad(
     timings = harness.time_cases(
         {
             "ours": lambda i: torch.ops.slope.input_grad(dys[i], **arguments[i]),
-            "dense": lambda i: dys[i] @ dense[i],
+            "dense dY @ W": lambda i: dys[i] @ dense[i],
         },
         sets,
     )
-    return harness.time_record(
+    return harness.baseline_records(
+        timings,
         bench="linear_backward_input",
         case=f"{shape[0]}x{shape[1]}",
         dtype=dtype,
         tokens=tokens,
-        ours=timings["ours"],
-        baseline="dense dY @ W",
-        theirs=timings["dense"],
         limit=limit,
     )
 
@@ -240,9 +236,9 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
     for shape, dtype, tokens in run.own(cases):
         yield from bench_forward(shape, dtype, tokens, run)
         if shape in BAR_SHAPES:
-            yield bench_input_grad(shape, dtype, tokens, run)
+            yield from bench_input_grad(shape, dtype, tokens, run)
             if shape[0] > 2 * shape[1]:
-                yield bench_halves(shape, dtype, tokens, run)
+                yield from bench_halves(shape, dtype, tokens, run)
 
 
 if __name__ == "__main__":

@@ -394,8 +394,18 @@ def main(name: str, description: str | None, bench: Callable[[Run], Iterable[Rec
         metavar="I/N",
         help="this part of a bench that has parts",
     )
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="only join the files of all parts, into one beside them",
+    )
     parser.add_argument("--table", type=Path, help="merge what was tuned into this table")
     arguments = parser.parse_args()
+    if arguments.merge:
+        merge(arguments.merge, arguments.merge[0].with_name(f"{name}.json"))
+        return
 
     started = time.perf_counter()
     run = Run(
