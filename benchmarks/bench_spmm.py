@@ -242,4 +242,4 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
 
 
 if __name__ == "__main__":
-    harness.main("spmm", __doc__, bench)
+    harness.main("spmm", __doc__, bench, parts=True)

@@ -4,6 +4,8 @@
 spmm_native_burst, spmm_native_sustained
                 linear on the own kernel, after a rest and in 50 ms of work; F.linear with the dense
                 weight; linear on the plan of the fastest algorithm of a sweep
+spmm_native_fused
+                the own kernel with a bias; with a low-rank tail, T = X A^T given; without either
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
                 epilogue adds the dense low-rank product; the own kernel without an adapter
 
@@ -23,6 +25,7 @@ import harness
 from bench_spmm import MOST, sparse_limit
 from model_shapes import BAR_SHAPES, Shape
 from slope_ext import SLoPeLinear, plan_cache
+from slope_ext._spmm_sm90 import spmm_sm90
 from slope_ext.ops.spmm import Backend
 
 TOKENS = [*MOST, 512, 1024, 16384]
@@ -58,45 +61,71 @@ def bench_shape(
     moved, limit = sparse_limit(shape, dtype, tokens, run)
     sets = harness.buffer_sets(int(moved))
     own, by_plan = make_layers(shape, dtype, sets)
-    dense = [layer.dense_weight().detach() for layer in own]
     xs = [torch.randn(tokens, shape[1], device="cuda").to(dtype) for _ in range(sets)]
     plan_cache.tune(by_plan[0], tokens=[tokens], backward=False)
+
+    def records(
+        timings: dict[str, harness.Timing], bench: str, note: str = "", flops: float = 0.0
+    ) -> list[harness.Record]:
+        return harness.baseline_records(
+            timings,
+            bench=bench,
+            case=f"{shape[0]}x{shape[1]}{note}",
+            dtype=dtype,
+            tokens=tokens,
+            limit=limit + flops / run.matmul_rate,
+        )
+
+    # ---- the product ----
     operands = {name: [layer.operand() for layer in layers]
                 for name, layers in (("own", own), ("plan", by_plan))}  # fmt: skip
+    dense = [layer.dense_weight().detach() for layer in own]
     cases: dict[str, harness.Case] = {
         "ours": lambda i: torch.ops.slope.linear(xs[i], *operands["own"][i]),
         "F.linear": lambda i: F.linear(xs[i], dense[i]),
         "best cuSPARSELt plan": lambda i: torch.ops.slope.linear(xs[i], *operands["plan"][i]),
     }
-    common: dict[str, Any] = {
-        "case": f"{shape[0]}x{shape[1]}",
-        "dtype": dtype,
-        "tokens": tokens,
-    }
     for name, regime in REGIMES.items():
-        timings = harness.time_cases(cases, sets, rounds=20, regime=regime)
-        yield from harness.baseline_records(timings, bench=name, limit=limit, **common)
+        yield from records(harness.time_cases(cases, sets, rounds=20, regime=regime), name)
     if tokens not in MOST:
         return
-    for rank in (64, -(-shape[1] * 156 // 10000 // 8) * 8):
-        a = torch.randn(rank, shape[1], device="cuda").to(dtype) / shape[1] ** 0.5
-        b = torch.randn(shape[0], rank, device="cuda").to(dtype)
 
+    # ---- what is fused, T given ----
+    ranks = sorted({64, -(-shape[1] * 156 // 10000 // 8) * 8})
+    bias = torch.randn(shape[0], device="cuda").to(dtype)
+    t = {rank: torch.randn(tokens, rank, device="cuda").to(dtype) for rank in ranks}
+    b = {rank: torch.randn(shape[0], rank, device="cuda").to(dtype) for rank in ranks}
+
+    def fused(**options: Any) -> harness.Case:
+        def case(i: int) -> Tensor:
+            layer, y = own[i], xs[i].new_empty(tokens, shape[0])
+            assert layer.weight_metadata is not None
+            return spmm_sm90(xs[i], layer.weight, layer.weight_metadata, y, **options)
+
+        return case
+
+    timings = harness.time_cases(
+        {"plain": fused(), "bias": fused(bias=bias)}
+        | {f"r={rank}": fused(tail=(t[rank], b[rank])) for rank in ranks},
+        sets,
+    )
+    for note, rank in (("bias", 0), *((f"r={rank}", rank) for rank in ranks)):
+        pair = {"ours": timings[note], "without": timings["plain"]}
+        yield from records(pair, "spmm_native_fused", f";{note}", 2 * rank * shape[0] * tokens)
+
+    # ---- low-rank layers ----
+    for rank in ranks:
+        a = torch.randn(rank, shape[1], device="cuda").to(dtype) / shape[1] ** 0.5
         timings = harness.time_cases(
             {
-                "ours": lowrank(xs, operands["own"], a, b),
-                "plan with beta = 1": lowrank(xs, operands["plan"], a, b),
-                "without adapter": lambda i: torch.ops.slope.linear(xs[i], *operands["own"][i]),
+                "ours": lowrank(xs, operands["own"], a, b[rank]),
+                "plan with beta = 1": lowrank(xs, operands["plan"], a, b[rank]),
+                "without adapter": cases["ours"],
             },
             sets,
         )
-        flops = rank * (shape[0] + shape[1]) * tokens * 2
-        yield from harness.baseline_records(
-            timings,
-            bench="linear_lowrank",
-            limit=limit + flops / run.matmul_rate,
-            **common | {"case": f"{shape[0]}x{shape[1]};r={rank}"},
-        )
+        flops = 2 * rank * sum(shape) * tokens
+        yield from records(timings, "linear_lowrank", f";r={rank}", flops)
 
 
 @torch.no_grad()
@@ -113,4 +142,4 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
 
 
 if __name__ == "__main__":
-    harness.main("spmm_native", __doc__, bench)
+    harness.main("spmm_native", __doc__, bench, parts=True)

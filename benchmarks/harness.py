@@ -371,7 +371,12 @@ def environment() -> dict[str, str]:
     }
 
 
-def main(name: str, description: str | None, bench: Callable[[Run], Iterable[Record]]) -> None:
+def main(
+    name: str,
+    description: str | None,
+    bench: Callable[[Run], Iterable[Record]],
+    parts: bool = False,
+) -> None:
     """The command line of a bench: prints and writes the records that ``bench`` yields.
 
     The file is written anew after every record: a bench that is stopped leaves what it has. A quick
@@ -381,27 +386,29 @@ def main(name: str, description: str | None, bench: Callable[[Run], Iterable[Rec
         name: of the record file, without its suffix.
         description: shown by --help.
         bench: called with the limits of this run.
+        parts: whether the bench does the part of the work that its Run names.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="folder of the records (default: results/<gpu>)")
     parser.add_argument("--quick", action="store_true", help="few shapes and types")
-    parser.add_argument(
-        "--part",
-        type=_part,
-        default=(0, 1),
-        metavar="I/N",
-        help="this part of a bench that has parts",
-    )
-    parser.add_argument(
-        "--merge",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="only join the files of all parts, into one beside them",
-    )
+    if parts:
+        parser.add_argument(
+            "--part",
+            type=_part,
+            metavar="I/N",
+            help="this part of the work, into a file of its own",
+        )
+        parser.add_argument(
+            "--merge",
+            type=Path,
+            nargs="+",
+            metavar="FILE",
+            help="only join the files of all parts, into one beside them",
+        )
     parser.add_argument("--table", type=Path, help="merge what was tuned into this table")
+    parser.set_defaults(part=(0, 1), merge=None)
     arguments = parser.parse_args()
     if arguments.merge:
         merge(arguments.merge, arguments.merge[0].with_name(f"{name}.json"))

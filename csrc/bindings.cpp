@@ -183,6 +183,7 @@ void bind_plan_cache(py::module_& m) {
   m.def("cusparselt_version", &cusparselt_version);
   m.def("driver_version", [] { return cache().driver_version(); });
   m.def("metadata_writer", [](int device) { return cache().metadata_writer(device); });
+  m.attr("OVERREAD_BYTES") = slope::kOverreadBytes;
   m.def("native_runs", [](int device) { return cache().native_runs(device); });
 }
 

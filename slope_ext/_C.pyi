@@ -1,5 +1,7 @@
 from collections.abc import Callable
 
+OVERREAD_BYTES: int  # with CUDA only
+
 class SpmmProblem:
     rows: int
     columns: int

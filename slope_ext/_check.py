@@ -115,7 +115,7 @@ class Checker:
 
     def core_multiples(self, name: str, rows: int, columns: int) -> None:
         self.require(
-            fits_sparse_cores(torch.float16, rows, columns),
+            fits_plan(rows, columns),
             f"{name} must be of a weight with out and in in multiples of 16 for the sparse tensor "
             f"cores, got out x in = {rows} x {columns}",
         )
@@ -142,9 +142,19 @@ class Checker:
             self.same_device("bias", bias, "values", values)
 
 
-def fits_sparse_cores(dtype: torch.dtype, rows: int, columns: int) -> bool:
-    """Whether the sparse tensor cores take a weight [rows, columns] of that dtype."""
-    return dtype in (torch.float16, torch.bfloat16) and rows % 16 == 0 and columns % 16 == 0
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether the sparse tensor cores take weights of that dtype."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def fits_plan(rows: int, columns: int) -> bool:
+    """Whether cuSPARSELt takes a weight [rows, columns]."""
+    return rows % 16 == 0 and columns % 16 == 0
+
+
+def fits_native(rows: int, columns: int) -> bool:
+    """Whether the own product on sm_90 takes a weight [rows, columns]."""
+    return rows % 8 == 0 and columns % 32 == 0
 
 
 def metadata_words(rows: int, columns: int) -> int:

@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from slope_ext import _C, _library
-from slope_ext._check import fits_sparse_cores, metadata_bytes, metadata_words
-
-OVERREAD_BYTES = 2048  # kOverreadBytes in csrc/ops/pack_metadata.h says why
+from slope_ext._check import fits_native, fits_plan, is_half, metadata_bytes, metadata_words
 
 
 class _Bytes:
@@ -44,8 +42,7 @@ def backend_of(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device, backend: str
 ) -> Literal["native", "cusparselt"] | None:
     """What multiplies by a weight [rows, columns] of a layer with that backend; None: cuBLAS."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    fits = half and rows % 8 == 0 and columns % 32 == 0 and rows * columns > 0
+    fits = is_half(dtype) and fits_native(rows, columns) and rows * columns > 0
     on_cuda = device.type == "cuda"
     if backend in ("auto", "native") and on_cuda and fits and _native_runs_here(device.index or 0):
         return "native"
@@ -72,7 +69,8 @@ def is_packable(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
     """Whether a cuSPARSELt plan on ``device`` takes a weight [rows, columns]."""
     return (
         device.type == "cuda"
-        and fits_sparse_cores(dtype, rows, columns)
+        and is_half(dtype)
+        and fits_plan(rows, columns)
         and rows * columns > 0
         and _products_run_here(device.index or 0)
     )
@@ -97,10 +95,12 @@ def empty(
     value_bytes = rows * columns // 2 * dtype.itemsize
     size = metadata_bytes(rows, columns, device)
     with torch.inference_mode(False):
-        buffer = torch.empty(value_bytes + size + OVERREAD_BYTES, dtype=torch.uint8, device=device)
+        buffer = torch.empty(
+            value_bytes + size + _C.OVERREAD_BYTES, dtype=torch.uint8, device=device
+        )
         values = torch.as_tensor(_Bytes(buffer, 0, value_bytes), device=buffer.device)
         behind = torch.as_tensor(
-            _Bytes(buffer, value_bytes, size + OVERREAD_BYTES), device=buffer.device
+            _Bytes(buffer, value_bytes, size + _C.OVERREAD_BYTES), device=buffer.device
         )
         return values.view(dtype).view(rows, columns // 2), behind[:size]
 
@@ -112,7 +112,7 @@ def is_packed(values: Tensor, metadata: Tensor) -> bool:
     return (
         values.data_ptr() + value_bytes == metadata.data_ptr()
         and values.is_contiguous()
-        and end + OVERREAD_BYTES <= metadata.untyped_storage().nbytes()
+        and end + _C.OVERREAD_BYTES <= metadata.untyped_storage().nbytes()
     )
 
 

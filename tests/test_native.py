@@ -2,7 +2,6 @@
 """The own sparse product for sm_90: its metadata, its results, and layers that run on it."""
 
 import copy
-import ctypes
 
 import pytest
 import torch
@@ -11,8 +10,9 @@ import torch.nn.functional as F
 import oracle
 import slope_ext as slope
 from cases import Operands
-from slope_ext import _library, _packed, ops, plan_cache
+from slope_ext import _packed, ops, plan_cache
 from slope_ext._check import metadata_words
+from slope_ext._spmm_sm90 import TILES, spmm_sm90
 
 CUDA = torch.device("cuda")
 HALF = [torch.bfloat16, torch.float16]
@@ -99,18 +99,6 @@ def test_linear(shape, tokens, dtype):
     assert_rounded(without, exact - o.bias.double(), sums)
 
 
-class Params(ctypes.Structure):
-    """SpmmSm90Params of csrc/ops/spmm_sm90.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "values", "metadata", "tail_x", "tail_weight")),
-        *((name, ctypes.c_void_p) for name in ("bias", "y")),
-        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "rank")),
-        *((name, ctypes.c_int32) for name in ("kind", "tile", "device")),
-    ]
-
-
-TILES = [(256, 192), (256, 176), (256, 168), (256, 128), (128, 256), (128, 128)]
 GUARD = 1024  # elements on both sides
 
 
@@ -128,8 +116,6 @@ def test_every_tile_with_every_rest(tile, row_tiles, rank):
     """Tokens that leave one, two or three chunks of 64 of the last tile; blocks with several tiles;
     operands amid NaN, the result amid a sentinel."""
     skip_unless_it_runs()
-    run = ctypes.CDLL(str(_library._LIBRARY_FILE)).slope_spmm_sm90
-    run.argtypes = [ctypes.POINTER(Params), ctypes.c_void_p]
     tile_rows, tile_tokens = TILES[tile]
     rows, columns = row_tiles * tile_rows - 24, 288
     o = Operands(rows, columns, torch.bfloat16, CUDA)
@@ -142,11 +128,8 @@ def test_every_tile_with_every_rest(tile, row_tiles, rank):
         for tensor in (x, left, right):
             tensor.copy_(torch.randn_like(tensor))
         y.fill_(float("nan"))
-        pointers = [x, o.values, words, *((left, right) if rank else (None, None)), o.bias, y]
-        sizes = (tokens, rows, columns, rank, 1, tile, 0)
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in pointers]
-        params = Params(*addresses, *sizes)
-        assert run(ctypes.byref(params), torch.cuda.current_stream().cuda_stream) == 0
+        tail = (left, right) if rank else None
+        spmm_sm90(x, o.values, words, y, tail=tail, bias=o.bias, tile=tile)
         operands = [(x, o.dense), (left, right)] if rank else [(x, o.dense)]
         exact = sum(F.linear(a.double(), b.double()) for a, b in operands) + o.bias.double()
         sums = sum(F.linear(a.double().abs(), b.double().abs()) for a, b in operands)

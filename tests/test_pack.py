@@ -156,7 +156,7 @@ def test_operand_in_place_is_what_pack_makes():
     assert torch.equal(packed, torch.cat([values.view(torch.uint8).flatten(), metadata]))
     for behind in (metadata, packed):  # kernels may read so far
         room = behind.untyped_storage().nbytes() - behind.numel()
-        assert room == _packed.OVERREAD_BYTES
+        assert room == _C.OVERREAD_BYTES
     # Each has a storage of its own, so that saving the values saves no metadata.
     assert values.untyped_storage().nbytes() == values.numel() * 2
     # Either keeps the memory of both.

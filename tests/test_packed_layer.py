@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import slope_ext as slope
-from slope_ext import _packed, ops, plan_cache
+from slope_ext import _C, _packed, ops, plan_cache
 
 pytestmark = pytest.mark.gpu
 
@@ -192,7 +192,7 @@ def test_memory_is_values_masks_and_metadata():
     layer = slope.SLoPeLinear.from_dense(weight, backend=backend_of_tests)
     assert layer.weight_metadata is not None
     added = _requested_bytes() - before
-    room = _packed.OVERREAD_BYTES if backend_of_tests == "cusparselt" else 0
+    room = _C.OVERREAD_BYTES if backend_of_tests == "cusparselt" else 0
     assert added == 2 * (out * in_ + 2 * out * in_ // 8 + room)  # values, bitmask, metadata
 
 

@@ -191,7 +191,7 @@ bool own_kernel_is_right(const char* op, const Tensor& like, MetadataLayout layo
 }
 
 void check_multiples(const char* op, const char* name, int64_t rows, int64_t columns) {
-  check(rows % kMultiple == 0 && columns % kMultiple == 0, "slope::", op, ": ", name,
+  check(fits_plan(rows, columns), "slope::", op, ": ", name,
         " must be of a weight with out and in in multiples of ", kMultiple,
         " for the sparse tensor cores, got out x in = ", rows, " x ", columns);
 }
@@ -233,7 +233,7 @@ void pack_metadata(const Tensor& bitmask, Tensor metadata) {
   const int64_t columns = bitmask.size(1) * kColumnsPerByte;
   const bool words = metadata.scalar_type() == ScalarType::Int;
   if (words) {
-    check(rows % 8 == 0 && columns % 32 == 0, "slope::", kOp,
+    check(fits_native(rows, columns), "slope::", kOp,
           ": bitmask must be of a weight with out in multiples of 8 and in in multiples of 32 for "
           "int32 metadata, got out x in = ",
           rows, " x ", columns);
@@ -279,14 +279,19 @@ int64_t metadata_bytes(int64_t rows, int64_t columns) {
          8;
 }
 
-bool fits_sparse_cores(ScalarType dtype, int64_t rows, int64_t columns) {
-  return (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && rows % kMultiple == 0 &&
-         columns % kMultiple == 0;
+bool is_half(ScalarType dtype) {
+  return dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
 }
+
+bool fits_plan(int64_t rows, int64_t columns) {
+  return rows % kMultiple == 0 && columns % kMultiple == 0;
+}
+
+bool fits_native(int64_t rows, int64_t columns) { return rows % 8 == 0 && columns % 32 == 0; }
 
 void check_packable(const char* op, const char* name, const Tensor& values, int64_t rows,
                     int64_t columns) {
-  check(fits_sparse_cores(values.scalar_type(), kMultiple, kMultiple), "slope::", op, ": ", name,
+  check(is_half(values.scalar_type()), "slope::", op, ": ", name,
         " must be float16 or bfloat16 for the sparse tensor cores");
   check_multiples(op, name, rows, columns);
 }

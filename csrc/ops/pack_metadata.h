@@ -9,11 +9,6 @@
 
 namespace slope {
 
-// The library's kernels load metadata by tiles of their own, and so read beyond the end of an
-// operand whose columns are no multiple of such a tile (64 rows x 256 columns is the largest
-// known). No result depends on it, but memory must be there: in the storage of the metadata.
-constexpr int64_t kOverreadBytes = 64 * 256 / 8;
-
 // Words of metadata of a weight [rows, columns] for spmm_sm90.
 int64_t metadata_words(int64_t rows, int64_t columns);
 
@@ -23,12 +18,14 @@ void write_words(const char* op, const Tensor& bitmask, void* words, cudaStream_
 // Bytes of metadata of a 16-bit weight [rows, columns], in whole tiles of the hardware.
 int64_t metadata_bytes(int64_t rows, int64_t columns);
 
-// Whether the sparse tensor cores take a weight [rows, columns] of that type: 16-bit, rows and
-// columns multiples of 16.
-bool fits_sparse_cores(ScalarType dtype, int64_t rows, int64_t columns);
+// What the products take: 16-bit types; a weight [rows, columns] by cuSPARSELt in multiples of 16
+// and 16, by spmm_sm90 of 8 and 32.
+bool is_half(ScalarType dtype);
+bool fits_plan(int64_t rows, int64_t columns);
+bool fits_native(int64_t rows, int64_t columns);
 
-// Raises RuntimeError "slope::<op>: ..." unless a weight [rows, columns] with such values, named
-// `name`, fits the sparse tensor cores.
+// Raises RuntimeError "slope::<op>: ..." unless cuSPARSELt takes a weight [rows, columns] with such
+// values, named `name`.
 void check_packable(const char* op, const char* name, const Tensor& values, int64_t rows,
                     int64_t columns);
 

@@ -171,8 +171,8 @@ Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weig
   // Metadata for the library's kernels says that the weight is meant for those
   const bool for_plan = weight.metadata && weight.metadata->scalar_type() == ScalarType::Byte;
   if (backend == "native" || (automatic && !for_plan)) {
-    const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-    const bool fits = rows % 8 == 0 && columns % 32 == 0;
+    const bool half = is_half(dtype);
+    const bool fits = fits_native(rows, columns);
     const bool runs = half && fits && spmm_sm90_runs(values.get_device());
     if (!automatic) {
       check(half, "slope::", op, ": values must be float16 or bfloat16 for backend native");
@@ -189,7 +189,7 @@ Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weig
   }
 
   const bool fits =
-      fits_sparse_cores(dtype, rows, columns) && (!automatic || cusparselt::available());
+      is_half(dtype) && fits_plan(rows, columns) && (!automatic || cusparselt::available());
   if (!automatic) {
     check_packable(op, "values", values, rows, columns);
   } else if (!fits) {

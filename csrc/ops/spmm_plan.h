@@ -43,6 +43,11 @@ struct SpmmAlgorithm {
   bool operator==(const SpmmAlgorithm&) const = default;
 };
 
+// The library's kernels load metadata by tiles of their own, and so read beyond the end of an
+// operand whose columns are no multiple of such a tile (64 rows x 256 columns is the largest
+// known). No result depends on it, but memory must be there: in the storage of the metadata.
+constexpr int64_t kOverreadBytes = 64 * 256 / 8;
+
 struct SpmmOperands {
   const void* packed;  // [values | metadata], 16-byte aligned, as are all
   const void* x;

@@ -81,7 +81,7 @@ struct Tile {
   static constexpr int kTokens = kTokens_;
   static constexpr int kStages = kStages_;
   static constexpr int kCluster = kCluster_;
-  static constexpr int kXPart = kTokens / kCluster;  // that a block loads for its cluster
+  static constexpr int kXPart = sm90_x_part(kTokens, kCluster);  // that a block loads for all
   static constexpr int kRows = kConsumers * kBlocks * kBlockRows;
   static constexpr int kOutChunks = (kTokens + kSm90OutBox - 1) / kSm90OutBox;
   static constexpr int kRestTokens = kTokens % kSm90OutBox;  // of the last chunk, 0: whole
@@ -89,7 +89,9 @@ struct Tile {
   // Shared memory, from the first multiple of kSharedAlignment
   static constexpr int kValueBytes = kRows * kValueRowBytes;
   static constexpr int kXBytes = kTokens * kXRowBytes;
-  static constexpr int kTailBytes = (kRows + kTokens) * kTailRowBytes;
+  static constexpr int kLoadedTokens = kCluster * kXPart;  // those of two parts count twice
+  static constexpr int kStageBytes = kRows * kValueRowBytes + kLoadedTokens * kXRowBytes;
+  static constexpr int kTailBytes = (kRows + kLoadedTokens) * kTailRowBytes;
   static constexpr int kX = 0;
   static constexpr int kValues = kX + kStages * kXBytes;
   static constexpr int kOut = kValues + kStages * kValueBytes;
@@ -97,7 +99,7 @@ struct Tile {
   static constexpr int kEmpty = kFull + kStages * 8;
   static constexpr int kSharedBytes = kEmpty + kStages * 8 + kSharedAlignment;
   static_assert(kXBytes % kSharedAlignment == 0 && kValueBytes % kSharedAlignment == 0);
-  static_assert(kTokens % (8 * kCluster) == 0 && kSharedBytes <= kMaxSharedBytes);
+  static_assert(kTokens % 8 == 0 && kSharedBytes <= kMaxSharedBytes);
   static_assert(kBlocks * kTokens / 2 + 40 <= kConsumerRegisters);
 };
 
@@ -196,13 +198,14 @@ struct Ring {
 // ---- producer ----------------------------------------------------------------------------
 
 // Tokens `token` on of X or of the tail's X, rows of kRowBytes: this block's part, to all blocks.
+// The last part ends with the tile, so that it may repeat rows of the one before.
 template <typename T, int kRowBytes>
 __device__ __forceinline__ void load_x(uint32_t x, const CUtensorMap* map, int column, int token,
                                        uint32_t full) {
   if constexpr (T::kCluster == 1) {
     ptx::tma_load(x, map, column, token, full);
   } else {
-    const int first = block_of_cluster<T>() * T::kXPart;
+    const int first = min(block_of_cluster<T>() * T::kXPart, T::kTokens - T::kXPart);
     ptx::tma_load_multicast(x + first * kRowBytes, map, column, token + first, full,
                             (1 << T::kCluster) - 1);
   }
@@ -218,7 +221,7 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
     for (int k_tile = 0; k_tile < args.k_tiles; ++k_tile) {
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
       const uint32_t full = ring.full(ring.stage);
-      ptx::barrier_arrive_expect(full, T::kValueBytes + T::kXBytes);
+      ptx::barrier_arrive_expect(full, T::kStageBytes);
       ptx::tma_load(ring.values(), &args.values, k_tile * (kSm90TileColumns / 2), place.row, full);
       load_x<T, kXRowBytes>(ring.x(), &args.x, k_tile * kSm90TileColumns, place.token, full);
       ring.advance();

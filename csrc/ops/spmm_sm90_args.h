@@ -17,11 +17,16 @@ constexpr int kSm90QuadColumns = 256;     // of W whose metadata a thread loads 
 constexpr int kSm90TailTileColumns = 32;  // of the tail's factors in a stage
 constexpr int kSm90OutBox = 64;           // rows of W, and at most so many tokens, in a store
 
+// Tokens of a tile of X that each block of a cluster loads: whole swizzle patterns of eight.
+constexpr int sm90_x_part(int tokens, int cluster) {
+  return (tokens + 8 * cluster - 1) / (8 * cluster) * 8;
+}
+
 struct SpmmSm90Args {
   CUtensorMap values;       // box [tile rows, 32], 64-byte swizzle
-  CUtensorMap x;            // box [tile tokens / cluster, 64], 128-byte swizzle
+  CUtensorMap x;            // box [sm90_x_part, 64], 128-byte swizzle
   CUtensorMap tail_weight;  // box [tile rows, 32], 64-byte swizzle
-  CUtensorMap tail_x;       // box [tile tokens / cluster, 32], 64-byte swizzle
+  CUtensorMap tail_x;       // box [sm90_x_part, 32], 64-byte swizzle
   CUtensorMap y;            // box [64, 64], 128-byte swizzle
   CUtensorMap y_rest;       // box [tile tokens % 64, 64], 128-byte swizzle
   const uint4* metadata;    // [row blocks, quads, 128]

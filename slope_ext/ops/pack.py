@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slope_ext import reference
-from slope_ext._check import Checker, metadata_bytes
+from slope_ext._check import Checker, fits_native, is_half, metadata_bytes
 from slope_ext._library import register, register_write
 
 
@@ -53,7 +53,7 @@ def _check(values: Tensor, bitmask: Tensor) -> None:
     rows, columns = check.values(values, bitmask)
     if values.is_cuda:
         check.require(
-            values.dtype in (torch.float16, torch.bfloat16),
+            is_half(values.dtype),
             "values must be float16 or bfloat16 for the sparse tensor cores",
         )
         check.core_multiples("values", rows, columns)
@@ -66,7 +66,7 @@ def _check_metadata(bitmask: Tensor, metadata: Tensor) -> None:
     check.bitmask("bitmask", bitmask, rows, columns, "bitmask", bitmask)
     if metadata.dtype == torch.int32:
         check.require(
-            rows % 8 == 0 and columns % 32 == 0,
+            fits_native(rows, columns),
             "bitmask must be of a weight with out in multiples of 8 and in in multiples of 32 for "
             f"int32 metadata, got out x in = {rows} x {columns}",
         )

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// spmm_sm90 with tiles of 256 rows of W x 160 tokens.
+#include "ops/spmm_sm90.cuh"
+
+template cudaError_t slope::launch_spmm_sm90_tile<256, 160, 4, 2>(const slope::SpmmSm90Args&,
+                                                                  slope::FloatKind, unsigned, int,
+                                                                  cudaStream_t);

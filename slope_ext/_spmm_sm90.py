@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The own sparse product through its C symbol, every choice open: for tests and benchmarks."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slope_ext import _library
+
+# rows of W x tokens; kTiles of csrc/ops/spmm_sm90.cpp
+TILES = [
+    *((256, 192), (256, 176), (256, 168), (256, 160), (256, 152), (256, 128)),
+    *((128, 256), (128, 128)),
+]
+
+
+class _Params(ctypes.Structure):
+    """SpmmSm90Params of csrc/ops/spmm_sm90.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "values", "metadata", "tail_x", "tail_weight")),
+        *((name, ctypes.c_void_p) for name in ("bias", "y")),
+        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "rank")),
+        *((name, ctypes.c_int32) for name in ("kind", "tile", "device")),
+    ]
+
+
+@functools.cache
+def _symbol() -> Any:
+    symbol = ctypes.CDLL(str(_library._LIBRARY_FILE)).slope_spmm_sm90
+    symbol.argtypes = [ctypes.POINTER(_Params), ctypes.c_void_p]
+    return symbol
+
+
+def spmm_sm90(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    y: Tensor,
+    *,
+    tail: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    tile: int = -1,
+) -> Tensor:
+    """y <- x W^T [+ tail[0] tail[1]^T] [+ bias]; returns y. All contiguous, of one 16-bit dtype.
+
+    Args:
+        x: [tokens, in].
+        values: [out, in/2].
+        words: int32 metadata of W.
+        y: [tokens, out], overwritten.
+        tail: [tokens, rank] and [out, rank], rank a multiple of 8.
+        bias: [out].
+        tile: index into TILES; -1: the one that the op would take.
+
+    Raises:
+        RuntimeError: the launch failed.
+    """
+    tail_x, tail_weight = tail or (None, None)
+    tensors = (x, values, words, tail_x, tail_weight, bias, y)
+    rank = 0 if tail_x is None else tail_x.shape[1]
+    sizes = (x.shape[0], values.shape[0], 2 * values.shape[1], rank)
+    kind = int(x.dtype == torch.bfloat16)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    params = _Params(*addresses, *sizes, kind, tile, x.device.index)
+    status = _symbol()(ctypes.byref(params), torch.cuda.current_stream(x.device).cuda_stream)
+    if status != 0:
+        raise RuntimeError(f"spmm_sm90: CUDA error {status}")
+    return y
