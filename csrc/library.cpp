@@ -57,6 +57,6 @@ STABLE_TORCH_LIBRARY(slope, m) {
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor[] steps, Tensor[] bitmasks, "
       "Tensor[] bitmasks_t, Tensor(e!)[] values_t, *, float lr, float beta1, float beta2, "
-      "float eps, float weight_decay, bool maximize=False, Tensor? grad_scale=None) "
-      "-> ()");
+      "float eps, float weight_decay, bool maximize=False, Tensor? grad_scale=None, "
+      "Tensor? lr_tensor=None, Tensor? found_inf=None) -> ()");
 }

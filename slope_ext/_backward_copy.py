@@ -20,7 +20,7 @@ from slope_ext import _freshness, _packed
 def choose_mask(values: Tensor, bitmask: Tensor, bitmask_t: Tensor) -> None:
     """Overwrites ``bitmask_t`` with the double-pruned mask of the present values."""
     bitmask_t.copy_(torch.ops.slope.prune_transposed(values, bitmask))
-    _mark(bitmask_t, bitmask)
+    mark(bitmask_t, bitmask)
 
 
 def follow(
@@ -52,14 +52,14 @@ def follow(
     if mask_is_stale:
         with _unseen():
             torch.ops.slope.double_prune_(values, bitmask, bitmask_t, values_t)
-        _mark(bitmask_t, bitmask)
-        _mark(values_t, *sources)
+        mark(bitmask_t, bitmask)
+        mark(values_t, *sources)
         if metadata_t is not None:
             _freshness.mark_stale(metadata_t)  # no version counter told it
     elif is_capturing(values) or not _freshness.is_fresh(values_t, *sources):
         with _unseen():
             torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
-        _mark(values_t, *sources)
+        mark(values_t, *sources)
     if metadata_t is not None:
         follow_metadata(bitmask_t, metadata_t)
     return values_t, metadata_t
@@ -82,11 +82,12 @@ def follow_metadata(bitmask: Tensor, metadata: Tensor) -> bool:
         return False
     with _unseen():
         torch.ops.slope.pack_metadata(bitmask, metadata)
-    _mark(metadata, bitmask)
+    mark(metadata, bitmask)
     return True
 
 
-def _mark(derived: Tensor, *sources: Tensor) -> None:
+def mark(derived: Tensor, *sources: Tensor) -> None:
+    """Records that ``derived`` was computed from ``sources``; captured, it is not yet."""
     if is_capturing(derived):
         _freshness.mark_stale(derived)  # nothing was computed yet
     else:

@@ -153,7 +153,7 @@ def _warn_reference_on_gpu(name: str) -> None:
 
 
 def register_write(name: str, *arguments: str) -> None:
-    """Has op ``name`` advance the version counters of the tensors ``arguments`` that it writes.
+    """Has op ``name`` advance the version counters of what it writes: tensors or lists of them.
 
     torch does this for its own ops; for a compiled op of a library somebody must.
     """
@@ -164,7 +164,10 @@ def register_write(name: str, *arguments: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(_WRITE_KEYS):
             op(*args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
-        targets = [given[argument] for argument in arguments]
+        targets = []
+        for argument in arguments:
+            value = given[argument]
+            targets += value if isinstance(value, list) else [value]
         torch.autograd.graph.increment_version([t for t in targets if not t.is_inference()])
 
     _registrations.impl(name, write, "ADInplaceOrView")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_ext import _freshness, ops
+from slope_ext import _backward_copy, _freshness, ops, reference
+from slope_ext._check import is_half
 from slope_ext.linear import SLoPeLinear
 from slope_ext.sparse_layer import SparseLayer, layers_by_weight
 
@@ -28,6 +29,11 @@ class AdamW(torch.optim.Optimizer):
     On a 2:4 layer it does on the values what torch's AdamW does on a dense weight whose gradient is
     masked. Moments are fp32 for fp16 and bf16 parameters, else of the parameter's dtype.
 
+    On CUDA a step is one pass over memory, a few launches for all parameters, and never waits for
+    the GPU: a GradScaler's scale and verdict, a tensor learning rate and the coefficient of
+    :meth:`clip_grad_norm_` are read by the kernels. It can be captured into a CUDA graph; replays
+    do not choose masks (call :func:`slope_ext.update_transposed_masks` between them).
+
     Load a checkpoint's model before its optimizer: the optimizer's state holds the transposed masks
     too, which are chosen again when a model is loaded. A write through ``weight.data`` after
     ``step()`` (clamping, say) is invisible to torch and needs
@@ -36,14 +42,18 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups, sparse and dense ones in any mix.
-        lr: learning rate.
+        lr: learning rate; an fp32 scalar tensor on the parameters' device is read in each step, by
+            a graph's replays too.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the root of the second moment, after bias correction.
         weight_decay: decoupled; each step multiplies a weight by 1 - lr * weight_decay.
         mask_interval: steps between two choices of the transposed masks (100 in the paper,
-            arXiv 2405.16325 section 3.1); 0 never chooses them again.
+            arXiv 2405.16325 section 3.1); 0 never chooses them again. What a GradScaler skips
+            counts too.
         master_weights: keep fp32 copies of fp16 and bf16 parameters and update those; a weight that
             is set by hand later is overwritten from its copy.
+        half_moments: keep the moments of fp16 and bf16 parameters in their dtype, as torch does;
+            not with master_weights.
         maximize: ascend instead of descend.
 
     Raises:
@@ -60,13 +70,14 @@ class AdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
         mask_interval: int = 100,
         master_weights: bool = False,
+        half_moments: bool = False,
         maximize: bool = False,
     ) -> None:
         defaults = {
@@ -76,13 +87,17 @@ class AdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "mask_interval": mask_interval,
             "master_weights": master_weights,
+            "half_moments": half_moments,
+            "mask_step": 0,  # calls of step() that updated the group
             "maximize": maximize,
         }
+        self._clipping: tuple[Tensor, float] | None = None  # norm of the gradients, its limit
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A checkpoint of torch.optim.AdamW lacks this class's options.
         super().__setstate__(state)
+        self._clipping = None
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -90,6 +105,8 @@ class AdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its options are checked as the constructor's are."""
         options = {**self.defaults, **param_group}
+        if options["half_moments"] and options["master_weights"]:
+            raise ValueError("AdamW: half_moments must be False with master_weights")
         for name in ("lr", "eps", "weight_decay", "mask_interval"):
             if options[name] < 0:
                 raise ValueError(f"AdamW: {name} must not be negative, got {options[name]}")
@@ -99,20 +116,33 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Has the next step clip all gradients together; returns their norm, an fp32 scalar.
+
+        As ``torch.nn.utils.clip_grad_norm_`` over every parameter of this optimizer, but for the
+        pass that would scale the gradients: the step multiplies as it reads them. ``.grad`` stays
+        as it is. All parameters must be on one device.
+        """
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        norms = torch._foreach_norm([g for g in grads if g is not None], dtype=torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        self._clipping = (norm, max_norm)
+        return norm
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            return loss
         self._check_gradients()
         _freshness.count_optimizer_step()
+        grad_scale, found_inf = self._grad_scale(), getattr(self, "found_inf", None)
         layers = layers_by_weight()
         for group in self.param_groups:
-            self._step_group(group, layers)
+            self._step_group(group, layers, grad_scale, found_inf)
+        self._clipping = None
         return loss
 
     def _check_gradients(self) -> None:
@@ -121,56 +151,93 @@ class AdamW(torch.optim.Optimizer):
             if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
                 raise RuntimeError("AdamW: sparse gradients are not supported; use sparse=False")
 
-    def _step_group(self, group: dict[str, Any], layers: dict[int, SparseLayer]) -> None:
+    def _grad_scale(self) -> Tensor | None:
+        """What gradients are to be divided by: a GradScaler's scale times the clipping."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if self._clipping is None:
+            return scale
+        norm, max_norm = self._clipping
+        clipped = ((norm if scale is None else norm / scale) + 1e-6) / max_norm
+        return clipped.clamp(min=1) * (1 if scale is None else scale)
+
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        layers: dict[int, SparseLayer],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        states = [self._state_of(param, group) for param in params]
+        group["mask_step"] += 1
+        interval = group["mask_interval"]
+        choose = interval > 0 and group["mask_step"] % interval == 0
+        choose = choose and not _backward_copy.is_capturing(params[0])
+
         # Buckets: what one adamw_ call can take. A layer whose mask is due gets its copy later.
         buckets: dict[Any, list[tuple[Tensor, SLoPeLinear | None]]] = defaultdict(list)
         due = []
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            state = self._state_of(param, group)
-            state["step"] += 1
+        for param, state in zip(params, states, strict=True):
             layer = layers.get(id(param))
-            interval = group["mask_interval"]
-            if layer is not None and interval > 0 and int(state["step"]) % interval == 0:
+            if layer is not None and choose:
                 due.append(layer)
                 layer = None
             copied = _with_cached_copy(layer)
             key = (param.device, param.dtype, state["exp_avg"].dtype, "master" in state)
             buckets[(*key, copied is not None)].append((param, copied))
         for bucket in buckets.values():
-            self._update(bucket, group)
+            self._update(bucket, group, grad_scale, found_inf)
         for layer in due:
             layer.update_transposed_mask()
 
     def _update(
-        self, bucket: list[tuple[Tensor, SLoPeLinear | None]], group: dict[str, Any]
+        self,
+        bucket: list[tuple[Tensor, SLoPeLinear | None]],
+        group: dict[str, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
         params = [param for param, _ in bucket]
         states = [self.state[param] for param in params]
         layers = [layer for _, layer in bucket if layer is not None]
         beta1, beta2 = group["betas"]
-        ops.adamw_(
+        device = params[0].device
+        scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "lr_tensor": None}
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            scalars["lr_tensor"], lr = lr.float(), 0.0
+        scalars = {name: s if s is None else s.to(device) for name, s in scalars.items()}
+
+        steps = [state["step"] for state in states]
+        if scalars["found_inf"] is None:
+            torch._foreach_add_(steps, 1)
+        else:
+            torch._foreach_add_(steps, (scalars["found_inf"] == 0).float())
+        # fp64 is for references.
+        update = reference.adamw_ if params[0].dtype == torch.float64 else ops.adamw_
+        update(
             params,
             [param.grad for param in params],  # type: ignore[misc]
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["master"] for state in states if "master" in state],
-            [state["step"] for state in states],
+            steps,
             [layer.weight_bitmask for layer in layers],
             [layer.weight_t_bitmask for layer in layers],
             [layer.weight_t for layer in layers],  # type: ignore[misc]
-            lr=float(group["lr"]),
+            lr=lr,
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            grad_scale=getattr(self, "grad_scale", None),
+            **scalars,
         )
         for layer in layers:
             assert layer.weight_t is not None
-            _freshness.mark_fresh(
+            _backward_copy.mark(
                 layer.weight_t, layer.weight, layer.weight_bitmask, layer.weight_t_bitmask
             )
 
@@ -179,9 +246,9 @@ class AdamW(torch.optim.Optimizer):
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if not state:
-            low_precision = param.dtype in (torch.float16, torch.bfloat16)
-            dtype = torch.float32 if low_precision else param.dtype
-            state["step"] = torch.tensor(0.0)
+            wide = is_half(param.dtype) and not group["half_moments"]
+            dtype = torch.float32 if wide else param.dtype
+            state["step"] = torch.zeros((), device=param.device)
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
         if (
@@ -205,6 +272,10 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores moments, masters and transposed masks, each in the dtype it was saved in."""
         super().load_state_dict(state_dict)
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if "mask_step" not in saved_group:  # of torch.optim.AdamW
+                states = [state_dict["state"].get(i, {}) for i in saved_group["params"]]
+                group["mask_step"] = max((int(s["step"]) for s in states if "step" in s), default=0)
         layers = layers_by_weight()
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for saved_id, (_, param) in zip(saved_ids, self._indexed_params(), strict=True):
@@ -215,6 +286,7 @@ class AdamW(torch.optim.Optimizer):
             for name in _STATE_TENSORS:
                 if name in saved:
                     self.state[param][name] = saved[name].to(param.device, copy=True)
+            self.state[param]["step"] = saved["step"].to(param.device, torch.float32, copy=True)
             self.state[param].pop(_TRANSPOSED_MASK, None)
             layer = layers.get(id(param))
             if layer is not None and _TRANSPOSED_MASK in saved:

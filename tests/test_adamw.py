@@ -15,6 +15,22 @@ def state(params, dtype):
     return zeros, [z.clone() for z in zeros], [torch.tensor(0.0) for _ in params]
 
 
+def exact_step(param, grad, exp_avg, exp_avg_sq, step):
+    """One step in fp64 as torch.optim.AdamW does it; returns weight and moments."""
+    twin = param.double().requires_grad_()
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW([twin], **options)
+    optimizer.state[twin] = {
+        "step": torch.tensor(float(step - 1)),
+        "exp_avg": exp_avg.double(),
+        "exp_avg_sq": exp_avg_sq.double(),
+    }
+    twin.grad = grad.double()
+    optimizer.step()
+    state = optimizer.state[twin]
+    return twin.detach(), state["exp_avg"], state["exp_avg_sq"]
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("grad_scale", [None, 64.0])
 def test_equals_torch_adamw(maximize, grad_scale, device):
@@ -68,3 +84,121 @@ def test_writes_the_backward_copy(device):
     expected = torch.empty_like(o.values_t)
     ops.transpose_values(o.values, o.bitmask, o.bitmask_t, expected)
     assert torch.equal(o.values_t, expected)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+# params, moments, masters
+TYPES = [(torch.float32, torch.float32, False)]
+TYPES += [(half, torch.float32, master) for half in HALVES for master in (False, True)]
+TYPES += [(half, half, False) for half in HALVES]
+
+
+@pytest.mark.parametrize(("dtype", "moments", "master"), TYPES)
+@pytest.mark.parametrize("where", ["aligned", "off by one", "strided"])
+def test_one_step_is_the_rounded_exact_step(dtype, moments, master, where, device):
+    """More tensors than fit one launch, of all sizes; the step count on either side."""
+    sizes = [(0,), (1,), (3, 5), (4096,), (4097,), (64, 200)] + [(n,) for n in range(8, 44)]
+
+    def new(size, like, scale=1.0):
+        if where == "off by one":
+            whole = torch.empty(torch.Size(size).numel() + 1, dtype=like, device=device)
+            tensor = whole[1:].view(size)
+        else:
+            strided = where == "strided" and len(size) == 2
+            tensor = torch.empty(size[::-1] if strided else size, dtype=like, device=device)
+            tensor = tensor.mT if strided else tensor
+        return tensor.copy_(scale * torch.randn(tensor.shape))
+
+    params = [new(size, dtype) for size in sizes]
+    grads = [new(size, dtype, 0.1) for size in sizes]
+    exp_avgs = [new(size, moments, 0.1) for size in sizes]
+    exp_avg_sqs = [new(size, moments, 0.1).square_() for size in sizes]
+    masters = [new(size, torch.float32) for size in sizes] if master else []
+    at = [device if i % 2 else "cpu" for i in range(len(sizes))]
+    steps = [torch.tensor(float(i % 7 + 1), device=at[i]) for i in range(len(sizes))]
+    sources = masters or params
+    exact = [
+        exact_step(*(t.detach().clone() for t in tensors), int(step))
+        for *tensors, step in zip(sources, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    ]
+    version = params[3]._version
+    ops.adamw_(params, grads, exp_avgs, exp_avg_sqs, masters, steps, **OPTIONS)
+    assert params[3]._version > version
+    for i, expected in enumerate(exact):
+        found = (sources[i], exp_avgs[i], exp_avg_sqs[i])
+        for tensor, value in zip(found, expected, strict=True):
+            rounding = 0.51 * torch.finfo(tensor.dtype).eps
+            atol = 6e-8 if tensor.dtype == torch.float16 else 0.0  # subnormals
+            torch.testing.assert_close(
+                tensor.double(), value, rtol=rounding + 2e-6, atol=atol + 3e-7
+            )
+        if master:
+            assert torch.equal(params[i], masters[i].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("shape", [(8, 8), (136, 264), (320, 520), (1024, 512)])
+def test_copies_of_many_weights_follow(shape, dtype, device):
+    weights = [Operands(*shape, dtype, device) for i in range(3)]
+    weights += [Operands(shape[1], shape[0], dtype, device)]
+    values = [o.values for o in weights]
+    plain = [v.clone() for v in values]
+    grads = [torch.randn_like(v) for v in values]
+    lists = state(values, torch.float32)
+    plain_lists = state(plain, torch.float32)
+    for _ in range(2):
+        for step in (*lists[2], *plain_lists[2]):
+            step += 1
+        ops.adamw_(
+            values, grads, lists[0], lists[1], [], lists[2], [o.bitmask for o in weights],
+            [o.bitmask_t for o in weights], [o.values_t for o in weights], **OPTIONS,
+        )  # fmt: skip
+        ops.adamw_(plain, grads, plain_lists[0], plain_lists[1], [], plain_lists[2], **OPTIONS)
+    for i, o in enumerate(weights):
+        assert torch.equal(values[i], plain[i])
+        assert torch.equal(lists[0][i], plain_lists[0][i])
+        assert torch.equal(lists[1][i], plain_lists[1][i])
+        expected = torch.empty_like(o.values_t)
+        ops.transpose_values(values[i], o.bitmask, o.bitmask_t, expected)
+        assert torch.equal(o.values_t, expected)
+
+
+def test_found_inf_leaves_all_but_the_copies(device):
+    o = Operands(64, 48, torch.float32, device)
+    exp_avgs, exp_avg_sqs, steps = state([o.values], torch.float32)
+    steps[0] += 1
+    before = o.values.clone()
+    o.values_t.fill_(7)
+    grads = [torch.full_like(o.values, float("inf"))]
+    copies = ([o.bitmask], [o.bitmask_t], [o.values_t])
+    lists = ([o.values], grads, exp_avgs, exp_avg_sqs, [], steps)
+    ops.adamw_(*lists, *copies, **OPTIONS, found_inf=torch.ones((), device=device))
+    assert torch.equal(o.values, before)
+    assert not exp_avgs[0].any()
+    expected = torch.empty_like(o.values_t)
+    ops.transpose_values(o.values, o.bitmask, o.bitmask_t, expected)
+    assert torch.equal(o.values_t, expected)
+    ops.adamw_(*lists, *copies, **OPTIONS, found_inf=torch.zeros((), device=device))
+    assert not torch.equal(o.values, before)
+
+
+def test_lr_tensor_stands_for_lr(device):
+    params = [torch.randn(100, device=device)]
+    twins = [params[0].clone()]
+    grads = [torch.randn_like(params[0])]
+    for tensors, options in (
+        (params, OPTIONS),
+        (twins, OPTIONS | {"lr": 5.0, "lr_tensor": torch.tensor(OPTIONS["lr"], device=device)}),
+    ):
+        exp_avgs, exp_avg_sqs, steps = state(tensors, torch.float32)
+        steps[0] += 1
+        ops.adamw_(tensors, grads, exp_avgs, exp_avg_sqs, [], steps, **options)
+    assert torch.equal(params[0], twins[0])
+
+
+@pytest.mark.gpu
+def test_float64_has_no_cuda_kernel():
+    params = [torch.zeros(3, device="cuda", dtype=torch.float64)]
+    exp_avgs, exp_avg_sqs, steps = state(params, torch.float64)
+    with pytest.raises(RuntimeError, match=r"slope::adamw_: params\[0\] must be float16"):
+        ops.adamw_(params, params, exp_avgs, exp_avg_sqs, [], steps, **OPTIONS)

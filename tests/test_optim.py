@@ -360,3 +360,91 @@ def test_backward_copy_is_written_by_the_step(device):
     net.up(x).sum().backward()
     assert net.up.weight_t._version == version
     torch.testing.assert_close(x.grad, torch.ones(2, 40, device=device) @ net.up.backward_weight())
+
+
+@pytest.mark.parametrize("scale", [None, 64.0])
+def test_clip_grad_norm_equals_torch(scale, device):
+    net = Net(device)
+    twin = copy.deepcopy(net)
+    ours = slope.optim.AdamW(net.parameters(), **OPTIONS)
+    theirs = slope.optim.AdamW(twin.parameters(), **OPTIONS)
+    x = torch.randn(6, 8, device=device)
+    for step in range(4):
+        for model in (net, twin):
+            model.zero_grad()
+            (model(x).square().sum() * (scale or 1.0) * 10 ** (step - 2)).backward()
+        if scale is not None:  # what a GradScaler hands over
+            ours.grad_scale = torch.tensor(scale, device=device)
+            for param in twin.parameters():
+                param.grad /= scale
+        norm = ours.clip_grad_norm_(0.5)
+        expected = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        torch.testing.assert_close(norm / (scale or 1.0), expected, rtol=1e-5, atol=0)
+        ours.step()
+        theirs.step()
+    for param, other in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-4, atol=1e-5)
+
+
+def test_half_moments_are_of_the_parameters_dtype(device):
+    net = Net(device, torch.bfloat16)
+    optimizer = slope.optim.AdamW(net.parameters(), **OPTIONS, half_moments=True)
+    train(net, optimizer, 3, seed=0)
+    assert optimizer.state[net.up.weight]["exp_avg"].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="AdamW: half_moments"):
+        slope.optim.AdamW(net.parameters(), half_moments=True, master_weights=True)
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu():
+    net = Net("cuda", torch.bfloat16)
+    lr = torch.tensor(1e-3, device="cuda")
+    optimizer = slope.optim.AdamW(net.parameters(), lr=lr, mask_interval=2)
+    x = torch.randn(6, 8, device="cuda", dtype=torch.bfloat16)
+    for turn in range(4):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.found_inf = torch.zeros((), device="cuda")
+        optimizer.grad_scale = torch.ones((), device="cuda")
+        if turn == 1:
+            torch.cuda.set_sync_debug_mode("error")
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_captured_steps_equal_eager_ones():
+    """Forward, backward and step in one graph; the learning rate changes between replays."""
+    net = Net("cuda", torch.bfloat16)
+    eager = copy.deepcopy(net)
+    x = torch.randn(64, 8, device="cuda", dtype=torch.bfloat16)
+    lr, eager_lr = (torch.tensor(3e-3, device="cuda") for _ in range(2))
+    optimizer = slope.optim.AdamW(net.parameters(), **OPTIONS | {"lr": lr})
+    reference = slope.optim.AdamW(eager.parameters(), **OPTIONS | {"lr": eager_lr})
+
+    def step(model, opt):
+        opt.zero_grad(set_to_none=False)
+        model(x).square().mean().backward()
+        opt.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(net, optimizer)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(net, optimizer)
+    for _ in range(3):
+        step(eager, reference)
+    for _ in range(5):
+        graph.replay()
+        step(eager, reference)
+        lr.mul_(0.5)
+        eager_lr.mul_(0.5)
+    for param, other in zip(net.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(param, other)
+    for layer, other in ((net.up, eager.up), (net.down, eager.down)):
+        assert torch.equal(layer.backward_weight(), other.backward_weight())

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The one kernel of everything that meets W along its columns:
+// What meets W along its columns, by tiles in shared memory:
 //
 //   bitmask_t  = of each four rows of W, the two of largest magnitude (pruned elements rank last)
 //   values_t   = compress(W^T, bitmask_t), 0 where bitmask_t keeps what bitmask pruned
@@ -13,6 +13,8 @@
 //   prune_transposed           compressed  chosen     -         b/2 + 1/8 + 1/8
 //   double_prune_              compressed  chosen     written   b/2 + 1/8 + 1/8 + b/2
 //   prune_compress_transposed  dense       chosen     written   b + 2 (b/2 + 1/8)
+//
+// ops/adamw.cu has a source of its own: values that it updates on the way.
 //
 // Tile. A block owns kTileRows rows x kTileRowBytes bytes of values of each, that is 256 columns of
 // 2-byte or 128 columns of 4-byte elements, and holds it in shared memory compressed. A store of
@@ -374,40 +376,17 @@ __device__ __forceinline__ void transpose_groups(uint4 (&groups)[4]) {
   groups[3] = {a.w, b.w, c.w, d.w};
 }
 
-// ---- kernel ------------------------------------------------------------------------------
+// ---- columns ---------------------------------------------------------------------------------
 
-template <FloatKind kKind, bool kFromDense, bool kChoose, bool kWriteValues>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
-    tile_kernel(const WeightParams weight) {
+// By the whole block, once the tile is in shared memory: chooses or reads bitmask_t, writes what the
+// switches say. `weight` needs rows, columns, values_t and bitmask_t.
+template <FloatKind kKind, bool kChoose, bool kWriteValues>
+__device__ __forceinline__ void transpose_tile(Tile<kBytesOf<kKind>>& tile,
+                                               const WeightParams& weight, const TileView& view,
+                                               const WarpSelectors& selectors) {
   constexpr int kElementBytes = kBytesOf<kKind>;
   using T = Tile<kElementBytes>;
   using G = Group<kElementBytes>;
-  extern __shared__ uint4 shared[];
-  T& tile = *reinterpret_cast<T*>(shared);
-  const int64_t row0 = int64_t{blockIdx.y} * kTileRows;
-  const int64_t column0 = int64_t{blockIdx.x} * T::kColumns;
-  const TileView view{row0, column0, clamp_to_int(weight.rows - row0),
-                      clamp_to_int(weight.columns - column0)};
-
-  // Load
-  const WarpSelectors selectors;
-  if constexpr (kFromDense) {
-    compress_tile<kKind>(tile, weight, view, selectors);
-  } else {
-    const auto* values = static_cast<const uint8_t*>(weight.values);
-    const int64_t row_bytes = weight.columns * kElementBytes / (kGroup / kKept);
-    if (row_bytes % 16 == 0) {
-      load_values<16>(tile, values, row_bytes, view);
-    } else {
-      load_values<8>(tile, values, row_bytes, view);
-    }
-    load_mask(tile, weight.bitmask, weight.columns, view);
-    if constexpr (!kChoose) {
-      load_mask_t(tile, weight.bitmask_t, weight.rows, view);
-    }
-    wait_for_copies();
-  }
-  __syncthreads();
 
   // This lane's rows and first column
   const int lane = threadIdx.x % 32;
@@ -511,6 +490,41 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
     __syncthreads();
     store_mask_t(tile, weight.bitmask_t, weight.rows, view);
   }
+}
+
+// ---- kernel ------------------------------------------------------------------------------
+
+template <FloatKind kKind, bool kFromDense, bool kChoose, bool kWriteValues>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
+    tile_kernel(const WeightParams weight) {
+  constexpr int kElementBytes = kBytesOf<kKind>;
+  using T = Tile<kElementBytes>;
+  extern __shared__ uint4 shared[];
+  T& tile = *reinterpret_cast<T*>(shared);
+  const int64_t row0 = int64_t{blockIdx.y} * kTileRows;
+  const int64_t column0 = int64_t{blockIdx.x} * T::kColumns;
+  const TileView view{row0, column0, clamp_to_int(weight.rows - row0),
+                      clamp_to_int(weight.columns - column0)};
+
+  const WarpSelectors selectors;
+  if constexpr (kFromDense) {
+    compress_tile<kKind>(tile, weight, view, selectors);
+  } else {
+    const auto* values = static_cast<const uint8_t*>(weight.values);
+    const int64_t row_bytes = weight.columns * kElementBytes / (kGroup / kKept);
+    if (row_bytes % 16 == 0) {
+      load_values<16>(tile, values, row_bytes, view);
+    } else {
+      load_values<8>(tile, values, row_bytes, view);
+    }
+    load_mask(tile, weight.bitmask, weight.columns, view);
+    if constexpr (!kChoose) {
+      load_mask_t(tile, weight.bitmask_t, weight.rows, view);
+    }
+    wait_for_copies();
+  }
+  __syncthreads();
+  transpose_tile<kKind, kChoose, kWriteValues>(tile, weight, view, selectors);
 }
 
 // ---- launcher ----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slope_ext import reference
 from slope_ext._check import Checker
-from slope_ext._library import register
+from slope_ext._library import register, register_write
 
 
 def adamw_(
@@ -32,23 +32,29 @@ def adamw_(
     weight_decay: float,
     maximize: bool = False,
     grad_scale: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One AdamW step of many parameters, in place; for 2:4 weights the backward copies follow.
 
-    The update is torch.optim.AdamW's: decoupled weight decay, eps added after bias correction.
+    The update is torch.optim.AdamW's: decoupled weight decay, eps added after bias correction. On
+    CUDA one pass over memory, with no host synchronisation.
 
     Args:
         params: n tensors, any shape, one floating dtype and device: values or dense parameters.
         grads: n tensors, shapes and dtype of ``params``.
         exp_avgs, exp_avg_sqs: n tensors each, shapes of ``params``, one dtype (fp32 or that of
-            ``params``); the arithmetic runs in it.
-        masters: n tensors of the dtype of ``exp_avgs``, or empty. Where given they are updated and
-            ``params`` become their rounded copies.
-        steps: n fp32 scalars, already counting this step (1 in the first).
+            ``params``). The arithmetic runs in fp32, or fp64 for fp64 parameters.
+        masters: n fp32 tensors, or empty; for fp16 and bf16 parameters with fp32 moments. Where
+            given they are updated and ``params`` become their rounded copies.
+        steps: n fp32 scalars on the CPU or the device of ``params``, already counting this step (1
+            in the first).
         bitmasks, bitmasks_t, values_t: n tensors each, or empty. Where given, ``params`` are 2:4
             values and ``values_t`` is refreshed as by :func:`slope_ext.ops.transpose_values`.
         lr, beta1, beta2, eps, weight_decay, maximize: as in torch.optim.AdamW.
         grad_scale: fp32 scalar that gradients are divided by, or None.
+        lr_tensor: fp32 scalar that stands for ``lr``, or None. A CUDA graph's replays read it.
+        found_inf: fp32 scalar, or None. Unless it is 0 nothing is updated but the copies.
 
     Raises:
         RuntimeError: a list has the wrong length or a tensor the wrong dtype, shape or device; the
@@ -71,6 +77,8 @@ def adamw_(
         weight_decay=weight_decay,
         maximize=maximize,
         grad_scale=grad_scale,
+        lr_tensor=lr_tensor,
+        found_inf=found_inf,
     )
 
 
@@ -103,6 +111,10 @@ def _check(
         state_dtype in (torch.float32, params[0].dtype),
         f"exp_avgs must be float32 or of the dtype of params, got {state_dtype}",
     )
+    check.require(
+        not masters or (state_dtype == torch.float32 and state_dtype != params[0].dtype),
+        "masters must be empty unless params are of 16 bits and exp_avgs float32",
+    )
     for i, param in enumerate(params):
         check.same_dtype(f"params[{i}]", param, "params[0]", params[0])
         check.same_device(f"params[{i}]", param, "params[0]", params[0])
@@ -124,9 +136,13 @@ def _check(
         if values_t:
             _check_sparse(check, i, param, bitmasks[i], bitmasks_t[i], values_t[i])
 
-    grad_scale = options.get("grad_scale")
-    if grad_scale is not None:
-        check.require(grad_scale.numel() == 1, "grad_scale must have one element")
+    for name in ("grad_scale", "lr_tensor", "found_inf"):
+        scalar = options.get(name)
+        if scalar is not None:
+            check.require(
+                scalar.numel() == 1 and scalar.dtype == torch.float32,
+                f"{name} must be a float32 scalar",
+            )
     for name in ("beta1", "beta2"):
         check.require(0 <= options[name] < 1, f"{name} must be in [0, 1), got {options[name]}")
     for name in ("lr", "eps", "weight_decay"):
@@ -154,3 +170,4 @@ register(
     reference=reference.adamw_,
     fake=lambda *_, **__: None,
 )
+register_write("adamw_", "params", "exp_avgs", "exp_avg_sqs", "masters", "values_t")
