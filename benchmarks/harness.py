@@ -348,6 +348,36 @@ def time_record(
     )
 
 
+def bytes_record(
+    *,
+    bench: str,
+    case: str,
+    dtype: torch.dtype,
+    tokens: int,
+    ours: int,
+    baseline: str,
+    theirs: int,
+) -> Record:
+    """A record of metric "memory": MiB, given in bytes."""
+    return Record(
+        bench=bench,
+        case=case,
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=tokens,
+        metric="memory",
+        value=round(ours / 2**20, 1),
+        spread=0.0,
+        unit="MiB",
+        baseline=baseline,
+        baseline_value=round(theirs / 2**20, 1),
+        baseline_spread=0.0,
+        ratio=round(theirs / ours, 3),
+        limit=None,
+        limit_fraction=None,
+        **environment(),
+    )
+
+
 def baseline_records(timings: dict[str, Timing], **common: Any) -> list[Record]:
     """A :func:`time_record` of the case "ours" against each other one, named as its baseline."""
     ours = timings["ours"]

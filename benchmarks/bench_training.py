@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole training step of decoder layers: forward, backward, optimizer; dense and 2:4.
+
+As many layers of a Hugging Face model as LAYERS says, 8192 tokens as 4 sequences of 2048, bf16, the
+input's gradient included, embeddings and head left out. Methods, each with AdamW whose moments are
+bf16 (torch's fused kernel keeps no other for bf16 parameters):
+
+dense           torch.optim.AdamW(fused=True)
+slope           every linear layer 2:4, slope_ext.optim.AdamW(half_moments=True)
+slope;r=...     the same with adapters of that rank, 1.56 % of hidden, as in the last 1 % of steps
+
+each eager, compiled (torch.compile of every layer, fullgraph) and compiled and captured: the whole
+step as one CUDA graph. The baseline of a method is the fastest dense one of the run.
+
+training_step   time of a step; limit: the FLOPs of its products at the rates of this run
+training_peak   most memory in use during a step: weights, gradients, optimizer, activations;
+                baseline: dense, run the same way
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, OPTConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
+
+import harness
+import slope_ext
+
+SEQUENCES, LENGTH = 4, 2048
+TOKENS = SEQUENCES * LENGTH
+STEPS = 4  # of a timed turn
+ROUNDS = 7
+# Layers that are run. Those of Mistral-7B are LLaMA-3-8B's in shape.
+LAYERS = {
+    "LLaMA-3-8B": 2, "OPT-66B": 1, "OPT-13B": 2, "OPT-30B": 1, "OPT-6.7B": 3, "OPT-2.7B": 4,
+}  # fmt: skip
+OPT_HIDDEN = {
+    "OPT-2.7B": 2560, "OPT-6.7B": 4096, "OPT-13B": 5120, "OPT-30B": 7168, "OPT-66B": 9216,
+}  # fmt: skip
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Decoder layers of a model, from hidden states to hidden states."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        count = LAYERS[model]
+        self.rotary: nn.Module | None = None
+        common = {"attn_implementation": "sdpa", "max_position_embeddings": LENGTH}
+        if model in OPT_HIDDEN:
+            self.hidden = OPT_HIDDEN[model]
+            heads = self.hidden // (80 if model == "OPT-2.7B" else 128)
+            opt = OPTConfig(
+                hidden_size=self.hidden, ffn_dim=4 * self.hidden, num_attention_heads=heads,
+                word_embed_proj_dim=self.hidden, dropout=0.0, use_cache=False, **common,
+            )  # fmt: skip
+            layers = [OPTDecoderLayer(opt, layer_idx=i) for i in range(count)]
+        else:
+            self.hidden = 4096
+            llama = LlamaConfig(
+                hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+                num_key_value_heads=8, use_cache=False, **common,
+            )  # fmt: skip
+            layers = [LlamaDecoderLayer(llama, layer_idx=i) for i in range(count)]
+            self.rotary = LlamaRotaryEmbedding(llama)
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        options: dict[str, Any] = {}
+        if self.rotary is not None:
+            positions = torch.arange(LENGTH, device=x.device)[None]
+            options["position_embeddings"] = self.rotary(x, positions)
+        for layer in self.layers:
+            y = layer(x, attention_mask=None, **options)
+            x = y[0] if isinstance(y, tuple) else y
+        return x
+
+
+def product_seconds(model: nn.Module, run: harness.Run) -> float:
+    """Least time of the products of a step: sparse ones at twice the rate of dense ones."""
+    flops = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            dense = 2.0 * TOKENS * module.in_features * module.out_features
+            flops += 3 * dense
+            if isinstance(module, slope_ext.SLoPeLinear):
+                flops -= dense
+                rank = 0 if module.lora_A is None else module.lora_A.shape[0]
+                flops += 6.0 * TOKENS * rank * (module.in_features + module.out_features)
+    return flops / run.matmul_rate
+
+
+# ---- methods -------------------------------------------------------------------------------------
+
+
+class Method:
+    """A model, its optimizer, and a step of both."""
+
+    def __init__(self, name: str, model: str, how: str, rank: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.name, self.how = name, how
+        with torch.device("cuda"):
+            self.model = Layers(model).bfloat16().train()
+            self.x = torch.randn(SEQUENCES, LENGTH, self.model.hidden).bfloat16().requires_grad_()
+            self.dy = torch.randn_like(self.x)
+        options: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
+        if name == "dense":
+            params = self.model.parameters()
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                params, fused=True, capturable=how == "captured", **options
+            )
+        else:
+            slope_ext.convert(self.model)
+            for layer in self.model.modules():
+                if rank is not None and isinstance(layer, slope_ext.SLoPeLinear):
+                    layer.add_adapter(rank)
+            self.optimizer = slope_ext.optim.AdamW(
+                self.model.parameters(), half_moments=True, **options
+            )
+        if how != "eager":
+            for layer in self.model.layers.children():
+                layer.compile(fullgraph=True)
+        self.run: Callable[[], None] = self.step
+
+    def step(self) -> None:
+        """One training step."""
+        self.optimizer.zero_grad(set_to_none=self.how != "captured")
+        self.x.grad = None
+        self.model(self.x).backward(self.dy)
+        self.optimizer.step()
+
+    def prepare(self) -> None:
+        """Compiles, warms up, captures."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.optimizer.zero_grad(set_to_none=True)
+                self.x.grad = None
+                self.model(self.x).backward(self.dy)
+                self.optimizer.step()
+            if self.how == "captured":
+                self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        if self.how == "captured":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.model(self.x).backward(self.dy)
+                self.optimizer.step()
+            self.run = graph.replay
+
+    def peak(self) -> int:
+        """Most bytes in use during a step, those of other methods included."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+
+def phases(method: Method) -> str:
+    """Milliseconds of forward, backward and optimizer of one step, for reading along."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+    method.optimizer.zero_grad(set_to_none=True)
+    method.x.grad = None
+    torch.cuda._sleep(20_000_000)  # the host is ahead of the GPU
+    events[0].record()
+    y = method.model(method.x)
+    events[1].record()
+    y.backward(method.dy)
+    events[2].record()
+    method.optimizer.step()
+    events[3].record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return "forward {:.2f}, backward {:.2f}, optimizer {:.2f} ms".format(*times)
+
+
+# ---- records -------------------------------------------------------------------------------------
+
+
+def time_methods(methods: list[Method]) -> dict[str, harness.Timing]:
+    """Seconds of a step of each, in turns of STEPS steps in shuffled order."""
+    samples: dict[str, list[float]] = {f"{m.name};{m.how}": [] for m in methods}
+    order = list(methods)
+    shuffle = random.Random(0).shuffle
+    for turn in range(-1, ROUNDS):
+        shuffle(order)
+        for method in order:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            method.run()
+            start.record()
+            for _ in range(STEPS):
+                method.run()
+            end.record()
+            torch.cuda.synchronize()
+            if turn >= 0:
+                samples[f"{method.name};{method.how}"].append(start.elapsed_time(end) / 1e3 / STEPS)
+    return {name: harness.timing_of(values) for name, values in samples.items()}
+
+
+def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
+    """Records of one model."""
+    torch._dynamo.reset()
+    methods, peaks, limits = [], {}, {}
+    for name, how in itertools.product(("dense", "slope"), ("eager", "compiled", "captured")):
+        before = torch.cuda.memory_allocated()
+        method = Method(name, model, how)
+        method.prepare()
+        if how != "captured":
+            peaks[f"{name};{how}"] = method.peak() - before
+            print(f"{model};{name};{how}: {phases(method)}", flush=True)
+        limits[name] = product_seconds(method.model, run)
+        methods.append(method)
+    hidden = methods[0].model.hidden
+    rank = -(-hidden * 156 // 10000 // 8) * 8
+    method = Method(f"slope;r={rank}", model, "captured", rank)
+    method.prepare()
+    limits[method.name] = product_seconds(method.model, run)
+    methods.append(method)
+
+    timings = time_methods(methods)
+    best = min((n for n in timings if n.startswith("dense")), key=lambda n: timings[n].median)
+    for name, timing in timings.items():
+        yield harness.time_record(
+            bench="training_step",
+            case=f"{model};{LAYERS[model]} layers;{name}",
+            dtype=torch.bfloat16,
+            tokens=TOKENS,
+            ours=timing,
+            baseline=best,
+            theirs=timings[best],
+            limit=limits[name.rpartition(";")[0]],
+        )
+    for how in ("eager", "compiled"):
+        yield harness.bytes_record(
+            bench="training_peak",
+            case=f"{model};{LAYERS[model]} layers;slope;{how}",
+            dtype=torch.bfloat16,
+            tokens=TOKENS,
+            ours=peaks[f"slope;{how}"],
+            baseline=f"dense;{how}",
+            theirs=peaks[f"dense;{how}"],
+        )
+
+
+def bench(run: harness.Run) -> Iterator[harness.Record]:
+    """Records of every model."""
+    for model in run.own(run.first(list(LAYERS), 2)):
+        yield from bench_model(model, run)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    harness.main("training", __doc__, bench, parts=True)
