@@ -214,7 +214,8 @@ class AdamW(torch.optim.Optimizer):
         if scalars["found_inf"] is None:
             torch._foreach_add_(steps, 1)
         else:
-            torch._foreach_add_(steps, (scalars["found_inf"] == 0).float())
+            advance = (scalars["found_inf"] == 0).float()
+            torch._foreach_add_(steps, [advance.to(step.device) for step in steps])
         # fp64 is for references.
         update = reference.adamw_ if params[0].dtype == torch.float64 else ops.adamw_
         update(

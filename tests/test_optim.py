@@ -408,9 +408,11 @@ def test_a_step_does_not_wait_for_the_gpu():
         optimizer.grad_scale = torch.ones((), device="cuda")
         if turn == 1:
             torch.cuda.set_sync_debug_mode("error")
-        optimizer.clip_grad_norm_(1.0)
-        optimizer.step()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -84,7 +84,7 @@ struct alignas(sizeof(T) * kCount) Pack {
 
 // What a step does to every element of a tensor.
 struct Step {
-  float decay, rate, beta1_rest, beta2, root_correction, eps, grad_factor;
+  float decay, rate, beta1_rest, beta2, beta2_rest, root_correction, eps, grad_factor;
   bool skip;
 
   __device__ __forceinline__ Step(const Batch& batch, const AdamWTensor& tensor) {
@@ -98,6 +98,7 @@ struct Step {
     root_correction = rsqrtf(correction2);
     beta1_rest = 1.0f - batch.beta1;
     beta2 = batch.beta2;
+    beta2_rest = 1.0f - batch.beta2;
     eps = batch.eps;
     grad_factor = batch.maximize ? -1.0f : 1.0f;
     if (batch.grad_scale != nullptr) {
@@ -107,10 +108,12 @@ struct Step {
   }
 
   __device__ __forceinline__ void operator()(float& w, float grad, float& m, float& v) const {
-    const float g = grad * grad_factor;
-    m += beta1_rest * (g - m);
-    v = beta2 * v + (1.0f - beta2) * g * g;
-    w = decay * w - rate * m / (sqrtf(v) * root_correction + eps);
+    // Roundings are spelled out, so that both kernels give the same bits
+    const float g = __fmul_rn(grad, grad_factor);
+    m = fmaf(beta1_rest, __fsub_rn(g, m), m);
+    v = fmaf(__fmul_rn(beta2_rest, g), g, __fmul_rn(beta2, v));
+    const float root = fmaf(sqrtf(v), root_correction, eps);
+    w = fmaf(-rate, __fdiv_rn(m, root), __fmul_rn(decay, w));
   }
 };
 
@@ -226,6 +229,13 @@ __global__ void __launch_bounds__(kFlatThreads)
 
 // ---- kernel with copies --------------------------------------------------------------------
 
+// Loads in flight: two units a thread and four blocks a multiprocessor with fp32 moments; with
+// 16-bit ones, whose units are two thirds as large, four and three.
+template <typename Moment>
+constexpr int kCopyUnroll = sizeof(Moment) == 2 ? 4 : 2;
+template <typename Moment>
+constexpr int kCopyBlocksPerSm = sizeof(Moment) == 2 ? 3 : kTileBlocksPerSm;
+
 // Updates the tile's values, in memory and on their way to shared memory.
 template <FloatKind kKind, typename Moment, bool kMaster>
 __device__ __forceinline__ void update_tile(Tile<kBytesOf<kKind>>& tile, const AdamWTensor& tensor,
@@ -234,7 +244,7 @@ __device__ __forceinline__ void update_tile(Tile<kBytesOf<kKind>>& tile, const A
   constexpr int kUnitValues = kUnitBytes / kBytesOf<kKind>;
   constexpr int kRowUnits = kTileRowBytes / kUnitBytes;
   constexpr int kPass = kTileThreads / kRowUnits;  // rows
-  constexpr int kUnroll = 2;
+  constexpr int kUnroll = kCopyUnroll<Moment>;
   using Vector = Elements<kKind, Moment, kMaster, kUnitValues>;
   const int unit = threadIdx.x % kRowUnits;
   const int row0 = threadIdx.x / kRowUnits;
@@ -271,7 +281,7 @@ __device__ __forceinline__ void update_tile(Tile<kBytesOf<kKind>>& tile, const A
 }
 
 template <FloatKind kKind, typename Moment, bool kMaster>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
+__global__ void __launch_bounds__(kTileThreads, kCopyBlocksPerSm<Moment>)
     adamw_copy_kernel(const __grid_constant__ Batch batch) {
   using T = Tile<kBytesOf<kKind>>;
   extern __shared__ uint4 shared[];
