@@ -8,6 +8,8 @@ bf16 (torch's fused kernel keeps no other for bf16 parameters):
 dense           torch.optim.AdamW(fused=True)
 slope           every linear layer 2:4, slope_ext.optim.AdamW(half_moments=True)
 slope;r=...     the same with adapters of that rank, 1.56 % of hidden, as in the last 1 % of steps
+torch 2:4       every linear layer by torch's own 2:4 training: a 4x4 transposable mask chosen anew
+                in each step, products by SparseSemiStructuredTensorCUSPARSELT; eager only
 
 each eager, compiled (torch.compile of every layer, fullgraph) and compiled and captured: the whole
 step as one CUDA graph. The baseline of a method is the fastest dense one of the run.
@@ -25,7 +27,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from transformers import LlamaConfig, OPTConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
@@ -86,6 +90,27 @@ class Layers(nn.Module):
         return x
 
 
+class _Prune(torch.autograd.Function):
+    """The 4x4-pruned weight as torch's sparse tensor; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Any:
+        return SparseSemiStructuredTensorCUSPARSELT.prune_dense_static_sort(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy
+
+
+class TorchTwoFourLinear(nn.Linear):
+    """torch's 2:4 training, as fully sparse training with transposable masks does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, _Prune.apply(self.weight), self.bias)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], -1)
+
+
 def product_seconds(model: nn.Module, run: harness.Run) -> float:
     """Least time of the products of a step: sparse ones at twice the rate of dense ones."""
     flops = 0.0
@@ -93,6 +118,8 @@ def product_seconds(model: nn.Module, run: harness.Run) -> float:
         if isinstance(module, nn.Linear):
             dense = 2.0 * TOKENS * module.in_features * module.out_features
             flops += 3 * dense
+            if isinstance(module, TorchTwoFourLinear):
+                flops -= dense
             if isinstance(module, slope_ext.SLoPeLinear):
                 flops -= dense
                 rank = 0 if module.lora_A is None else module.lora_A.shape[0]
@@ -114,7 +141,11 @@ class Method:
             self.x = torch.randn(SEQUENCES, LENGTH, self.model.hidden).bfloat16().requires_grad_()
             self.dy = torch.randn_like(self.x)
         options: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
-        if name == "dense":
+        if name == "torch 2:4":
+            for module in self.model.modules():
+                if type(module) is nn.Linear:
+                    module.__class__ = TorchTwoFourLinear
+        if not name.startswith("slope"):
             params = self.model.parameters()
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
                 params, fused=True, capturable=how == "captured", **options
@@ -229,6 +260,14 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     method.prepare()
     limits[method.name] = product_seconds(method.model, run)
     methods.append(method)
+
+    try:
+        method = Method("torch 2:4", model, "eager")
+        method.prepare()
+        limits[method.name] = product_seconds(method.model, run)
+        methods.append(method)
+    except RuntimeError as error:
+        print(f"left out: torch 2:4 ({str(error).splitlines()[0]})", flush=True)
 
     timings = time_methods(methods)
     best = min((n for n in timings if n.startswith("dense")), key=lambda n: timings[n].median)

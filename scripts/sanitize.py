@@ -38,7 +38,7 @@ import torch
 from gpu_report import ROOT, source_hash
 
 REPORT = ROOT / "tests" / "sanitizer_report.json"
-SELECTION = ("compress", "prune", "transpose", "pack")
+SELECTION = ("adamw", "compress", "prune", "transpose", "pack")
 PRODUCTS = ("packed_layer", "weight_grad", "spmm", "lowrank", "native")
 # Large shapes; what is slow, needs the caching allocator, or runs no kernel of ours ("reference").
 LEFT_OUT = (

@@ -11,6 +11,7 @@ from slope_ext import ops, optim, plan_cache
 from slope_ext._library import is_available
 from slope_ext._version import __version__
 from slope_ext.adapters import LazyAdapters
+from slope_ext.checkpointing import sac_save_list
 from slope_ext.convert import SlopeConfig, SlopeConversionWarning, convert, to_dense
 from slope_ext.linear import SLoPeLinear
 from slope_ext.simulate import MaskedLinear
@@ -33,6 +34,7 @@ __all__ = [
     "ops",
     "optim",
     "plan_cache",
+    "sac_save_list",
     "to_dense",
     "transposed_masks",
     "update_transposed_masks",

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slope_ext._check import is_half, metadata_words
+from slope_ext.linear import SLoPeLinear
 from slope_ext.sparse_layer import SparseLayer
 
 
@@ -51,7 +53,11 @@ class MemoryReport:
 
 
 def memory_report(
-    model: nn.Module, *, moments: torch.dtype = torch.float32, master_weights: bool = False
+    model: nn.Module,
+    *,
+    moments: torch.dtype = torch.float32,
+    master_weights: bool = False,
+    on_gpu: bool = False,
 ) -> MemoryReport:
     """Counts bytes from shapes and dtypes; the model may be on the meta device.
 
@@ -62,9 +68,19 @@ def memory_report(
         model: any model, sparse layers or not.
         moments: dtype of the two optimizer moments.
         master_weights: whether fp16 and bf16 parameters have fp32 masters.
+        on_gpu: count the metadata that the own product on sm_90 has of 16-bit layers, wherever the
+            model is now.
     """
     parameters = list(model.parameters())
     persistent, metadata, transposed = _buffer_bytes(model)
+    if on_gpu:
+        for module in model.modules():
+            if isinstance(module, SLoPeLinear) and is_half(module.weight.dtype):
+                rows, columns = module.out_features, module.in_features
+                if module.weight_metadata is None:
+                    metadata += 4 * metadata_words(rows, columns)
+                if module.weight_t is not None and module.weight_t_metadata is None:
+                    transposed += 4 * metadata_words(columns, rows)
 
     # What a sparse layer's weight, masks and adapter would be as one dense weight.
     layers = {id(m.weight): m for m in model.modules() if isinstance(m, SparseLayer)}

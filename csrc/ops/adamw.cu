@@ -229,13 +229,6 @@ __global__ void __launch_bounds__(kFlatThreads)
 
 // ---- kernel with copies --------------------------------------------------------------------
 
-// Loads in flight: two units a thread and four blocks a multiprocessor with fp32 moments; with
-// 16-bit ones, whose units are two thirds as large, four and three.
-template <typename Moment>
-constexpr int kCopyUnroll = sizeof(Moment) == 2 ? 4 : 2;
-template <typename Moment>
-constexpr int kCopyBlocksPerSm = sizeof(Moment) == 2 ? 3 : kTileBlocksPerSm;
-
 // Updates the tile's values, in memory and on their way to shared memory.
 template <FloatKind kKind, typename Moment, bool kMaster>
 __device__ __forceinline__ void update_tile(Tile<kBytesOf<kKind>>& tile, const AdamWTensor& tensor,
@@ -244,7 +237,7 @@ __device__ __forceinline__ void update_tile(Tile<kBytesOf<kKind>>& tile, const A
   constexpr int kUnitValues = kUnitBytes / kBytesOf<kKind>;
   constexpr int kRowUnits = kTileRowBytes / kUnitBytes;
   constexpr int kPass = kTileThreads / kRowUnits;  // rows
-  constexpr int kUnroll = kCopyUnroll<Moment>;
+  constexpr int kUnroll = 2;
   using Vector = Elements<kKind, Moment, kMaster, kUnitValues>;
   const int unit = threadIdx.x % kRowUnits;
   const int row0 = threadIdx.x / kRowUnits;
@@ -281,7 +274,7 @@ __device__ __forceinline__ void update_tile(Tile<kBytesOf<kKind>>& tile, const A
 }
 
 template <FloatKind kKind, typename Moment, bool kMaster>
-__global__ void __launch_bounds__(kTileThreads, kCopyBlocksPerSm<Moment>)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
     adamw_copy_kernel(const __grid_constant__ Batch batch) {
   using T = Tile<kBytesOf<kKind>>;
   extern __shared__ uint4 shared[];

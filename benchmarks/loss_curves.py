@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels against the references over a whole small pretraining run, on a GPU.
+
+    PYTHONPATH=.:benchmarks python benchmarks/loss_curves.py --data runs/corpus [--out DIR]
+
+A LLaMA of about 100M parameters, bf16 with fp32 masters, 200 steps of 8192 tokens of the text that
+corpus.py builds; transposed masks chosen anew every 50 steps, adapters from step 180 on. Four runs
+of slope-pretrain from the same seed:
+
+kernels     as it is
+reference   SLOPE_EXT_FORCE_REFERENCE=1: plain PyTorch on the GPU
+resumed     kernels, stopped after 100 steps and started again
+dense       no sparsity; what the curves are to be read beside
+
+Records: the loss every ten steps, a mean over those ten; baseline: reference. Exit code 1 if
+kernels and resumed differ in a bit, or kernels and reference by more than 1 % in one mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import harness
+
+STEPS, EVERY = 200, 10
+BATCH, LENGTH = 8, 1024
+OPTIONS = [
+    *("--model", "llama-100m", "--device", "cuda", "--dtype", "bfloat16", "--no-autocast"),
+    *("--master-weights", "--steps", str(STEPS), "--warmup-steps", "20", "--lr", "1e-3"),
+    *("--batch-size", str(BATCH), "--seq-len", str(LENGTH), "--mask-interval", "50"),
+    *("--adapter-fraction", "0.1", "--adapter-rank", "16", "--eval-interval", str(STEPS)),
+]
+RUNS: dict[str, list[list[str]]] = {
+    "kernels": [[]],
+    "reference": [[]],
+    "resumed": [["--stop-after", "100"], []],
+    "dense": [["--method", "dense"]],
+}
+
+
+def losses_of(run: str, options: list[str], folder: Path) -> list[float]:
+    """Losses of all steps of a run."""
+    environment = os.environ | {"SLOPE_EXT_FORCE_REFERENCE": str(int(run == "reference"))}
+    command = [sys.executable, "-m", "slope_ext.recipes.pretrain", *OPTIONS, *options]
+    for part in RUNS[run]:
+        subprocess.run(
+            [*command, *part, "--output-dir", str(folder / run)], env=environment, check=True
+        )
+    log = map(json.loads, (folder / run / "log.jsonl").read_text().splitlines())
+    return [record["loss"] for record in log if record["kind"] == "train"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="folder of train.jsonl and valid.jsonl")
+    parser.add_argument("--tokenizer", default="train", help="as slope-pretrain takes it")
+    parser.add_argument("--out", type=Path, help="folder of the records (default: results/<gpu>)")
+    arguments = parser.parse_args()
+    options = ["--data", arguments.data, "--tokenizer", arguments.tokenizer]
+    with tempfile.TemporaryDirectory() as folder:
+        curves = {run: losses_of(run, options, Path(folder)) for run in RUNS}
+
+    records = []
+    worst = 0.0
+    for run, curve in curves.items():
+        for step in range(EVERY, STEPS + 1, EVERY):
+            ours, theirs = (
+                statistics.mean(c[step - EVERY : step]) for c in (curve, curves["reference"])
+            )
+            if run == "kernels":
+                worst = max(worst, abs(ours / theirs - 1))
+            records.append(
+                harness.Record(
+                    bench="loss",
+                    case=f"llama-100m;{run}",
+                    dtype="bfloat16",
+                    tokens=step * BATCH * LENGTH,
+                    metric="loss",
+                    value=round(ours, 5),
+                    spread=round(statistics.stdev(curve[step - EVERY : step]), 5),
+                    unit="nats",
+                    baseline="reference",
+                    baseline_value=round(theirs, 5),
+                    baseline_spread=0.0,
+                    ratio=round(theirs / ours, 5),
+                    limit=None,
+                    limit_fraction=None,
+                    **harness.environment(),
+                )
+            )
+    harness.save(records, "loss_curves", arguments.out)
+    same = curves["kernels"] == curves["resumed"]
+    print(f"kernels against reference: at most {worst:.2%} apart; resumed the same: {same}")
+    print(
+        {run: [round(curve[i], 4) for i in (0, 49, 99, 149, 199)] for run, curve in curves.items()}
+    )
+    return int(worst > 0.01 or not same)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
