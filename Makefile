@@ -28,7 +28,7 @@ TORCH_FROM := $(shell $(PYTHON) -c "import torch; print('system' if torch.versio
 SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 TORCH_SPEC := $(if $(filter own,$(TORCH_FROM)),'$(TORCH)')
 
-BENCHES := compress prune transpose pack spmm spmm_native weight_grad adamw training host_overhead first_call
+BENCHES := compress prune transpose pack spmm spmm_native weight_grad adamw training memory host_overhead first_call
 BENCH_ARGS ?=
 
 .PHONY: demo test built-here test-gpu bench sanitize stress lint build wheel clean demo-clean

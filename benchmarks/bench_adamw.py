@@ -92,7 +92,7 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
             yield from harness.baseline_records(
                 timings,
                 bench="adamw",
-                case=f"{model} layer;{str(moments).removeprefix('torch.')} moments",
+                case=f"{model};moments={str(moments).removeprefix('torch.')}",
                 dtype=torch.bfloat16,
                 tokens=0,
                 limit=run.limit(moved),

@@ -55,7 +55,7 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
                     report = memory_report(module, moments=moments, on_gpu=True)
                     yield harness.bytes_record(
                         bench="training_state",
-                        case=f"{name};{part};{backward_copy};{str(moments)[6:]} moments",
+                        case=f"{name};{part};{backward_copy};moments={str(moments)[6:]}",
                         dtype=torch.bfloat16,
                         tokens=0,
                         ours=report.training,
@@ -65,4 +65,4 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
 
 
 if __name__ == "__main__":
-    harness.main("memory", __doc__, bench)
+    harness.main("memory", __doc__, bench, needs_gpu=False)

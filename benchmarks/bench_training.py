@@ -8,7 +8,7 @@ bf16 (torch's fused kernel keeps no other for bf16 parameters):
 dense           torch.optim.AdamW(fused=True)
 slope           every linear layer 2:4, slope_ext.optim.AdamW(half_moments=True)
 slope;r=...     the same with adapters of that rank, 1.56 % of hidden, as in the last 1 % of steps
-torch 2:4       every linear layer by torch's own 2:4 training: a 4x4 transposable mask chosen anew
+torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposable mask chosen anew
                 in each step, products by SparseSemiStructuredTensorCUSPARSELT; eager only
 
 each eager, compiled (torch.compile of every layer, fullgraph) and compiled and captured: the whole
@@ -21,6 +21,7 @@ training_peak   most memory in use during a step: weights, gradients, optimizer,
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -141,7 +142,7 @@ class Method:
             self.x = torch.randn(SEQUENCES, LENGTH, self.model.hidden).bfloat16().requires_grad_()
             self.dy = torch.randn_like(self.x)
         options: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
-        if name == "torch 2:4":
+        if name == "torch-2:4":
             for module in self.model.modules():
                 if type(module) is nn.Linear:
                     module.__class__ = TorchTwoFourLinear
@@ -246,6 +247,7 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     torch._dynamo.reset()
     methods, peaks, limits = [], {}, {}
     for name, how in itertools.product(("dense", "slope"), ("eager", "compiled", "captured")):
+        gc.collect()  # what earlier models left
         before = torch.cuda.memory_allocated()
         method = Method(name, model, how)
         method.prepare()
@@ -262,7 +264,7 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     methods.append(method)
 
     try:
-        method = Method("torch 2:4", model, "eager")
+        method = Method("torch-2:4", model, "eager")
         method.prepare()
         limits[method.name] = product_seconds(method.model, run)
         methods.append(method)
@@ -274,7 +276,7 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     for name, timing in timings.items():
         yield harness.time_record(
             bench="training_step",
-            case=f"{model};{LAYERS[model]} layers;{name}",
+            case=f"{model};layers={LAYERS[model]};{name}",
             dtype=torch.bfloat16,
             tokens=TOKENS,
             ours=timing,
@@ -285,7 +287,7 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     for how in ("eager", "compiled"):
         yield harness.bytes_record(
             bench="training_peak",
-            case=f"{model};{LAYERS[model]} layers;slope;{how}",
+            case=f"{model};layers={LAYERS[model]};slope;{how}",
             dtype=torch.bfloat16,
             tokens=TOKENS,
             ours=peaks[f"slope;{how}"],

@@ -406,6 +406,7 @@ def main(
     description: str | None,
     bench: Callable[[Run], Iterable[Record]],
     parts: bool = False,
+    needs_gpu: bool = True,
 ) -> None:
     """The command line of a bench: prints and writes the records that ``bench`` yields.
 
@@ -417,6 +418,7 @@ def main(
         description: shown by --help.
         bench: called with the limits of this run.
         parts: whether the bench does the part of the work that its Run names.
+        needs_gpu: False for what is counted; its Run then has no limits.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -445,16 +447,13 @@ def main(
         return
 
     started = time.perf_counter()
-    run = Run(
-        quick=arguments.quick,
-        bandwidth=copy_bandwidth(),
-        matmul_rate=matmul_rate(),
-        part=arguments.part,
-    )
-    print(
-        f"{torch.cuda.get_device_name()}: copy bandwidth {run.bandwidth / 1e12:.2f} TB/s, "
-        f"dense bf16 product {run.matmul_rate / 1e12:.0f} TFLOP/s"
-    )
+    bandwidth, rate = (copy_bandwidth(), matmul_rate()) if needs_gpu else (math.nan, math.nan)
+    run = Run(quick=arguments.quick, bandwidth=bandwidth, matmul_rate=rate, part=arguments.part)
+    if needs_gpu:
+        print(
+            f"{torch.cuda.get_device_name()}: copy bandwidth {bandwidth / 1e12:.2f} TB/s, "
+            f"dense bf16 product {rate / 1e12:.0f} TFLOP/s"
+        )
     file = name if run.part == (0, 1) else f"{name}.{run.part[0]}"
     records: list[Record] = []
     with own_table(arguments.table):

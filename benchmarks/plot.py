@@ -6,7 +6,8 @@
 
 A table stands between ``<!-- records: GPU/FILE DTYPE -->`` and ``<!-- /records -->``, where
 GPU/FILE.json lies under benchmarks/results; it shows the records of that dtype. More words
-``field=value`` or ``field=value,value`` narrow them down further, e.g. ``tokens=8192,16384``.
+``field=value`` or ``field=value,value`` narrow them down further, e.g. ``tokens=8192,16384``, and
+``field~expression`` takes what a regular expression finds something in.
 
 The charts are docs/images/CHART-GPU.svg. A chart ends in a comment with a digest of the records it
 was drawn from, which is what --check compares; a chart that has no records is skipped.
@@ -33,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
 BLOCK = re.compile(
-    r"(<!-- records: (\S+) (\w+)((?: \w+=\S+)*) -->\n).*?(<!-- /records -->)", re.DOTALL
+    r"(<!-- records: (\S+) (\w+)((?: \w+[=~]\S+)*) -->\n).*?(<!-- /records -->)", re.DOTALL
 )
 
 RawRecord = dict[str, Any]
@@ -50,7 +51,9 @@ def table(records: list[RawRecord]) -> str:
     """
     tokens = any(r["tokens"] for r in records)
     limit = any(r["limit"] is not None for r in records)
-    columns = [("op", "---"), ("weight", "---"), ("tokens", "---:"), ("time", "---:")]
+    what = "weight" if all(re.match(r"\d+x\d", r["case"]) for r in records) else "case"
+    size = "time" if records[0]["unit"] == "us" else records[0]["metric"]
+    columns = [("op", "---"), (what, "---"), ("tokens", "---:"), (size, "---:")]
     columns += [("limit", "---:"), ("of limit", "---:"), ("against", "---")]
     shown = [
         name for name, _ in columns if {"tokens": tokens}.get(name, limit or "limit" not in name)
@@ -63,9 +66,11 @@ def table(records: list[RawRecord]) -> str:
         r = same[0]
         cells = {
             "op": r["bench"],
-            "weight": r["case"],
+            what: r["case"],
             "tokens": str(r["tokens"] or ""),
-            "time": f"{r['value']:.1f} ± {r['spread']:.1f} {r['unit']}",
+            size: f"{r['value']:.1f} ± {r['spread']:.1f} {r['unit']}"
+            if r["spread"]
+            else f"{r['value']:.1f} {r['unit']}",
             "limit": "" if r["limit"] is None else f"{r['limit']:.1f} {r['unit']}",
             "of limit": "" if r["limit"] is None else f"{r['limit_fraction']:.0%}",
             "against": ", ".join(_against(r) for r in same),
@@ -85,20 +90,24 @@ def render(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         start, file, dtype, words, end = match.groups()
-        wanted = {"dtype": [dtype]}
-        for word in words.split():
-            field, values = word.split("=")
-            wanted[field] = values.split(",")
         records = [
             r
             for r in json.loads((RESULTS / f"{file}.json").read_text())
-            if all(str(r[field]) in values for field, values in wanted.items())
+            if r["dtype"] == dtype and all(_fits(r, word) for word in words.split())
         ]
         if not records:
             raise SystemExit(f"no records for {start.strip()}")
         return start + table(records) + end
 
     return BLOCK.sub(replace, text)
+
+
+def _fits(r: RawRecord, word: str) -> bool:
+    if "~" in word:
+        field, expression = word.split("~", 1)
+        return re.search(expression, str(r[field])) is not None
+    field, values = word.split("=")
+    return str(r[field]) in values.split(",")
 
 
 def _lines(records: list[RawRecord]) -> Iterator[list[RawRecord]]:
@@ -110,7 +119,8 @@ def _lines(records: list[RawRecord]) -> Iterator[list[RawRecord]]:
 
 
 def _against(r: RawRecord) -> str:
-    digits = 1 if r["tokens"] == 0 else 2  # products differ by per cents, moving kernels by factors
+    # Products and sizes differ by per cents, moving kernels by factors
+    digits = 1 if r["tokens"] == 0 and r["unit"] == "us" else 2
     return f"{r['ratio']:.{digits}f}x {r['baseline']}"
 
 
@@ -124,7 +134,8 @@ class Chart:
     name: str
     files: tuple[str, ...]  # of results/<gpu>, those that exist
     wants: Callable[[RawRecord], bool]
-    draw: Callable[[Any, list[RawRecord]], None]  # onto matplotlib axes
+    draw: Callable[[Any, list[RawRecord]], None]  # onto matplotlib axes, a list if several
+    panels: int = 1
 
     def records(self, folder: Path) -> list[RawRecord]:
         paths = [folder / f"{file}.json" for file in self.files]
@@ -173,9 +184,54 @@ def draw_limits(axes: Any, records: list[RawRecord]) -> None:
     )
 
 
+def draw_training(panels: Any, records: list[RawRecord]) -> None:
+    """Steps: speedup over the best dense one, a group of bars for each model. State: of dense."""
+    steps, state = panels
+    timed = [r for r in records if r["bench"] == "training_step"]
+    models = list(dict.fromkeys(r["case"].split(";")[0] for r in timed))
+    labels = {"slope;": "2:4", "slope;r=": "2:4 with adapters", "torch-2:4": "torch's 2:4"}
+    for i, (method, label) in enumerate(labels.items()):
+        best = dict.fromkeys(models, 0.0)
+        for r in timed:
+            model, _, name = r["case"].split(";", 2)
+            if name.startswith(method) and name.startswith("slope;r=") == ("r=" in method):
+                best[model] = max(best[model], r["ratio"])
+        steps.bar(
+            [k + (i - 1) * 0.28 for k in range(len(models))], best.values(), 0.26, label=label
+        )
+    steps.set_xticks(range(len(models)), models, rotation=30, ha="right")
+    steps.axhline(1, color="0.4", linewidth=1, linestyle="--")
+    steps.set_ylim(0, 1.75)
+    steps.set_title("Speed of a training step,\nbest dense = 1", loc="left")
+    steps.legend(frameon=False, ncols=2, loc="upper left", fontsize=8)
+
+    counted = [r for r in records if r["bench"] == "training_state"]
+    models = list(dict.fromkeys(r["case"].split(";")[0] for r in counted))
+    kinds = {"cached": "2:4", "recompute": "2:4, backward copy recomputed"}
+    for i, (kind, label) in enumerate(kinds.items()):
+        parts = [1 / r["ratio"] for r in counted if r["case"].split(";")[2] == kind]
+        state.bar([k + (i - 0.5) * 0.36 for k in range(len(models))], parts, 0.34, label=label)
+    state.set_xticks(range(len(models)), models, rotation=30, ha="right")
+    state.axhline(1, color="0.4", linewidth=1, linestyle="--")
+    state.set_ylim(0, 1.4)
+    state.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    state.set_title("Training state of whole models,\nof dense", loc="left")
+    state.legend(frameon=False, loc="upper left", fontsize=8)
+
+
 BAR_CASES = [f"{rows}x{columns}" for rows, columns in BAR_SHAPES]
 
 CHARTS = [
+    Chart(
+        "training",
+        ("training", "memory"),
+        lambda r: r["bench"] == "training_step"
+        or (
+            r["bench"] == "training_state" and re.search(";whole;.*=float32", r["case"]) is not None
+        ),
+        draw_training,
+        panels=2,
+    ),
     Chart(
         "speedup",
         ("spmm",),
@@ -221,7 +277,8 @@ def svg(chart: Chart, records: list[RawRecord]) -> str:
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(8, 4), layout="constrained")
-        chart.draw(figure.add_subplot(), records)
+        panels = [figure.add_subplot(1, chart.panels, i + 1) for i in range(chart.panels)]
+        chart.draw(panels[0] if chart.panels == 1 else panels, records)
         figure.supxlabel(where(records), fontsize=7, color="0.4")
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
