@@ -54,8 +54,8 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
                 for moments in (torch.float32, torch.bfloat16):
                     report = memory_report(module, moments=moments, on_gpu=True)
                     yield harness.bytes_record(
-                        bench="training_state",
-                        case=f"{name};{part};{backward_copy};moments={str(moments)[6:]}",
+                        bench="train_memory",
+                        case=f"{name};{part};{backward_copy};moments={str(moments)[6:]};state",
                         dtype=torch.bfloat16,
                         tokens=0,
                         ours=report.training,

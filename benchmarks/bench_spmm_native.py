@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The own Hopper product against the best cuSPARSELt plan and cuBLAS; what a low-rank tail adds.
 
-spmm_native_burst, spmm_native_sustained
-                linear on the own kernel, after a rest and in 50 ms of work; F.linear with the dense
-                weight; linear on the plan of the fastest algorithm of a sweep
+spmm_native     linear on the own kernel, after a rest (burst) and in 50 ms of work (sustained);
+                F.linear with the dense weight; linear on the plan of the fastest algorithm of a
+                sweep
 spmm_native_fused
                 the own kernel with a bias; with a low-rank tail, T = X A^T given; without either
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
@@ -29,7 +29,7 @@ from slope_ext._spmm_sm90 import spmm_sm90
 from slope_ext.ops.spmm import Backend
 
 TOKENS = [*MOST, 512, 1024, 16384]
-REGIMES = {"spmm_native_burst": harness.BURST, "spmm_native_sustained": harness.SUSTAINED}
+REGIMES = {"burst": harness.BURST, "sustained": harness.SUSTAINED}
 
 
 def make_layers(
@@ -86,7 +86,8 @@ def bench_shape(
         "best cuSPARSELt plan": lambda i: torch.ops.slope.linear(xs[i], *operands["plan"][i]),
     }
     for name, regime in REGIMES.items():
-        yield from records(harness.time_cases(cases, sets, rounds=20, regime=regime), name)
+        timings = harness.time_cases(cases, sets, rounds=20, regime=regime)
+        yield from records(timings, "spmm_native", f";{name}")
     if tokens not in MOST:
         return
 

@@ -14,8 +14,8 @@ torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposab
 each eager, compiled (torch.compile of every layer, fullgraph) and compiled and captured: the whole
 step as one CUDA graph. The baseline of a method is the fastest dense one of the run.
 
-training_step   time of a step; limit: the FLOPs of its products at the rates of this run
-training_peak   most memory in use during a step: weights, gradients, optimizer, activations;
+train_step      time of a step; limit: the FLOPs of its products at the rates of this run
+train_memory    most memory in use during a step: weights, gradients, optimizer, activations;
                 baseline: dense, run the same way
 """
 
@@ -275,7 +275,7 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     best = min((n for n in timings if n.startswith("dense")), key=lambda n: timings[n].median)
     for name, timing in timings.items():
         yield harness.time_record(
-            bench="training_step",
+            bench="train_step",
             case=f"{model};layers={LAYERS[model]};{name}",
             dtype=torch.bfloat16,
             tokens=TOKENS,
@@ -286,8 +286,8 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
         )
     for how in ("eager", "compiled"):
         yield harness.bytes_record(
-            bench="training_peak",
-            case=f"{model};layers={LAYERS[model]};slope;{how}",
+            bench="train_memory",
+            case=f"{model};layers={LAYERS[model]};slope;{how};peak",
             dtype=torch.bfloat16,
             tokens=TOKENS,
             ours=peaks[f"slope;{how}"],

@@ -358,13 +358,13 @@ def bytes_record(
     baseline: str,
     theirs: int,
 ) -> Record:
-    """A record of metric "memory": MiB, given in bytes."""
+    """A record of metric "bytes": in MiB, given in bytes."""
     return Record(
         bench=bench,
         case=case,
         dtype=str(dtype).removeprefix("torch."),
         tokens=tokens,
-        metric="memory",
+        metric="bytes",
         value=round(ours / 2**20, 1),
         spread=0.0,
         unit="MiB",

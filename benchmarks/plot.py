@@ -187,7 +187,7 @@ def draw_limits(axes: Any, records: list[RawRecord]) -> None:
 def draw_training(panels: Any, records: list[RawRecord]) -> None:
     """Steps: speedup over the best dense one, a group of bars for each model. State: of dense."""
     steps, state = panels
-    timed = [r for r in records if r["bench"] == "training_step"]
+    timed = [r for r in records if r["bench"] == "train_step"]
     models = list(dict.fromkeys(r["case"].split(";")[0] for r in timed))
     labels = {"slope;": "2:4", "slope;r=": "2:4 with adapters", "torch-2:4": "torch's 2:4"}
     for i, (method, label) in enumerate(labels.items()):
@@ -205,7 +205,7 @@ def draw_training(panels: Any, records: list[RawRecord]) -> None:
     steps.set_title("Speed of a training step,\nbest dense = 1", loc="left")
     steps.legend(frameon=False, ncols=2, loc="upper left", fontsize=8)
 
-    counted = [r for r in records if r["bench"] == "training_state"]
+    counted = [r for r in records if r["bench"] == "train_memory"]
     models = list(dict.fromkeys(r["case"].split(";")[0] for r in counted))
     kinds = {"cached": "2:4", "recompute": "2:4, backward copy recomputed"}
     for i, (kind, label) in enumerate(kinds.items()):
@@ -225,10 +225,8 @@ CHARTS = [
     Chart(
         "training",
         ("training", "memory"),
-        lambda r: r["bench"] == "training_step"
-        or (
-            r["bench"] == "training_state" and re.search(";whole;.*=float32", r["case"]) is not None
-        ),
+        lambda r: r["bench"] == "train_step"
+        or (r["bench"] == "train_memory" and re.search(";whole;.*=float32", r["case"]) is not None),
         draw_training,
         panels=2,
     ),
