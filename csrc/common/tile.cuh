@@ -378,8 +378,8 @@ __device__ __forceinline__ void transpose_groups(uint4 (&groups)[4]) {
 
 // ---- columns ---------------------------------------------------------------------------------
 
-// By the whole block, once the tile is in shared memory: chooses or reads bitmask_t, writes what the
-// switches say. `weight` needs rows, columns, values_t and bitmask_t.
+// By the whole block, once the tile is in shared memory: chooses or reads bitmask_t, writes what
+// the switches say. `weight` needs rows, columns, values_t and bitmask_t.
 template <FloatKind kKind, bool kChoose, bool kWriteValues>
 __device__ __forceinline__ void transpose_tile(Tile<kBytesOf<kKind>>& tile,
                                                const WeightParams& weight, const TileView& view,

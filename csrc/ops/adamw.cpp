@@ -90,7 +90,7 @@ class Operand {
  public:
   Operand(const Tensor& tensor, bool aligned)
       : tensor_(tensor),
-        flat_(aligned               ? contiguous_16b(tensor)
+        flat_(aligned                  ? contiguous_16b(tensor)
               : tensor.is_contiguous() ? tensor
                                        : torch::stable::contiguous(tensor)) {}
 

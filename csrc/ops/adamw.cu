@@ -17,10 +17,9 @@
 //                   updates them by rows, a warp 256 bytes, and keeps them in shared memory for
 //                   transpose_tile
 //
-// Traffic per value of b bytes: values 2b, gradient b, moments 16 (4b if of the type of the values),
-// master 8; the copy b and 1/2 of masks. bf16 with fp32 moments: 24.5 with copy. Memory-bound.
-#include "ops/adamw.h"
-
+// Traffic per value of b bytes: values 2b, gradient b, moments 16 (4b if of the type of the
+// values), master 8; the copy b and 1/2 of masks. bf16 with fp32 moments: 24.5 with copy.
+// Memory-bound.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -28,6 +27,7 @@
 #include <cmath>
 
 #include "common/tile.cuh"
+#include "ops/adamw.h"
 
 namespace slope {
 namespace {
@@ -187,8 +187,7 @@ __device__ __forceinline__ bool is_aligned(const void* pointer, int bytes) {
 // ---- kernel without copies -----------------------------------------------------------------
 
 template <FloatKind kKind, typename Moment, bool kMaster>
-__global__ void __launch_bounds__(kFlatThreads)
-    adamw_kernel(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(kFlatThreads) adamw_kernel(const __grid_constant__ Batch batch) {
   using Vector = Elements<kKind, Moment, kMaster, kVector>;
   const int index = tensor_of(batch, blockIdx.x);
   const AdamWTensor& tensor = batch.tensors[index];
@@ -196,15 +195,14 @@ __global__ void __launch_bounds__(kFlatThreads)
   if (step.skip) {
     return;
   }
-  const int64_t first = int64_t{static_cast<int>(blockIdx.x) - batch.first_block[index]} *
-                        kFlatElements;
+  const int64_t first =
+      int64_t{static_cast<int>(blockIdx.x) - batch.first_block[index]} * kFlatElements;
   constexpr int kBytes = kVector * kBytesOf<kKind>;
   constexpr int kMomentBytes = kVector * static_cast<int>(sizeof(Moment));
-  const bool vectors = first + kFlatElements <= tensor.elements &&
-                       is_aligned(tensor.param, kBytes) && is_aligned(tensor.grad, kBytes) &&
-                       is_aligned(tensor.exp_avg, kMomentBytes) &&
-                       is_aligned(tensor.exp_avg_sq, kMomentBytes) &&
-                       (!kMaster || is_aligned(tensor.master, 16));
+  const bool vectors =
+      first + kFlatElements <= tensor.elements && is_aligned(tensor.param, kBytes) &&
+      is_aligned(tensor.grad, kBytes) && is_aligned(tensor.exp_avg, kMomentBytes) &&
+      is_aligned(tensor.exp_avg_sq, kMomentBytes) && (!kMaster || is_aligned(tensor.master, 16));
   if (vectors) {
     Vector elements[kFlatUnroll];
 #pragma unroll
@@ -243,8 +241,8 @@ __device__ __forceinline__ void update_tile(Tile<kBytesOf<kKind>>& tile, const A
   const int row0 = threadIdx.x / kRowUnits;
   const bool inside = unit * kUnitValues * (kGroup / kKept) < view.columns_left;
   const int64_t row_values = tensor.columns / (kGroup / kKept);
-  int64_t first = (view.row0 + row0) * row_values + view.column0 / (kGroup / kKept) +
-                  unit * kUnitValues;
+  int64_t first =
+      (view.row0 + row0) * row_values + view.column0 / (kGroup / kKept) + unit * kUnitValues;
 
 #pragma unroll 1
   for (int row = row0; row < kTileRows; row += kUnroll * kPass) {

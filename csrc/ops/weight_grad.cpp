@@ -30,8 +30,8 @@ constexpr int64_t kChunkStep = 256;         // rows: whole tiles of the dense pr
 constexpr int64_t kLeastBytes = 4 << 20;    // below, one chunk: nothing to gain from overlap
 
 // Sizes of a dense dW whose halves cost cuBLAS more than overlap saves. Time over the dense product
-// alone with 8192 tokens on an H200, as two chunks and as one: 34 MB 2.9 and 3.3 %, 52 MB (OPT-13B's
-// attention) 9.3 and 3.0 %, 117 MB 1.8 and 3.5 %, 170 MB 3.2 and 2.4 %.
+// alone with 8192 tokens on an H200, as two chunks and as one: 34 MB 2.9 and 3.3 %, 52 MB
+// (OPT-13B's attention) 9.3 and 3.0 %, 117 MB 1.8 and 3.5 %, 170 MB 3.2 and 2.4 %.
 constexpr int64_t kWholeFrom = 40 << 20;
 constexpr int64_t kWholeTo = 64 << 20;
 
