@@ -45,12 +45,16 @@ STABLE_TORCH_LIBRARY(slope, m) {
   // weight_grad: dW = dY^T X at the kept positions
   m.def("weight_grad(Tensor dy, Tensor x, Tensor bitmask) -> Tensor");
 
-  // lowrank: Y = X W^T + scale T B^T + b with T = X A^T
+  // lowrank: Y = X W^T + scale T B^T + b with T = X A^T, and its input gradient
   m.def(
       "linear_lowrank(Tensor x, Tensor values, Tensor bitmask, Tensor lora_A, Tensor lora_B, "
       "float scale=1.0, Tensor? bias=None, Tensor? bitmask_t=None, Tensor? values_t=None, "
       "Tensor? metadata=None, Tensor? metadata_t=None, str backend=\"auto\") "
       "-> (Tensor y, Tensor t)");
+  m.def(
+      "input_grad_lowrank(Tensor dy, Tensor values, Tensor bitmask, Tensor bitmask_t, "
+      "Tensor lora_A, Tensor lora_B, float scale=1.0, Tensor? values_t=None, "
+      "Tensor? metadata_t=None, str backend=\"auto\") -> (Tensor dx, Tensor dt)");
 
   // adamw: one step of many parameters, the backward copies included
   m.def(

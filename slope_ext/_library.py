@@ -51,6 +51,7 @@ OPS = (
     "decompress",
     "double_prune_",
     "input_grad",
+    "input_grad_lowrank",
     "linear",
     "linear_lowrank",
     "pack",

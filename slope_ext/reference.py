@@ -198,6 +198,24 @@ def linear_lowrank(
     return y + scale * F.linear(t, lora_B), t
 
 
+def input_grad_lowrank(
+    dy: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bitmask_t: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float = 1.0,
+    values_t: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor]:
+    """dX = dY W^{R,C} + scale dT A with dT = dY B; returns (dX, dT)."""
+    dt = dy @ lora_B
+    dx = input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, backend)
+    return dx + scale * (dt @ lora_A), dt
+
+
 # ---- optimizer -----------------------------------------------------------------------------------
 
 

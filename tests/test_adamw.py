@@ -15,20 +15,21 @@ def state(params, dtype):
     return zeros, [z.clone() for z in zeros], [torch.tensor(0.0) for _ in params]
 
 
-def exact_step(param, grad, exp_avg, exp_avg_sq, step):
-    """One step in fp64 as torch.optim.AdamW does it; returns weight and moments."""
-    twin = param.double().requires_grad_()
+def exact_steps(params, grads, exp_avgs, exp_avg_sqs, steps):
+    """One step in fp64 as torch.optim.AdamW does it; weight and moments of each parameter."""
+    twins = [param.double().requires_grad_() for param in params]
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    optimizer = torch.optim.AdamW([twin], **options)
-    optimizer.state[twin] = {
-        "step": torch.tensor(float(step - 1)),
-        "exp_avg": exp_avg.double(),
-        "exp_avg_sq": exp_avg_sq.double(),
-    }
-    twin.grad = grad.double()
+    optimizer = torch.optim.AdamW(twins, **options, foreach=True)
+    for i, twin in enumerate(twins):
+        twin.grad = grads[i].double()
+        optimizer.state[twin] = {
+            "step": torch.tensor(float(steps[i] - 1)),
+            "exp_avg": exp_avgs[i].double(),
+            "exp_avg_sq": exp_avg_sqs[i].double(),
+        }
     optimizer.step()
-    state = optimizer.state[twin]
-    return twin.detach(), state["exp_avg"], state["exp_avg_sq"]
+    states = [optimizer.state[twin] for twin in twins]
+    return [(t.detach(), s["exp_avg"], s["exp_avg_sq"]) for t, s in zip(twins, states, strict=True)]
 
 
 @pytest.mark.parametrize("maximize", [False, True])
@@ -52,8 +53,12 @@ def test_equals_torch_adamw(maximize, grad_scale, device):
             **OPTIONS, maximize=maximize,
             grad_scale=None if grad_scale is None else torch.tensor(grad_scale, device=device),
         )  # fmt: skip
-    for param, twin in zip(params, twins, strict=True):
-        torch.testing.assert_close(param, twin.detach(), rtol=1e-5, atol=1e-6)
+    # Moments too: the weights hardly feel a constant factor of all gradients.
+    for i, twin in enumerate(twins):
+        theirs = reference.state[twin]
+        torch.testing.assert_close(params[i], twin.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(exp_avgs[i], theirs["exp_avg"])
+        torch.testing.assert_close(exp_avg_sqs[i], theirs["exp_avg_sq"])
 
 
 def test_masters_carry_what_bf16_rounds_away(device):
@@ -117,10 +122,8 @@ def test_one_step_is_the_rounded_exact_step(dtype, moments, master, where, devic
     at = [device if i % 2 else "cpu" for i in range(len(sizes))]
     steps = [torch.tensor(float(i % 7 + 1), device=at[i]) for i in range(len(sizes))]
     sources = masters or params
-    exact = [
-        exact_step(*(t.detach().clone() for t in tensors), int(step))
-        for *tensors, step in zip(sources, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-    ]
+    lists = [[t.clone() for t in tensors] for tensors in (sources, grads, exp_avgs, exp_avg_sqs)]
+    exact = exact_steps(*lists, [int(step) for step in steps])
     version = params[3]._version
     ops.adamw_(params, grads, exp_avgs, exp_avg_sqs, masters, steps, **OPTIONS)
     assert params[3]._version > version
@@ -136,28 +139,38 @@ def test_one_step_is_the_rounded_exact_step(dtype, moments, master, where, devic
             assert torch.equal(params[i], masters[i].to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("dtype", "moments", "master"), TYPES)
 @pytest.mark.parametrize("shape", [(8, 8), (136, 264), (320, 520), (1024, 512)])
-def test_copies_of_many_weights_follow(shape, dtype, device):
-    weights = [Operands(*shape, dtype, device) for i in range(3)]
+@pytest.mark.parametrize("where", ["aligned", "off by one", "strided"])
+def test_copies_of_many_weights_follow(shape, dtype, moments, master, where, device):
+    """The same bits as without copies, and the copies those of transpose_values."""
+    weights = [Operands(*shape, dtype, device) for _ in range(3)]
     weights += [Operands(shape[1], shape[0], dtype, device)]
-    values = [o.values for o in weights]
-    plain = [v.clone() for v in values]
-    grads = [torch.randn_like(v) for v in values]
-    lists = state(values, torch.float32)
-    plain_lists = state(plain, torch.float32)
+
+    def placed(tensor):
+        if where == "strided":
+            return tensor.t().contiguous().t()
+        whole = tensor.new_empty(tensor.numel() + 1)
+        offset = int(where == "off by one")
+        return whole[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    plain = [o.values.clone() for o in weights]
+    values = [placed(o.values) for o in weights]
+    grads = [placed(torch.randn_like(v)) for v in plain]
+    runs = []
+    for params in (values, plain):
+        exp_avgs, exp_avg_sqs, steps = state(params, moments)
+        masters = [p.float() for p in params] if master else []
+        runs.append((params, grads, exp_avgs, exp_avg_sqs, masters, steps))
+    copies = [[getattr(o, name) for o in weights] for name in ("bitmask", "bitmask_t", "values_t")]
     for _ in range(2):
-        for step in (*lists[2], *plain_lists[2]):
-            step += 1
-        ops.adamw_(
-            values, grads, lists[0], lists[1], [], lists[2], [o.bitmask for o in weights],
-            [o.bitmask_t for o in weights], [o.values_t for o in weights], **OPTIONS,
-        )  # fmt: skip
-        ops.adamw_(plain, grads, plain_lists[0], plain_lists[1], [], plain_lists[2], **OPTIONS)
+        for run, extra in zip(runs, (copies, ()), strict=True):
+            for step in run[-1]:
+                step += 1
+            ops.adamw_(*run, *extra, **OPTIONS)
+    for tensors, others in zip(*runs, strict=True):
+        assert all(map(torch.equal, tensors, others))
     for i, o in enumerate(weights):
-        assert torch.equal(values[i], plain[i])
-        assert torch.equal(lists[0][i], plain_lists[0][i])
-        assert torch.equal(lists[1][i], plain_lists[1][i])
         expected = torch.empty_like(o.values_t)
         ops.transpose_values(values[i], o.bitmask, o.bitmask_t, expected)
         assert torch.equal(o.values_t, expected)

@@ -29,6 +29,8 @@ def good(device):
         "exp_avg_sqs": [zeros.clone()], "masters": [], "steps": [torch.tensor(1.0)],
         "bitmasks": [o.bitmask], "bitmasks_t": [o.bitmask_t], "values_t": [o.values_t],
         "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1,
+        **{name: torch.ones((), device=device) for name in ("grad_scale", "lr_tensor")},
+        "found_inf": torch.zeros((), device=device),
     }  # fmt: skip
     return {
         "prune_24": {"scores": o.dense},
@@ -49,6 +51,10 @@ def good(device):
         "linear_lowrank": {
             "x": x, **weight, "lora_A": o.lora_A, "lora_B": o.lora_B, "bias": o.bias, **copy,
             "backend": "auto",
+        },
+        "input_grad_lowrank": {
+            "dy": dy, **weight, "bitmask_t": o.bitmask_t, "lora_A": o.lora_A, "lora_B": o.lora_B,
+            "values_t": o.values_t, "metadata_t": None, "backend": "auto",
         },
         "adamw_": adamw,
     }  # fmt: skip
@@ -141,6 +147,13 @@ CASES = [
     ("input_grad", "dy", half),
     ("input_grad", "bitmask_t", lambda t: t[1:]),
     ("input_grad", "values_t", half),
+    ("input_grad_lowrank", "dy", half),
+    ("input_grad_lowrank", "bitmask_t", lambda t: t[1:]),
+    ("input_grad_lowrank", "lora_A", lambda t: t[:, 1:]),
+    ("input_grad_lowrank", "lora_B", lambda t: t[:, 1:]),
+    ("input_grad_lowrank", "values_t", half),
+    ("input_grad_lowrank", "metadata_t", lambda t: torch.zeros(5)),
+    ("input_grad_lowrank", "backend", lambda name: ""),
     ("weight_grad", "dy", integer),
     ("weight_grad", "x", half),
     ("weight_grad", "x", lambda t: t[1:]),
@@ -165,6 +178,9 @@ CASES = [
     ("adamw_", "bitmasks", first(torch.t)),
     ("adamw_", "values_t", first(lambda t: t[1:])),
     ("adamw_", "beta1", lambda b: 1.0),
+    ("adamw_", "grad_scale", half),
+    ("adamw_", "lr_tensor", lambda t: torch.zeros(3, device=t.device)),
+    ("adamw_", "found_inf", half),
     ("adamw_", "lr", lambda b: -1.0),
     ("adamw_", "eps", lambda b: -1.0),
 ]
@@ -213,6 +229,7 @@ def test_fakes_check_too(case):
         ("pack", "bitmask"),
         ("linear", "bitmask"),
         ("input_grad", "bitmask"),
+        ("input_grad_lowrank", "bitmask"),
         ("weight_grad", "bitmask"),
         ("transpose_values", "bitmask_t"),
     ],
@@ -239,6 +256,10 @@ def test_x_that_requires_grad_needs_bitmask_t(device):
 def test_operands_on_two_devices(name, argument):
     arguments = good("cuda")[name]
     value = arguments[argument]
+    if isinstance(value, list) and value and argument != "steps":
+        with pytest.raises(RuntimeError, match=rf"slope::{name}: .*device"):
+            getattr(ops, name)(**{**arguments, argument: [value[0].cpu()]})
+        return
     if not isinstance(value, torch.Tensor):
         pytest.skip("no tensor")
     if len([v for v in arguments.values() if isinstance(v, torch.Tensor)]) == 1:

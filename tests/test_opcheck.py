@@ -65,6 +65,10 @@ def samples(device):
             ((x, *weight, o.lora_A, o.lora_B), {}),
             ((x_grad, *trained, *factors, 0.5, bias, *copy[:1], fresh), {}),
         ],
+        "input_grad_lowrank": [
+            ((dy, *weight, o.bitmask_t, o.lora_A, o.lora_B, 0.5), {}),
+            ((dy, *weight, o.bitmask_t, o.lora_A, o.lora_B, 1.0, fresh), {}),
+        ],
         "adamw_": [adamw(sparse=False), adamw(sparse=True)],
     }
 

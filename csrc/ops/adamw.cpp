@@ -66,7 +66,7 @@ void check_step(const Item& item, const Tensor& step, const Tensor& param) {
   check(step.scalar_type() == ScalarType::Float && step.dim() == 0 &&
             (!step.is_cuda() || step.get_device() == param.get_device()),
         "slope::", kOp, ": ", item,
-        " must be a float32 scalar on the CPU or on the device of params, got ", ShapeOf{step});
+        " must be a float32 scalar on the CPU or on the device of params");
 }
 
 void check_copy(size_t i, const Tensor& values, const Tensor& bitmask, const Tensor& bitmask_t,
@@ -176,6 +176,9 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
   const auto read_from = [&](const Tensor& tensor) {
     return read.emplace_back(contiguous_16b(tensor)).data_ptr();
   };
+  const auto gradient = [&](const Tensor& grad) {
+    return copies ? read_from(grad) : read.emplace_back(torch::stable::contiguous(grad)).data_ptr();
+  };
   std::vector<AdamWTensor> tensors;
   tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -183,7 +186,7 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
     const auto* const step = static_cast<const float*>(steps[i].const_data_ptr());
     tensors.push_back({
         .param = write_to(params[i]),
-        .grad = read_from(grads[i]),
+        .grad = gradient(grads[i]),
         .exp_avg = write_to(exp_avgs[i]),
         .exp_avg_sq = write_to(exp_avg_sqs[i]),
         .master = has_masters ? static_cast<float*>(write_to(masters[i])) : nullptr,

@@ -23,7 +23,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "common/tile.cuh"
@@ -39,12 +38,12 @@ constexpr int kFlatUnroll = 4;
 constexpr int kFlatElements = kFlatThreads * kVector * kFlatUnroll;
 
 struct Batch {
-  float lr, decay, beta1, beta2, eps;
+  float lr, decay, beta1_rest, beta2, beta2_rest, eps;  // rests: 1 - beta
   double log_beta1, log_beta2;
   bool maximize;
   const float *lr_tensor, *grad_scale, *found_inf;
   int count;
-  int first_block[kBatchTensors + 1];
+  int first_block[kBatchTensors];
   AdamWTensor tensors[kBatchTensors];
 };
 static_assert(sizeof(Batch) <= 4000, "arguments of a kernel have 4 KB");
@@ -96,9 +95,9 @@ struct Step {
     decay = 1.0f - lr * batch.decay;
     rate = lr / correction1;
     root_correction = rsqrtf(correction2);
-    beta1_rest = 1.0f - batch.beta1;
+    beta1_rest = batch.beta1_rest;
     beta2 = batch.beta2;
-    beta2_rest = 1.0f - batch.beta2;
+    beta2_rest = batch.beta2_rest;
     eps = batch.eps;
     grad_factor = batch.maximize ? -1.0f : 1.0f;
     if (batch.grad_scale != nullptr) {
@@ -323,8 +322,9 @@ cudaError_t launch(const AdamWTensor* tensors, int64_t count, const AdamWOptions
   Batch batch{
       .lr = static_cast<float>(options.lr),
       .decay = static_cast<float>(options.weight_decay),
-      .beta1 = static_cast<float>(options.beta1),
+      .beta1_rest = static_cast<float>(1 - options.beta1),
       .beta2 = static_cast<float>(options.beta2),
+      .beta2_rest = static_cast<float>(1 - options.beta2),
       .eps = static_cast<float>(options.eps),
       .log_beta1 = std::log(options.beta1),
       .log_beta2 = std::log(options.beta2),

@@ -3,7 +3,7 @@
 
 from slope_ext.ops.adamw import adamw_
 from slope_ext.ops.compress import compress, decompress
-from slope_ext.ops.lowrank import linear_lowrank
+from slope_ext.ops.lowrank import input_grad_lowrank, linear_lowrank
 from slope_ext.ops.pack import pack, pack_metadata
 from slope_ext.ops.prune import (
     double_prune_,
@@ -22,6 +22,7 @@ __all__ = [
     "decompress",
     "double_prune_",
     "input_grad",
+    "input_grad_lowrank",
     "linear",
     "linear_lowrank",
     "pack",

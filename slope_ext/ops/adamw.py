@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slope_ext import reference
-from slope_ext._check import Checker
+from slope_ext._check import Checker, is_half
 from slope_ext._library import register, register_write
 
 
@@ -38,7 +38,8 @@ def adamw_(
     """One AdamW step of many parameters, in place; for 2:4 weights the backward copies follow.
 
     The update is torch.optim.AdamW's: decoupled weight decay, eps added after bias correction. On
-    CUDA one pass over memory, with no host synchronisation.
+    CUDA one pass over memory, with no host synchronisation; tensors that are not contiguous are
+    copied out and back.
 
     Args:
         params: n tensors, any shape, one floating dtype and device: values or dense parameters.
@@ -53,7 +54,8 @@ def adamw_(
             values and ``values_t`` is refreshed as by :func:`slope_ext.ops.transpose_values`.
         lr, beta1, beta2, eps, weight_decay, maximize: as in torch.optim.AdamW.
         grad_scale: fp32 scalar that gradients are divided by, or None.
-        lr_tensor: fp32 scalar that stands for ``lr``, or None. A CUDA graph's replays read it.
+        lr_tensor: fp32 scalar that stands for ``lr``, or None. A CUDA graph's replays read it, as
+            they do steps on the GPU; ``lr`` and steps on the CPU stay what they were.
         found_inf: fp32 scalar, or None. Unless it is 0 nothing is updated but the copies.
 
     Raises:
@@ -112,7 +114,7 @@ def _check(
         f"exp_avgs must be float32 or of the dtype of params, got {state_dtype}",
     )
     check.require(
-        not masters or (state_dtype == torch.float32 and state_dtype != params[0].dtype),
+        not masters or (state_dtype == torch.float32 and is_half(params[0].dtype)),
         "masters must be empty unless params are of 16 bits and exp_avgs float32",
     )
     for i, param in enumerate(params):
@@ -133,6 +135,10 @@ def _check(
         check.require(
             steps[i].dtype == torch.float32, f"steps[{i}] must be float32, got {steps[i].dtype}"
         )
+        check.require(
+            steps[i].device.type == "cpu" or steps[i].device == param.device,
+            f"steps[{i}] must be on the CPU or on the device of params, got {steps[i].device}",
+        )
         if values_t:
             _check_sparse(check, i, param, bitmasks[i], bitmasks_t[i], values_t[i])
 
@@ -143,6 +149,7 @@ def _check(
                 scalar.numel() == 1 and scalar.dtype == torch.float32,
                 f"{name} must be a float32 scalar",
             )
+            check.same_device(name, scalar, "params", params[0])
     for name in ("beta1", "beta2"):
         check.require(0 <= options[name] < 1, f"{name} must be in [0, 1), got {options[name]}")
     for name in ("lr", "eps", "weight_decay"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse plus low-rank in one op: linear_lowrank."""
+"""Sparse plus low-rank in one op, and its input gradient: linear_lowrank, input_grad_lowrank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from slope_ext.ops.spmm import (
     needs_grad,
     require_input_grad,
     rows_of,
-    trusted_input_grad,
 )
 from slope_ext.ops.weight_grad import weight_grad
 
@@ -69,6 +68,37 @@ def linear_lowrank(
     return y  # type: ignore[no-any-return]
 
 
+def input_grad_lowrank(
+    dy: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bitmask_t: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float = 1.0,
+    values_t: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """dX = dY W^{R,C} + scale dT A with dT = dY B, in one product on CUDA.
+
+    Args:
+        dy: [..., out].
+        values, bitmask, bitmask_t, values_t, metadata_t, backend: as in
+            :func:`slope_ext.ops.input_grad`.
+        lora_A, lora_B, scale: as in :func:`linear_lowrank`.
+
+    Returns:
+        dx: [..., in]; and dt [..., rank], which dA = scale dT^T X is made of.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
+    """
+    return torch.ops.slope.input_grad_lowrank.default(  # type: ignore[no-any-return]
+        dy, values, bitmask, bitmask_t, lora_A, lora_B, scale, values_t, metadata_t, backend
+    )
+
+
 def _check(
     x: Tensor,
     values: Tensor,
@@ -86,17 +116,56 @@ def _check(
     check = Checker("linear_lowrank")
     rows, columns = check.values(values, bitmask)
     check.tokens("x", x, columns, values)
+    _check_factors(check, lora_A, lora_B, values)
+    check.bias(bias, values)
+    check.transposed(values, bitmask_t, values_t)
+    check.metadata("metadata", metadata, rows, columns, values)
+    check.metadata("metadata_t", metadata_t, columns, rows, values)
+    check.backend(backend)
+
+
+def _check_input_grad(
+    dy: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bitmask_t: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float = 1.0,
+    values_t: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    check = Checker("input_grad_lowrank")
+    rows, columns = check.values(values, bitmask)
+    check.tokens("dy", dy, rows, values)
+    _check_factors(check, lora_A, lora_B, values)
+    check.transposed(values, bitmask_t, values_t)
+    check.metadata("metadata_t", metadata_t, columns, rows, values)
+    check.backend(backend)
+
+
+def _check_factors(check: Checker, lora_A: Tensor, lora_B: Tensor, values: Tensor) -> None:
+    rows, columns = values.shape[0], 2 * values.shape[1]
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
         check.matrix(name, factor)
         check.same_dtype(name, factor, "values", values)
         check.same_device(name, factor, "values", values)
     check.shape("lora_A", lora_A, (lora_A.shape[0], columns), "[rank, in]")
     check.shape("lora_B", lora_B, (rows, lora_A.shape[0]), "[out, rank]")
-    check.bias(bias, values)
-    check.transposed(values, bitmask_t, values_t)
-    check.metadata("metadata", metadata, rows, columns, values)
-    check.metadata("metadata_t", metadata_t, columns, rows, values)
-    check.backend(backend)
+
+
+def _fake_input_grad(
+    dy: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    bitmask_t: Tensor,
+    lora_A: Tensor,
+    *_: Any,
+    **__: Any,
+) -> tuple[Tensor, Tensor]:
+    leading = dy.shape[:-1]
+    return dy.new_empty(*leading, 2 * values.shape[1]), dy.new_empty(*leading, lora_A.shape[0])
 
 
 def _fake(x: Tensor, values: Tensor, bitmask: Tensor, lora_A: Tensor, *_: Any, **__: Any) -> Any:
@@ -131,17 +200,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _input_grad_on_cuda(
     dy: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: float,
     values: Tensor,
     bitmask: Tensor,
     bitmask_t: Tensor,
-    values_t: Tensor | None,
-    metadata_t: Tensor | None,
-    backend: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float = 1.0,
+    values_t: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """dX = dY W^{R,C} + scale (dY B) A in the one product, and dY B [..., rank]."""
     values_t, metadata_t = _backward_copy.follow(
         values, bitmask, bitmask_t, values_t, metadata_t, backend
     )
@@ -152,6 +220,17 @@ def _input_grad_on_cuda(
     return dx, dt
 
 
+def _trusted_input_grad(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """input_grad_lowrank of arguments that a forward pass checked."""
+    if composes(dy):
+        return _input_grad_on_cuda(dy, *rest)
+    return torch.ops.slope.input_grad_lowrank.default(dy, *rest)  # type: ignore[no-any-return]
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1.0 else scale * tensor
+
+
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
@@ -159,20 +238,17 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t, metadata_t = ctx.saved_tensors
     x_needs, values_need, a_needs, b_needs, bias_needs = ctx.needs
     flat_dy = rows_of(dy)
-
-    weight = (values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
-    if x_needs and composes(dy):
-        dx, dt = _input_grad_on_cuda(dy, lora_A, lora_B, ctx.scale, *weight)
-        dt = ctx.scale * rows_of(dt)
-    else:
-        dt = ctx.scale * (flat_dy @ lora_B)  # [tokens, rank]
-        dx = None
-        if x_needs:
-            dx = trusted_input_grad(dy, *weight)
-            dx = dx + (dt @ lora_A).view(dx.shape)
+    dx, dt = None, None
+    if x_needs:
+        weight = (values, bitmask, bitmask_t, lora_A, lora_B)
+        dx, dt = _trusted_input_grad(dy, *weight, ctx.scale, values_t, metadata_t, ctx.backend)
+    elif a_needs:
+        dt = dy @ lora_B
     dw = weight_grad(dy, x, bitmask) if values_need else None
-    da = dt.t() @ rows_of(x) if a_needs else None
-    db = ctx.scale * (flat_dy.t() @ rows_of(t)) if b_needs else None
+    da = None
+    if a_needs and dt is not None:
+        da = _scaled(rows_of(dt).t() @ rows_of(x), ctx.scale)
+    db = _scaled(flat_dy.t() @ rows_of(t), ctx.scale) if b_needs else None
     dbias = flat_dy.sum(0) if bias_needs else None
     return dx, dw, None, da, db, None, dbias, None, None, None, None, None
 
@@ -191,5 +267,12 @@ class _LinearLowrank(torch.autograd.Function):
 
 
 register("linear_lowrank", check=_check, reference=reference.linear_lowrank, fake=_fake)
+register(
+    "input_grad_lowrank",
+    check=_check_input_grad,
+    reference=reference.input_grad_lowrank,
+    fake=_fake_input_grad,
+    cuda=_input_grad_on_cuda,
+)
 torch.library.register_autograd("slope::linear_lowrank", _backward, setup_context=_setup_context)
 register_autocast("linear_lowrank")
