@@ -5,7 +5,9 @@ spmm_native     linear on the own kernel, after a rest (burst) and in 50 ms of w
                 F.linear with the dense weight; linear on the plan of the fastest algorithm of a
                 sweep
 spmm_native_fused
-                the own kernel with a bias; with a low-rank tail, T = X A^T given; without either
+                the own kernel with a bias; with a low-rank tail, T = X A^T given; with a pass over
+                its result after it, ReLU or a residual, which is what an epilogue could save; all
+                against the own kernel alone
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
                 epilogue adds the dense low-rank product; the own kernel without an adapter
 
@@ -105,12 +107,19 @@ def bench_shape(
 
         return case
 
+    product, residual = fused(), torch.randn(tokens, shape[0], device="cuda").to(dtype)
     timings = harness.time_cases(
-        {"plain": fused(), "bias": fused(bias=bias)}
+        {
+            "plain": product,
+            "bias": fused(bias=bias),
+            "relu pass": lambda i: product(i).relu_(),
+            "residual pass": lambda i: product(i).add_(residual),
+        }
         | {f"r={rank}": fused(tail=(t[rank], b[rank])) for rank in ranks},
         sets,
     )
-    for note, rank in (("bias", 0), *((f"r={rank}", rank) for rank in ranks)):
+    notes = [("bias", 0), ("relu pass", 0), ("residual pass", 0)]
+    for note, rank in (*notes, *((f"r={rank}", rank) for rank in ranks)):
         pair = {"ours": timings[note], "without": timings["plain"]}
         yield from records(pair, "spmm_native_fused", f";{note}", 2 * rank * shape[0] * tokens)
 

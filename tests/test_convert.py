@@ -272,6 +272,26 @@ def test_meta_model_then_load():
     assert torch.equal(model(tokens), source(tokens))
 
 
+@pytest.mark.gpu
+def test_meta_model_is_dense_on_the_gpu_one_layer_at_a_time():
+    size, count = 2048, 8
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(count)))
+    slope.convert(model.bfloat16())
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model.to_empty(device="cuda")
+    for layer in model:
+        layer.reset_parameters()
+    peak = torch.cuda.max_memory_allocated() - before
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    dense = 2 * size * size
+    assert peak <= held + 3 * dense < held + count * dense
+    x = torch.randn(4, size, device="cuda", dtype=torch.bfloat16)
+    assert model(x).isfinite().all()
+
+
 # ---- masks ---------------------------------------------------------------------------------------
 
 
