@@ -7,6 +7,7 @@ bf16 (torch's fused kernel keeps no other for bf16 parameters):
 
 dense           torch.optim.AdamW(fused=True)
 slope           every linear layer 2:4, slope_ext.optim.AdamW(half_moments=True)
+slope;recompute the same with backward_copy="recompute"
 slope;r=...     the same with adapters of that rank, 1.56 % of hidden, as in the last 1 % of steps
 torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposable mask chosen anew
                 in each step, products by SparseSemiStructuredTensorCUSPARSELT; eager only
@@ -152,7 +153,8 @@ class Method:
                 params, fused=True, capturable=how == "captured", **options
             )
         else:
-            slope_ext.convert(self.model)
+            copy: Any = "recompute" if name == "slope;recompute" else "cached"
+            slope_ext.convert(self.model, slope_ext.SlopeConfig(backward_copy=copy))
             for layer in self.model.modules():
                 if rank is not None and isinstance(layer, slope_ext.SLoPeLinear):
                     layer.add_adapter(rank)
@@ -258,11 +260,11 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
         methods.append(method)
     hidden = methods[0].model.hidden
     rank = -(-hidden * 156 // 10000 // 8) * 8
-    method = Method(f"slope;r={rank}", model, "captured", rank)
-    method.prepare()
-    limits[method.name] = product_seconds(method.model, run)
-    methods.append(method)
-
+    for name, its_rank in (("slope;recompute", None), (f"slope;r={rank}", rank)):
+        method = Method(name, model, "compiled", its_rank)
+        method.prepare()
+        limits[name] = product_seconds(method.model, run)
+        methods.append(method)
     try:
         method = Method("torch-2:4", model, "eager")
         method.prepare()

@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY(slope, m) {
 
   // weight_grad: dW = dY^T X at the kept positions
   m.def("weight_grad(Tensor dy, Tensor x, Tensor bitmask) -> Tensor");
+  m.def("weight_grad_add_(Tensor(a!) grad, Tensor dy, Tensor x, Tensor bitmask) -> ()");
 
   // lowrank: Y = X W^T + scale T B^T + b with T = X A^T, and its input gradient
   m.def(

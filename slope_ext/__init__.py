@@ -10,6 +10,7 @@ opt = slope.optim.AdamW(model.parameters(), lr=3e-4)    # or any torch optimizer
 from slope_ext import ops, optim, plan_cache
 from slope_ext._library import is_available
 from slope_ext._version import __version__
+from slope_ext.accumulation import accumulate_in_place
 from slope_ext.adapters import LazyAdapters
 from slope_ext.checkpointing import sac_save_list
 from slope_ext.convert import SlopeConfig, SlopeConversionWarning, convert, to_dense
@@ -28,6 +29,7 @@ __all__ = [
     "SlopeConfig",
     "SlopeConversionWarning",
     "__version__",
+    "accumulate_in_place",
     "convert",
     "is_available",
     "load_transposed_masks",

@@ -62,6 +62,7 @@ OPS = (
     "prune_transposed",
     "transpose_values",
     "weight_grad",
+    "weight_grad_add_",
 )
 
 # Asked before any reference is registered for CUDA.

@@ -178,6 +178,11 @@ def weight_grad(dy: Tensor, x: Tensor, bitmask: Tensor) -> Tensor:
     return compress(dy.t() @ x, bitmask)
 
 
+def weight_grad_add_(grad: Tensor, dy: Tensor, x: Tensor, bitmask: Tensor) -> None:
+    """grad += weight_grad(dy, x, bitmask)."""
+    grad.add_(weight_grad(dy, x, bitmask))
+
+
 def linear_lowrank(
     x: Tensor,
     values: Tensor,

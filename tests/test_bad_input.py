@@ -48,6 +48,9 @@ def good(device):
         },
         "input_grad": {"dy": dy, **weight, **copy, "metadata_t": None, "backend": "auto"},
         "weight_grad": {"dy": dy, "x": x, "bitmask": o.bitmask},
+        "weight_grad_add_": {
+            "grad": torch.ones_like(o.values), "dy": dy, "x": x, "bitmask": o.bitmask,
+        },
         "linear_lowrank": {
             "x": x, **weight, "lora_A": o.lora_A, "lora_B": o.lora_B, "bias": o.bias, **copy,
             "backend": "auto",
@@ -154,6 +157,11 @@ CASES = [
     ("input_grad_lowrank", "values_t", half),
     ("input_grad_lowrank", "metadata_t", lambda t: torch.zeros(5)),
     ("input_grad_lowrank", "backend", lambda name: ""),
+    ("weight_grad_add_", "grad", half),
+    ("weight_grad_add_", "grad", lambda t: t[1:]),
+    ("weight_grad_add_", "grad", lambda t: t.t().contiguous().t()),
+    ("weight_grad_add_", "dy", integer),
+    ("weight_grad_add_", "x", lambda t: t[1:]),
     ("weight_grad", "dy", integer),
     ("weight_grad", "x", half),
     ("weight_grad", "x", lambda t: t[1:]),

@@ -61,6 +61,7 @@ def samples(device):
         ],
         "input_grad": [((dy, *weight, o.bitmask_t), {}), ((dy, *weight, o.bitmask_t, fresh), {})],
         "weight_grad": [((dy, x, o.bitmask), {})],
+        "weight_grad_add_": [((torch.ones_like(o.values), dy, x, o.bitmask), {})],
         "linear_lowrank": [
             ((x, *weight, o.lora_A, o.lora_B), {}),
             ((x_grad, *trained, *factors, 0.5, bias, *copy[:1], fresh), {}),

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
+import slope_ext as slope
 from cases import WEIGHT_SHAPES, Operands
 from slope_ext import ops
 from slope_ext.testing import assert_as_accurate
@@ -64,6 +66,62 @@ def test_chunks_on_two_streams(shape, dtype):
         late_dy.fill_(float("nan"))  # reuse of memory as soon as the stream allows
         late_x.fill_(float("nan"))
         torch.testing.assert_close(dw, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(16, 24), (1000, 512), (2056, 1032)])
+def test_adding_gives_the_bits_of_add(shape, dtype, device):
+    o = Operands(*shape, dtype, device)
+    dy, x = o.randn(9, shape[0]), o.randn(9, shape[1])
+    grad = o.randn(shape[0], shape[1] // 2)
+    expected = grad + ops.weight_grad(dy, x, o.bitmask)
+    version = grad._version
+    ops.weight_grad_add_(grad, dy, x, o.bitmask)
+    assert torch.equal(grad, expected)
+    assert grad._version > version
+    ops.weight_grad_add_(grad, dy[:0], x[:0], o.bitmask)
+    assert torch.equal(grad, expected)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the ops of the project that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_accumulation_in_place_is_autograds(rank, hooked, device):
+    """The same gradients, by weight_grad_add_; but a weight with a hook misses none."""
+    layers = [slope.SLoPeLinear(24, 16, device=device) for _ in range(2)]
+    if rank:
+        for layer in layers:
+            layer.add_adapter(rank)
+            torch.nn.init.normal_(layer.lora_B)
+    layers[1].load_state_dict(layers[0].state_dict())
+    seen = []
+    if hooked:
+        layers[1].weight.register_hook(seen.append)
+    added = []
+    for _ in range(3):
+        x = torch.randn(5, 24, device=device)
+        layers[0](x).square().sum().backward()
+        with slope.accumulate_in_place(), Calls() as calls:
+            layers[1](x).square().sum().backward()
+        added.append("slope::weight_grad_add_" in calls.names)
+    for param, other in zip(*(layer.parameters() for layer in layers), strict=True):
+        assert torch.equal(param.grad, other.grad)
+    assert added == [False, not hooked, not hooked]
+    assert len(seen) == (3 if hooked else 0)
+    with Calls() as calls:
+        layers[1](x).sum().backward()
+    assert "slope::weight_grad" in calls.names
 
 
 @pytest.mark.gpu

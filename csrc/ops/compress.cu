@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// compress:    values[2g], values[2g+1] = the two kept elements of dense[4g .. 4g+3]
+// compress:    values[2g], values[2g+1] = the two kept elements of dense[4g .. 4g+3], or += them
 // decompress:  dense[4g+j] = its value where bit j of group g is set, else +0
 //
 // Ownership. A unit is 16 bytes of dense, 8 bytes of values and 8 or 4 bits of bitmask: two groups
@@ -14,10 +14,12 @@
 // Traffic per dense element of b bytes: b + b/2 + 1/8 (bf16: 3.125). Memory-bound: the limit is
 // bytes over copy bandwidth.
 //
-// Elements are moved as bits, never converted: NaN payloads and -0 survive.
+// Elements are moved as bits, never converted, but where they are added (in fp32, rounded once):
+// NaN payloads and -0 survive.
 //
 // Preconditions, which the launcher's caller checks: as in CompressParams; every nibble of the
 // bitmask has exactly two bits. Other nibbles give unspecified values but no stray access.
+#include "common/element.cuh"
 #include "common/unit.cuh"
 #include "ops/compress.h"
 
@@ -29,7 +31,26 @@ constexpr int kUnroll = 4;
 
 // ---- kernels -----------------------------------------------------------------------------
 
-template <int kElementBytes>
+// a + b, each the values of a unit.
+template <FloatKind kKind>
+__device__ __forceinline__ uint2 add_values(uint2 a, uint2 b) {
+  using Element = typename ElementOf<kKind>::Type;
+  constexpr int kValues = sizeof(uint2) / sizeof(Element);
+  union Values {
+    uint2 words;
+    Element at[kValues];
+    __device__ Values() {}
+  } sum, other;
+  sum.words = a;
+  other.words = b;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    assign(sum.at[i], to_float(sum.at[i]) + to_float(other.at[i]));
+  }
+  return sum.words;
+}
+
+template <FloatKind kKind, bool kAdd>
 __global__ void __launch_bounds__(kThreads)
     compress_kernel(const uint4* __restrict__ dense,      // [units]
                     const uint8_t* __restrict__ bitmask,  // [units] or [units / 2]
@@ -37,15 +58,21 @@ __global__ void __launch_bounds__(kThreads)
                     int64_t units) {
   const int64_t first = int64_t{blockIdx.x} * (kThreads * kUnroll) + threadIdx.x;
 
+  using U = Unit<kBytesOf<kKind>>;
+
   // Load
   uint4 group[kUnroll];
   uint32_t bits[kUnroll];
+  uint2 before[kUnroll];
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     const int64_t unit = first + i * kThreads;
     if (unit < units) {
       group[i] = __ldcs(&dense[unit]);
-      bits[i] = Unit<kElementBytes>::bits(bitmask, unit);
+      bits[i] = U::bits(bitmask, unit);
+      if constexpr (kAdd) {
+        before[i] = values[unit];
+      }
     }
   }
 
@@ -54,7 +81,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kUnroll; ++i) {
     const int64_t unit = first + i * kThreads;
     if (unit < units) {
-      values[unit] = Unit<kElementBytes>::compress(group[i], bits[i], ComputedSelectors());
+      const uint2 kept = U::compress(group[i], bits[i], ComputedSelectors());
+      values[unit] = kAdd ? add_values<kKind>(before[i], kept) : kept;
     }
   }
 }
@@ -100,15 +128,33 @@ unsigned blocks_of(int64_t units) {
   return static_cast<unsigned>((units + kUnitsPerBlock - 1) / kUnitsPerBlock);
 }
 
+template <FloatKind kKind, bool kAdd>
+cudaError_t launch_kernel(const CompressParams& params, cudaStream_t stream) {
+  const int64_t units = units_of(params);
+  compress_kernel<kKind, kAdd><<<blocks_of(units), kThreads, 0, stream>>>(
+      static_cast<const uint4*>(params.dense), params.bitmask, static_cast<uint2*>(params.values),
+      units);
+  return cudaGetLastError();
+}
+
 }  // namespace
 
 cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream) {
-  const int64_t units = units_of(params);
-  auto* const kernel = params.element_bytes == 2 ? &compress_kernel<2> : &compress_kernel<4>;
-  kernel<<<blocks_of(units), kThreads, 0, stream>>>(static_cast<const uint4*>(params.dense),
-                                                    params.bitmask,
-                                                    static_cast<uint2*>(params.values), units);
-  return cudaGetLastError();
+  // Bits are moved: both 2-byte types are one
+  return params.element_bytes == 2 ? launch_kernel<FloatKind::kHalf, false>(params, stream)
+                                   : launch_kernel<FloatKind::kFloat, false>(params, stream);
+}
+
+cudaError_t launch_compress_add(const CompressParams& params, FloatKind kind, cudaStream_t stream) {
+  switch (kind) {
+    case FloatKind::kHalf:
+      return launch_kernel<FloatKind::kHalf, true>(params, stream);
+    case FloatKind::kBFloat16:
+      return launch_kernel<FloatKind::kBFloat16, true>(params, stream);
+    case FloatKind::kFloat:
+      return launch_kernel<FloatKind::kFloat, true>(params, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t launch_decompress(const CompressParams& params, cudaStream_t stream) {

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/weight.h"
+
 namespace slope {
 
 // One weight, row-major and contiguous; rows do not matter, since no group crosses one.
@@ -20,6 +22,9 @@ struct CompressParams {
 
 // values <- dense at the kept positions. Reads dense and bitmask, writes values.
 cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
+
+// values <- values + dense at the kept positions, summed in fp32. `kind` is that of the elements.
+cudaError_t launch_compress_add(const CompressParams& params, FloatKind kind, cudaStream_t stream);
 
 // dense <- values at the kept positions, +0 elsewhere. Reads values and bitmask, writes dense.
 cudaError_t launch_decompress(const CompressParams& params, cudaStream_t stream);

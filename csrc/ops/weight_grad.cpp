@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// weight_grad on CUDA: dW = dY^T X at the kept positions.
+// weight_grad and weight_grad_add_ on CUDA: dW = dY^T X at the kept positions, alone or added to
+// what is there.
 //
 // A dense product makes some rows of dW, compress reads them: one chunk of rows after the other, on
 // two streams in turn, each with a buffer of its own.
@@ -24,7 +25,6 @@
 namespace slope {
 namespace {
 
-constexpr const char* kOp = "weight_grad";
 constexpr int64_t kChunkBytes = 128 << 20;  // of dense dW, at most
 constexpr int64_t kChunkStep = 256;         // rows: whole tiles of the dense product
 constexpr int64_t kLeastBytes = 4 << 20;    // below, one chunk: nothing to gain from overlap
@@ -56,9 +56,17 @@ std::vector<int64_t> chunk_rows(int64_t rows, int64_t row_bytes) {
   return chunks;
 }
 
-// values[row .. row + count) <- dY^T X there, by way of `buffer`, on torch's current stream.
-void make_rows(const Tensor& dy, const Tensor& x, const Tensor& bitmask, const Tensor& buffer,
-               const Tensor& values, int64_t row, int64_t count, cudaStream_t stream) {
+// Where a gradient goes.
+struct Target {
+  const char* op;
+  const Tensor& values;
+  bool add;  // to what is there
+};
+
+// Rows [row, row + count) of the target <- dY^T X there, by way of `buffer`, on torch's current
+// stream.
+void make_rows(const Target& target, const Tensor& dy, const Tensor& x, const Tensor& bitmask,
+               const Tensor& buffer, int64_t row, int64_t count, cudaStream_t stream) {
   const int64_t columns = x.size(1);
   Tensor dy_rows(dy), dense(buffer);
   dy_rows = torch::stable::narrow(dy_rows, 1, row, count);
@@ -67,7 +75,7 @@ void make_rows(const Tensor& dy, const Tensor& x, const Tensor& bitmask, const T
   call_op("aten::mm", "out", dy_rows, x, dense);
 
   const auto element_bytes = static_cast<int64_t>(dy.element_size());
-  auto* const values_bytes = static_cast<uint8_t*>(values.mutable_data_ptr());
+  auto* const values_bytes = static_cast<uint8_t*>(target.values.mutable_data_ptr());
   const CompressParams params{
       .dense = dense.mutable_data_ptr(),
       .values = values_bytes + row * (columns / 2) * element_bytes,
@@ -75,59 +83,97 @@ void make_rows(const Tensor& dy, const Tensor& x, const Tensor& bitmask, const T
       .elements = count * columns,
       .element_bytes = static_cast<int>(element_bytes),
   };
-  check_cuda(launch_compress(params, stream), kOp);
+  check_cuda(target.add ? launch_compress_add(params, kind_of(dy), stream)
+                        : launch_compress(params, stream),
+             target.op);
 }
 
-Tensor weight_grad(const Tensor& dy, const Tensor& x, const Tensor& bitmask) {
-  check_floating(kOp, "dy", dy);
-  check(dy.dim() >= 1, "slope::", kOp, ": dy must have at least 1 dimension, got shape []");
-  check(x.is_cuda() && x.get_device() == dy.get_device(), "slope::", kOp,
+void check_operands(const char* op, const Tensor& dy, const Tensor& x, const Tensor& bitmask) {
+  check_floating(op, "dy", dy);
+  check(dy.dim() >= 1, "slope::", op, ": dy must have at least 1 dimension, got shape []");
+  check(x.is_cuda() && x.get_device() == dy.get_device(), "slope::", op,
         ": x must be on the same device as dy");
-  check(x.scalar_type() == dy.scalar_type(), "slope::", kOp, ": x must have the dtype of dy");
+  check(x.scalar_type() == dy.scalar_type(), "slope::", op, ": x must have the dtype of dy");
   bool same_leading = x.dim() == dy.dim();
   for (int64_t dim = 0; same_leading && dim < dy.dim() - 1; ++dim) {
     same_leading = x.size(dim) == dy.size(dim);
   }
-  check(same_leading, "slope::", kOp, ": x must have the leading dimensions of dy ", ShapeOf{dy},
+  check(same_leading, "slope::", op, ": x must have the leading dimensions of dy ", ShapeOf{dy},
         ", got ", ShapeOf{x});
   const int64_t rows = dy.size(dy.dim() - 1);
   const int64_t columns = x.size(x.dim() - 1);
-  check_columns(kOp, "x", "in", columns);
-  check_bitmask(kOp, "bitmask", bitmask, rows, columns, "dy", dy);
+  check_columns(op, "x", "in", columns);
+  check_bitmask(op, "bitmask", bitmask, rows, columns, "dy", dy);
+}
 
-  const torch::stable::accelerator::DeviceGuard guard(dy.get_device());
-  Tensor values = torch::stable::new_empty(dy, {rows, columns / 2});
-  if (values.numel() == 0 || dy.numel() == 0) {
-    return torch::stable::zero_(values);
-  }
+// The target <- dY^T X; neither is empty. The current device is that of dy.
+void write_gradient(const Target& target, const Tensor& dy, const Tensor& x,
+                    const Tensor& bitmask) {
+  const int64_t rows = dy.size(dy.dim() - 1);
+  const int64_t columns = x.size(x.dim() - 1);
   const int64_t tokens = dy.numel() / rows;
   const Tensor flat_dy = torch::stable::reshape(dy, {tokens, rows});
   const Tensor flat_x = torch::stable::reshape(x, {tokens, columns});
   const Tensor mask = contiguous_16b(bitmask);
   const int64_t row_bytes = columns * static_cast<int64_t>(dy.element_size());
-  const cudaStream_t stream = current_stream(dy, kOp);
+  const cudaStream_t stream = current_stream(dy, target.op);
 
   const std::vector<int64_t> chunks = chunk_rows(rows, row_bytes);
   const int64_t most = *std::max_element(chunks.begin(), chunks.end());
   const Tensor buffer = torch::stable::new_empty(dy, {most, columns});
   if (chunks.size() == 1) {
-    make_rows(flat_dy, flat_x, mask, buffer, values, 0, rows, stream);
-    return values;
+    make_rows(target, flat_dy, flat_x, mask, buffer, 0, rows, stream);
+    return;
   }
   const Tensor other_buffer = torch::stable::new_empty(dy, {most, columns});
-  const StreamPair streams(stream, dy.get_device(), kOp);
+  const StreamPair streams(stream, dy.get_device(), target.op);
   int64_t row = 0;
   for (size_t i = 0; i < chunks.size(); ++i) {
     const cudaStream_t mine = i % 2 == 0 ? streams.first() : streams.second();
     const StreamGuard on_mine(mine, dy.get_device());
-    make_rows(flat_dy, flat_x, mask, i % 2 == 0 ? buffer : other_buffer, values, row, chunks[i],
+    make_rows(target, flat_dy, flat_x, mask, i % 2 == 0 ? buffer : other_buffer, row, chunks[i],
               mine);
     row += chunks[i];
   }
+}
+
+// ---- ops -----------------------------------------------------------------------------------
+
+Tensor weight_grad(const Tensor& dy, const Tensor& x, const Tensor& bitmask) {
+  constexpr const char* kOp = "weight_grad";
+  check_operands(kOp, dy, x, bitmask);
+  const torch::stable::accelerator::DeviceGuard guard(dy.get_device());
+  const int64_t rows = dy.size(dy.dim() - 1);
+  Tensor values = torch::stable::new_empty(dy, {rows, x.size(x.dim() - 1) / 2});
+  if (values.numel() == 0 || dy.numel() == 0) {
+    return torch::stable::zero_(values);
+  }
+  write_gradient({kOp, values, false}, dy, x, bitmask);
   return values;
+}
+
+void weight_grad_add_(const Tensor& grad, const Tensor& dy, const Tensor& x,
+                      const Tensor& bitmask) {
+  constexpr const char* kOp = "weight_grad_add_";
+  check_operands(kOp, dy, x, bitmask);
+  const int64_t rows = dy.size(dy.dim() - 1);
+  const int64_t columns = x.size(x.dim() - 1);
+  check(grad.is_cuda() && grad.get_device() == dy.get_device(), "slope::", kOp,
+        ": grad must be on the same device as dy");
+  check(grad.scalar_type() == dy.scalar_type(), "slope::", kOp, ": grad must have the dtype of dy");
+  check(grad.dim() == 2 && grad.size(0) == rows && grad.size(1) == columns / 2, "slope::", kOp,
+        ": grad must be [out, in/2] = [", rows, ", ", columns / 2, "], got ", ShapeOf{grad});
+  check_written(kOp, "grad", grad, 16);
+  if (grad.numel() > 0 && dy.numel() > 0) {
+    const torch::stable::accelerator::DeviceGuard guard(dy.get_device());
+    write_gradient({kOp, grad, true}, dy, x, bitmask);
+  }
 }
 
 }  // namespace
 }  // namespace slope
 
-STABLE_TORCH_LIBRARY_IMPL(slope, CUDA, m) { m.impl("weight_grad", TORCH_BOX(&slope::weight_grad)); }
+STABLE_TORCH_LIBRARY_IMPL(slope, CUDA, m) {
+  m.impl("weight_grad", TORCH_BOX(&slope::weight_grad));
+  m.impl("weight_grad_add_", TORCH_BOX(&slope::weight_grad_add_));
+}

@@ -14,7 +14,7 @@ from slope_ext.ops.prune import (
 )
 from slope_ext.ops.spmm import input_grad, linear
 from slope_ext.ops.transpose import transpose_values
-from slope_ext.ops.weight_grad import weight_grad
+from slope_ext.ops.weight_grad import weight_grad, weight_grad_add_
 
 __all__ = [
     "adamw_",
@@ -33,4 +33,5 @@ __all__ = [
     "prune_transposed",
     "transpose_values",
     "weight_grad",
+    "weight_grad_add_",
 ]

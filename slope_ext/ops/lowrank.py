@@ -20,7 +20,7 @@ from slope_ext.ops.spmm import (
     require_input_grad,
     rows_of,
 )
-from slope_ext.ops.weight_grad import weight_grad
+from slope_ext.ops.weight_grad import gradient_of
 
 
 def linear_lowrank(
@@ -244,7 +244,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
         dx, dt = _trusted_input_grad(dy, *weight, ctx.scale, values_t, metadata_t, ctx.backend)
     elif a_needs:
         dt = dy @ lora_B
-    dw = weight_grad(dy, x, bitmask) if values_need else None
+    dw = gradient_of(values, dy, x, bitmask) if values_need else None
     da = None
     if a_needs and dt is not None:
         da = _scaled(rows_of(dt).t() @ rows_of(x), ctx.scale)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
 from slope_ext._library import COMPOSED, register, register_autocast
-from slope_ext.ops.weight_grad import weight_grad
+from slope_ext.ops.weight_grad import gradient_of
 
 Backend = Literal["auto", "native", "cusparselt", "reference"]
 
@@ -240,7 +240,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = None
     if x_needs:
         dx = trusted_input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
-    dw = weight_grad(dy, x, bitmask) if values_need else None
+    dw = gradient_of(values, dy, x, bitmask) if values_need else None
     dbias = rows_of(dy).sum(0) if bias_needs else None
     return dx, dw, None, dbias, None, None, None, None, None
 

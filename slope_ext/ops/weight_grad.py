@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight gradient in compressed form: weight_grad."""
+"""The weight gradient in compressed form: weight_grad, and added to one: weight_grad_add_."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from slope_ext import reference
+from slope_ext import accumulation, reference
 from slope_ext._check import Checker
-from slope_ext._library import register
+from slope_ext._library import register, register_write
 
 
 def weight_grad(dy: Tensor, x: Tensor, bitmask: Tensor) -> Tensor:
@@ -28,8 +28,51 @@ def weight_grad(dy: Tensor, x: Tensor, bitmask: Tensor) -> Tensor:
     return torch.ops.slope.weight_grad.default(dy, x, bitmask)  # type: ignore[no-any-return]
 
 
-def _check(dy: Tensor, x: Tensor, bitmask: Tensor) -> None:
-    check = Checker("weight_grad")
+def weight_grad_add_(grad: Tensor, dy: Tensor, x: Tensor, bitmask: Tensor) -> None:
+    """grad += weight_grad(dy, x, bitmask), in one pass over ``grad``.
+
+    Args:
+        grad: [out, in/2], the dtype of ``dy``, contiguous, on CUDA from a multiple of 16 bytes.
+        dy, x, bitmask: as in :func:`weight_grad`.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, shape or device; the message names it and
+            ``grad`` is untouched.
+    """
+    torch.ops.slope.weight_grad_add_.default(grad, dy, x, bitmask)
+
+
+def gradient_of(values: Tensor, dy: Tensor, x: Tensor, bitmask: Tensor) -> Tensor | None:
+    """The gradient of ``values`` for autograd; None where it was added to ``values.grad``."""
+    if accumulation.is_in_place() and not torch.compiler.is_compiling() and values.is_leaf:
+        grad = values.grad
+        if grad is not None and not _has_hooks(values) and _can_be_added_to(grad, dy):
+            weight_grad_add_(grad, dy, x, bitmask)
+            return None
+    return weight_grad(dy, x, bitmask)
+
+
+def _has_hooks(leaf: Tensor) -> bool:
+    return bool(leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None))
+
+
+def _can_be_added_to(grad: Tensor, dy: Tensor) -> bool:
+    plain = type(grad) is Tensor and type(dy) is Tensor
+    same = plain and grad.dtype == dy.dtype and grad.device == dy.device
+    return same and grad.is_contiguous() and grad.data_ptr() % 16 == 0
+
+
+def _check_add(grad: Tensor, dy: Tensor, x: Tensor, bitmask: Tensor) -> None:
+    _check(dy, x, bitmask, "weight_grad_add_")
+    check = Checker("weight_grad_add_")
+    check.same_dtype("grad", grad, "dy", dy)
+    check.same_device("grad", grad, "dy", dy)
+    check.shape("grad", grad, (dy.shape[-1], x.shape[-1] // 2), "[out, in/2]")
+    check.require(grad.is_contiguous(), "grad must be contiguous")
+
+
+def _check(dy: Tensor, x: Tensor, bitmask: Tensor, op: str = "weight_grad") -> None:
+    check = Checker(op)
     check.floating("dy", dy)
     check.same_dtype("x", x, "dy", dy)
     check.same_device("x", x, "dy", dy)
@@ -48,3 +91,10 @@ register(
     reference=reference.weight_grad,
     fake=lambda dy, x, bitmask: dy.new_empty(dy.shape[-1], x.shape[-1] // 2),
 )
+register(
+    "weight_grad_add_",
+    check=_check_add,
+    reference=reference.weight_grad_add_,
+    fake=lambda grad, dy, x, bitmask: None,
+)
+register_write("weight_grad_add_", "grad")

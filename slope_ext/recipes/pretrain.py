@@ -260,7 +260,8 @@ def train(run: Run, log: RunLog) -> int | None:
             loss = 0.0
             for micro in range(args.grad_accum):
                 micro_loss = run.loss(run.batch(step, micro)) / args.grad_accum
-                micro_loss.backward()
+                with slope.accumulate_in_place():
+                    micro_loss.backward()
                 loss += micro_loss.item()
             limit = args.grad_clip or math.inf
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
