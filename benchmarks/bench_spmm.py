@@ -52,6 +52,7 @@ OPERAND = (
     "metadata",
     "metadata_t",
     "backend",
+    "activation",
 )
 
 

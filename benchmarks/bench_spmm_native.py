@@ -5,9 +5,9 @@ spmm_native     linear on the own kernel, after a rest (burst) and in 50 ms of w
                 F.linear with the dense weight; linear on the plan of the fastest algorithm of a
                 sweep
 spmm_native_fused
-                the own kernel with a bias; with a low-rank tail, T = X A^T given; with a pass over
-                its result after it, ReLU or a residual, which is what an epilogue could save; all
-                against the own kernel alone
+                the own kernel with a bias; with a low-rank tail, T = X A^T given; with ReLU,
+                in the kernel and as a pass after it; with the pass that adds a residual, of which
+                an epilogue could save all but reading that; all against the own kernel alone
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
                 epilogue adds the dense low-rank product; the own kernel without an adapter
 
@@ -107,18 +107,20 @@ def bench_shape(
 
         return case
 
-    product, residual = fused(), torch.randn(tokens, shape[0], device="cuda").to(dtype)
+    product = fused()
+    residuals = [torch.randn(tokens, shape[0], device="cuda").to(dtype) for _ in range(sets)]
     timings = harness.time_cases(
         {
             "plain": product,
             "bias": fused(bias=bias),
+            "relu": fused(relu=True),
             "relu pass": lambda i: product(i).relu_(),
-            "residual pass": lambda i: product(i).add_(residual),
+            "residual pass": lambda i: product(i).add_(residuals[i]),
         }
         | {f"r={rank}": fused(tail=(t[rank], b[rank])) for rank in ranks},
         sets,
     )
-    notes = [("bias", 0), ("relu pass", 0), ("residual pass", 0)]
+    notes = [("bias", 0), ("relu", 0), ("relu pass", 0), ("residual pass", 0)]
     for note, rank in (*notes, *((f"r={rank}", rank) for rank in ranks)):
         pair = {"ours": timings[note], "without": timings["plain"]}
         yield from records(pair, "spmm_native_fused", f";{note}", 2 * rank * shape[0] * tokens)

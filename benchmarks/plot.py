@@ -194,7 +194,7 @@ def draw_training(panels: Any, records: list[RawRecord]) -> None:
         best = dict.fromkeys(models, 0.0)
         for r in timed:
             model, _, name = r["case"].split(";", 2)
-            if name.startswith(method) and ("r=" in name) == ("r=" in method):
+            if name.startswith(method) and name.startswith("slope;r") == (method == "slope;r="):
                 best[model] = max(best[model], r["ratio"])
         steps.bar(
             [k + (i - 1) * 0.28 for k in range(len(models))], best.values(), 0.26, label=label

@@ -33,11 +33,11 @@ STABLE_TORCH_LIBRARY(slope, m) {
   m.def("pack(Tensor values, Tensor bitmask) -> Tensor");
   m.def("pack_metadata(Tensor bitmask, Tensor(a!) metadata) -> ()");
 
-  // spmm: Y = X W^T + b, and its input gradient
+  // spmm: Y = activation(X W^T + b), and its input gradient
   m.def(
       "linear(Tensor x, Tensor values, Tensor bitmask, Tensor? bias=None, "
       "Tensor? bitmask_t=None, Tensor? values_t=None, Tensor? metadata=None, "
-      "Tensor? metadata_t=None, str backend=\"auto\") -> Tensor");
+      "Tensor? metadata_t=None, str backend=\"auto\", str activation=\"none\") -> Tensor");
   m.def(
       "input_grad(Tensor dy, Tensor values, Tensor bitmask, Tensor bitmask_t, "
       "Tensor? values_t=None, Tensor? metadata_t=None, str backend=\"auto\") -> Tensor");
@@ -46,12 +46,12 @@ STABLE_TORCH_LIBRARY(slope, m) {
   m.def("weight_grad(Tensor dy, Tensor x, Tensor bitmask) -> Tensor");
   m.def("weight_grad_add_(Tensor(a!) grad, Tensor dy, Tensor x, Tensor bitmask) -> ()");
 
-  // lowrank: Y = X W^T + scale T B^T + b with T = X A^T, and its input gradient
+  // lowrank: Y = activation(X W^T + scale T B^T + b) with T = X A^T, and its input gradient
   m.def(
       "linear_lowrank(Tensor x, Tensor values, Tensor bitmask, Tensor lora_A, Tensor lora_B, "
       "float scale=1.0, Tensor? bias=None, Tensor? bitmask_t=None, Tensor? values_t=None, "
-      "Tensor? metadata=None, Tensor? metadata_t=None, str backend=\"auto\") "
-      "-> (Tensor y, Tensor t)");
+      "Tensor? metadata=None, Tensor? metadata_t=None, str backend=\"auto\", "
+      "str activation=\"none\") -> (Tensor y, Tensor t)");
   m.def(
       "input_grad_lowrank(Tensor dy, Tensor values, Tensor bitmask, Tensor bitmask_t, "
       "Tensor lora_A, Tensor lora_B, float scale=1.0, Tensor? values_t=None, "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "native", "cusparselt", "reference")
+ACTIVATIONS = ("none", "relu")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -123,6 +124,12 @@ class Checker:
     def backend(self, backend: str) -> None:
         self.require(
             backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend}"
+        )
+
+    def activation(self, activation: str) -> None:
+        self.require(
+            activation in ACTIVATIONS,
+            f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}",
         )
 
     def tokens(self, name: str, x: Tensor, features: int, values: Tensor) -> None:

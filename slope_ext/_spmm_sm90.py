@@ -26,7 +26,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "values", "metadata", "tail_x", "tail_weight")),
         *((name, ctypes.c_void_p) for name in ("bias", "y")),
         *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "rank")),
-        *((name, ctypes.c_int32) for name in ("kind", "tile", "device")),
+        *((name, ctypes.c_int32) for name in ("kind", "tile", "device", "relu")),
     ]
 
 
@@ -45,9 +45,12 @@ def spmm_sm90(
     *,
     tail: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
+    relu: bool = False,
     tile: int = -1,
 ) -> Tensor:
-    """y <- x W^T [+ tail[0] tail[1]^T] [+ bias]; returns y. All contiguous, of one 16-bit dtype.
+    """y <- [relu] (x W^T [+ tail[0] tail[1]^T] [+ bias]); returns y.
+
+    All contiguous, of one 16-bit dtype.
 
     Args:
         x: [tokens, in].
@@ -56,6 +59,7 @@ def spmm_sm90(
         y: [tokens, out], overwritten.
         tail: [tokens, rank] and [out, rank], rank a multiple of 8.
         bias: [out].
+        relu: whether to set what is negative to 0.
         tile: index into TILES; -1: the one that the op would take.
 
     Raises:
@@ -67,7 +71,7 @@ def spmm_sm90(
     sizes = (x.shape[0], values.shape[0], 2 * values.shape[1], rank)
     kind = int(x.dtype == torch.bfloat16)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    params = _Params(*addresses, *sizes, kind, tile, x.device.index)
+    params = _Params(*addresses, *sizes, kind, tile, x.device.index, relu)
     status = _symbol()(ctypes.byref(params), torch.cuda.current_stream(x.device).cuda_stream)
     if status != 0:
         raise RuntimeError(f"spmm_sm90: CUDA error {status}")

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
@@ -50,6 +52,9 @@ class SlopeConfig:
         simulate: use MaskedLinear for 2:4 too.
         backward_copy: "cached" or "recompute", see SLoPeLinear.
         backend: "auto", "native", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`.
+        fuse_relu: have the product's kernel apply a ReLU that follows a 2:4 layer: in
+            ``nn.Sequential``, and ``activation_fn`` after ``fc1`` in Hugging Face's OPT layers.
+            What hooks of that layer see is then after the ReLU.
         target_modules: "all-linear", a regular expression that must match the whole name, or a
             sequence of names; a name matches its last components ("q_proj" any q_proj).
         exclude_modules: like ``target_modules``, left dense. Output heads always are, unless
@@ -65,6 +70,7 @@ class SlopeConfig:
     simulate: bool = False
     backward_copy: BackwardCopy = "cached"
     backend: Backend = "auto"
+    fuse_relu: bool = False
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
     strict: bool = False
@@ -150,7 +156,10 @@ def convert(
         layer = _sparse_twin(module, names_of_weight[id(module.weight)], first, config)
         by_weight.setdefault(id(module.weight), layer)
         replacements[module] = layer
-    return _replace(model, replacements)
+    model = _replace(model, replacements)
+    if config.fuse_relu:
+        _fuse_relus(model)
+    return model
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -171,7 +180,34 @@ def to_dense(model: nn.Module) -> nn.Module:
             if not layer.has_adapter:  # an adapter makes the dense weight the layer's own
                 dense.weight = by_weight.setdefault(id(layer.weight), dense).weight
             replacements[layer] = dense
+        elif isinstance(layer, _ReLUInProduct):
+            replacements[layer] = nn.ReLU()
     return _replace(model, replacements)
+
+
+# ---- ReLU in the product -------------------------------------------------------------------------
+
+
+class _ReLUInProduct(nn.Identity):
+    """Stands where the ReLU was that the layer before it applies."""
+
+
+def _fuse_relus(model: nn.Module) -> None:
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for parent in list(model.modules()):
+        children = parent._modules
+        pairs = [("fc1", "activation_fn")]
+        if isinstance(parent, nn.Sequential):
+            pairs = list(itertools.pairwise(children))
+        for name, next_name in pairs:
+            layer, relu = children.get(name), children.get(next_name)
+            if (
+                isinstance(layer, SLoPeLinear)
+                and type(relu) is nn.ReLU
+                and uses[id(layer)] == uses[id(relu)] == 1
+            ):
+                layer.activation = "relu"
+                children[next_name] = _ReLUInProduct()
 
 
 # ---- which layers --------------------------------------------------------------------------------
@@ -408,6 +444,7 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
 # What a sparse layer knows and a dense one has no use for.
 _SPARSE_ATTRIBUTES = (
     "_prepared",
+    "activation",
     "backend",
     "backward_copy",
     "dense_type",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from slope_ext import _backward_copy, _freshness, _packed, ops
-from slope_ext._check import BACKENDS, has_two_of_four
-from slope_ext.ops.spmm import Backend
+from slope_ext._check import ACTIVATIONS, BACKENDS, has_two_of_four
+from slope_ext.ops.spmm import Activation, Backend
 from slope_ext.sparse_layer import SparseLayer
 
 BackwardCopy = Literal["cached", "recompute"]
@@ -31,6 +31,7 @@ Operand = tuple[
     Tensor | None,
     Tensor | None,
     Backend,
+    Activation,
 ]
 
 
@@ -39,7 +40,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     Equivalent to (for the mask M that ``weight_bitmask`` holds)::
 
-        F.linear(x, M * W, bias)              # forward
+        activation(F.linear(x, M * W, bias))  # forward
         dX = dY @ double_pruned(M * W)        # backward, arXiv 2405.16325 section 3.1
         dW = M * (dY.T @ X)                   # kept as [out, in/2] in weight.grad
 
@@ -78,6 +79,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         backward_copy: "cached" keeps the transposed values (fastest); "recompute" derives them in
             every backward (least memory). Take "recompute" for fp32 weights under autocast, which
             derives them from the cast weight anyway.
+        activation: "none", or "relu", which the product's kernel applies.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -102,6 +104,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         *,
         backward_copy: BackwardCopy = "cached",
         backend: Backend = "auto",
+        activation: Activation = "none",
     ) -> None:
         # nn.Linear's own __init__ would allocate the dense weight.
         nn.Module.__init__(self)
@@ -116,6 +119,12 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             raise ValueError(
                 f"SLoPeLinear: backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
             )
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"SLoPeLinear: activation must be one of {', '.join(ACTIVATIONS)}, "
+                f"got {activation!r}"
+            )
+        self.activation: Activation = activation
         self.in_features = in_features
         self.out_features = out_features
         self.backward_copy = backward_copy
@@ -198,7 +207,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     # ---- use -------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """Y = X W^T + b [+ lora_scale (X A^T) B^T]; x [..., in] -> [..., out]."""
+        """Y = activation(X W^T + b [+ lora_scale (X A^T) B^T]); x [..., in] -> [..., out]."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             operand = self.operand()
         else:
@@ -227,6 +236,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             self.weight_metadata,
             self.weight_t_metadata,
             self.backend,
+            self.activation,
         )
 
     def prepare(self) -> Operand:
@@ -281,6 +291,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             id(buffers["weight_metadata"]),
             id(buffers["weight_t_metadata"]),
             self.backend,
+            self.activation,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -296,7 +307,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         rank = f", rank={self.lora_A.shape[0]}" if self.has_adapter else ""
-        return f"{super().extra_repr()}, 2:4, backward_copy={self.backward_copy!r}{rank}"
+        activation = "" if self.activation == "none" else f", activation={self.activation!r}"
+        kind = f"2:4, backward_copy={self.backward_copy!r}"
+        return f"{super().extra_repr()}, {kind}{activation}{rank}"
 
     # ---- backward copy ---------------------------------------------------------------------------
 

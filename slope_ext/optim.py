@@ -128,9 +128,10 @@ class AdamW(torch.optim.Optimizer):
 
         As ``torch.nn.utils.clip_grad_norm_`` over every parameter of this optimizer, but for the
         pass that would scale the gradients: the step multiplies as it reads them. ``.grad`` stays
-        as it is; :meth:`zero_grad` drops the clipping. Of several limits the least holds. The norm
-        is that of ``.grad``: with a GradScaler call ``unscale_`` first to see the true one; the
-        limit is of the true one in any case. All parameters must be on one device.
+        as it is until then, and must stay so; :meth:`zero_grad` drops the clipping. Of several
+        limits the least holds. With a GradScaler either call its ``unscale_`` before this, or not
+        at all: the norm is then the scale times the true one, and the limit is of the true one. All
+        parameters must be on one device.
         """
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         halves = [g for g in grads if g is not None and is_half(g.dtype)]

@@ -153,9 +153,14 @@ def linear(
     metadata: Tensor | None = None,
     metadata_t: Tensor | None = None,
     backend: str = "reference",
+    activation: str = "none",
 ) -> Tensor:
-    """Y = X W^T + b. What ends in _t serves backward only; there is one backend here."""
-    return F.linear(x, decompress(values, bitmask), bias)
+    """Y = activation(X W^T + b). What ends in _t serves backward only; there is one backend."""
+    return _activate(F.linear(x, decompress(values, bitmask), bias), activation)
+
+
+def _activate(y: Tensor, activation: str) -> Tensor:
+    return y.relu_() if activation == "relu" else y
 
 
 def input_grad(
@@ -196,11 +201,12 @@ def linear_lowrank(
     metadata: Tensor | None = None,
     metadata_t: Tensor | None = None,
     backend: str = "reference",
+    activation: str = "none",
 ) -> tuple[Tensor, Tensor]:
-    """Y = X W^T + scale T B^T + b with T = X A^T; returns (Y, T)."""
+    """Y = activation(X W^T + scale T B^T + b) with T = X A^T; returns (Y, T)."""
     t = F.linear(x, lora_A)
     y = F.linear(x, decompress(values, bitmask), bias)
-    return y + scale * F.linear(t, lora_B), t
+    return _activate(y + scale * F.linear(t, lora_B), activation), t
 
 
 def input_grad_lowrank(

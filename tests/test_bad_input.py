@@ -45,6 +45,7 @@ def good(device):
         "pack_metadata": {"bitmask": o.bitmask, "metadata": metadata},
         "linear": {
             "x": x, **weight, "bias": o.bias, **copy, "metadata": metadata, "backend": "auto",
+            "activation": "none",
         },
         "input_grad": {"dy": dy, **weight, **copy, "metadata_t": None, "backend": "auto"},
         "weight_grad": {"dy": dy, "x": x, "bitmask": o.bitmask},
@@ -53,7 +54,7 @@ def good(device):
         },
         "linear_lowrank": {
             "x": x, **weight, "lora_A": o.lora_A, "lora_B": o.lora_B, "bias": o.bias, **copy,
-            "backend": "auto",
+            "backend": "auto", "activation": "none",
         },
         "input_grad_lowrank": {
             "dy": dy, **weight, "bitmask_t": o.bitmask_t, "lora_A": o.lora_A, "lora_B": o.lora_B,
@@ -143,6 +144,8 @@ CASES = [
     ("linear", "metadata", lambda t: t[:-1]),
     ("linear", "metadata", half),
     ("linear", "backend", lambda name: "fastest"),
+    ("linear", "activation", lambda name: "gelu"),
+    ("linear_lowrank", "activation", lambda name: "ReLU"),
     ("input_grad", "metadata_t", lambda t: torch.zeros(5)),
     ("input_grad", "backend", lambda name: ""),
     ("linear_lowrank", "backend", lambda name: "Auto"),

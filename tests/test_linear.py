@@ -604,3 +604,35 @@ def test_layer_used_twice_in_one_forward(stale_at, device):
     twin(twin(x2).tanh()).sum().backward()
     torch.testing.assert_close(x1.grad, x2.grad)
     torch.testing.assert_close(layer.weight.grad, twin.weight.grad[twin.mask].view_as(layer.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_relu_in_the_product_is_a_relu_after_it(dtype, rank, compiled, device):
+    plain, fused = (
+        slope.SLoPeLinear(64, 96, device=device, dtype=dtype, activation=activation)
+        for activation in ("none", "relu")
+    )
+    for layer in (plain, fused):
+        if rank:
+            layer.add_adapter(rank)
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+    fused.load_state_dict(plain.state_dict())
+    assert "activation='relu'" in repr(fused)
+    xs = [torch.randn(5, 64, device=device, dtype=dtype).requires_grad_() for _ in range(2)]
+    with torch.no_grad():
+        xs[1].copy_(xs[0])
+    module = torch.compile(fused, backend="aot_eager", fullgraph=True) if compiled else fused
+    expected, found = torch.relu(plain(xs[0])), module(xs[1])
+    assert torch.equal(found, expected)
+    assert (found == 0).any()
+    dy = torch.randn_like(expected)
+    expected.backward(dy)
+    found.backward(dy)
+    assert torch.equal(xs[0].grad, xs[1].grad)
+    for param, other in zip(plain.parameters(), fused.parameters(), strict=True):
+        if compiled:  # products of other strides
+            torch.testing.assert_close(param.grad, other.grad, rtol=0.02, atol=0.02)
+        else:
+            assert torch.equal(param.grad, other.grad)

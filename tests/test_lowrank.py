@@ -76,3 +76,31 @@ def test_frozen_base_with_trained_adapter(device):
     assert a.grad is not None
     assert b.grad is not None
     assert o.values.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [1.0, -0.25])
+def test_input_grad_lowrank(dtype, scale, device):
+    o = Operands(64, 96, dtype, device, rank=20)
+    dy = o.randn(2, 5, 64)
+    dx, dt = ops.input_grad_lowrank(dy, o.values, o.bitmask, o.bitmask_t, o.lora_A, o.lora_B, scale)
+    pruned = o.dense * oracle.double_prune(o.dense, oracle.unbits(o.bitmask)).to(device)
+
+    def formula(dy, w, a, b):
+        return dy @ w + scale * (dy @ b) @ a
+
+    operands = (dy, pruned, o.lora_A, o.lora_B)
+    assert_as_accurate(dx, formula(*operands), formula(*(t.double() for t in operands)))
+    assert_as_accurate(dt, dy @ o.lora_B, dy.double() @ o.lora_B.double())
+
+
+def test_a_small_scale_keeps_fp16_gradients_finite(device):
+    """scale (dY B)^T X may fit where (dY B)^T X does not."""
+    o = Operands(16, 24, torch.float16, device, rank=4)
+    a, b = o.lora_A.requires_grad_(), torch.full_like(o.lora_B, 8.0).requires_grad_()
+    x = torch.full((64, 24), 16.0, dtype=torch.float16, device=device)
+    ops.linear_lowrank(x, o.values, o.bitmask, a, b, 0.01).sum().backward()
+    assert a.grad.isfinite().all()
+    torch.testing.assert_close(
+        a.grad, torch.full_like(a.grad, 0.01 * 128 * 16 * 64), rtol=0.01, atol=0
+    )

@@ -129,9 +129,11 @@ def test_every_tile_with_every_rest(tile, row_tiles, rank):
             tensor.copy_(torch.randn_like(tensor))
         y.fill_(float("nan"))
         tail = (left, right) if rank else None
-        spmm_sm90(x, o.values, words, y, tail=tail, bias=o.bias, tile=tile)
+        relu = rest % 2 == 1
+        spmm_sm90(x, o.values, words, y, tail=tail, bias=o.bias, relu=relu, tile=tile)
         operands = [(x, o.dense), (left, right)] if rank else [(x, o.dense)]
         exact = sum(F.linear(a.double(), b.double()) for a, b in operands) + o.bias.double()
+        exact = exact.relu() if relu else exact
         sums = sum(F.linear(a.double().abs(), b.double().abs()) for a, b in operands)
         assert_rounded(y, exact, sums + o.bias.double().abs())
         assert bool((whole[:GUARD] == 12345.0).all())

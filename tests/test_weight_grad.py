@@ -74,10 +74,14 @@ def test_adding_gives_the_bits_of_add(shape, dtype, device):
     o = Operands(*shape, dtype, device)
     dy, x = o.randn(9, shape[0]), o.randn(9, shape[1])
     grad = o.randn(shape[0], shape[1] // 2)
+    mask = oracle.unbits(o.bitmask).to(device)
+    exact = (dy.double().t() @ x.double())[mask].view(grad.shape) + grad.double()
+    plain = grad + (dy.t() @ x)[mask].view(grad.shape)
     expected = grad + ops.weight_grad(dy, x, o.bitmask)
     version = grad._version
     ops.weight_grad_add_(grad, dy, x, o.bitmask)
     assert torch.equal(grad, expected)
+    assert_as_accurate(grad, plain, exact)
     assert grad._version > version
     ops.weight_grad_add_(grad, dy[:0], x[:0], o.bitmask)
     assert torch.equal(grad, expected)
@@ -122,6 +126,26 @@ def test_accumulation_in_place_is_autograds(rank, hooked, device):
     with Calls() as calls:
         layers[1](x).sum().backward()
     assert "slope::weight_grad" in calls.names
+
+
+def test_accumulation_in_place_leaves_alone_what_autograd_would():
+    """torch.autograd.grad and backward(inputs=...) write no .grad but what they were asked for."""
+    layer = slope.SLoPeLinear(24, 16)
+    x = torch.randn(5, 24, requires_grad=True)
+    layer(x).sum().backward()
+    before = layer.weight.grad.clone()
+    with slope.accumulate_in_place():
+        (dw,) = torch.autograd.grad(layer(x).sum(), [layer.weight])
+        torch.autograd.grad(layer(x).sum(), [x])
+        layer(x).sum().backward(inputs=[layer.bias])
+        assert torch.equal(layer.weight.grad, before)
+        assert torch.equal(dw, before)
+        layer(x).sum().backward(inputs=[layer.weight])
+        assert torch.equal(layer.weight.grad, before + dw)
+        seen = []
+        layer.weight.register_post_accumulate_grad_hook(seen.append)
+        layer(x).sum().backward()
+        assert len(seen) == 1
 
 
 @pytest.mark.gpu

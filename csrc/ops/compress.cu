@@ -11,8 +11,8 @@
 //   block   | unit 0 .. 255 | 256 .. 511 | 512 .. 767 | 768 .. 1023 |
 //   thread t|      t        |   t + 256  |   t + 512  |   t + 768   |
 //
-// Traffic per dense element of b bytes: b + b/2 + 1/8 (bf16: 3.125). Memory-bound: the limit is
-// bytes over copy bandwidth.
+// Traffic per dense element of b bytes: b + b/2 + 1/8 (bf16: 3.125), adding b/2 more. Memory-bound:
+// the limit is bytes over copy bandwidth.
 //
 // Elements are moved as bits, never converted, but where they are added (in fp32, rounded once):
 // NaN payloads and -0 survive.

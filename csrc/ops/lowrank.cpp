@@ -39,8 +39,9 @@ std::tuple<Tensor, Tensor> linear_lowrank(
     const Tensor& x, const Tensor& values, const Tensor& bitmask, const Tensor& lora_A,
     const Tensor& lora_B, double scale, const OptionalTensor& bias, const OptionalTensor& bitmask_t,
     const OptionalTensor& values_t, const OptionalTensor& metadata,
-    const OptionalTensor& metadata_t, const std::string& backend) {
+    const OptionalTensor& metadata_t, const std::string& backend, const std::string& activation) {
   constexpr const char* kOp = "linear_lowrank";
+  const bool relu = is_relu(kOp, activation);
   const SparseWeight weight{values, bitmask, bitmask_t, values_t, metadata, metadata_t};
   check_linear(kOp, x, weight, bias);
   check_factor(kOp, "lora_A", lora_A, values);
@@ -57,18 +58,21 @@ std::tuple<Tensor, Tensor> linear_lowrank(
   switch (choose_backend(kOp, x, weight, backend)) {
     case Backend::kNative:
       if (rank == 0) {
-        return {native_linear(kOp, x, weight, bias, none, none), t};
+        return {native_linear(kOp, x, weight, bias, none, none, relu), t};
       }
-      return {native_linear(kOp, x, weight, bias, pad_rank(scaled(t, scale)), pad_rank(lora_B)), t};
+      return {
+          native_linear(kOp, x, weight, bias, pad_rank(scaled(t, scale)), pad_rank(lora_B), relu),
+          t};
     case Backend::kPlan: {
       const Tensor low_rank = call_op("aten::linear", "", scaled(t, scale), lora_B, none);
-      return {plan_linear(kOp, x, weight, bias, contiguous_16b(low_rank)), t};
+      return {activated(plan_linear(kOp, x, weight, bias, contiguous_16b(low_rank)), relu), t};
     }
     case Backend::kDense:
       break;
   }
   const Tensor low_rank = call_op("aten::linear", "", t, lora_B, none);
-  return {torch::stable::subtract(dense_linear(x, weight, bias), low_rank, -scale), t};
+  return {activated(torch::stable::subtract(dense_linear(x, weight, bias), low_rank, -scale), relu),
+          t};
 }
 
 }  // namespace

@@ -111,20 +111,22 @@ Tensor pad_tokens(const Tensor& tensor, int64_t tokens, int64_t features, int64_
 Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
               const OptionalTensor& bias, const OptionalTensor& bitmask_t,
               const OptionalTensor& values_t, const OptionalTensor& metadata,
-              const OptionalTensor& metadata_t, const std::string& backend) {
+              const OptionalTensor& metadata_t, const std::string& backend,
+              const std::string& activation) {
   constexpr const char* kOp = "linear";
+  const bool relu = is_relu(kOp, activation);
   const SparseWeight weight{values, bitmask, bitmask_t, values_t, metadata, metadata_t};
   check_linear(kOp, x, weight, bias);
   const torch::stable::accelerator::DeviceGuard guard(values.get_device());
   switch (choose_backend(kOp, x, weight, backend)) {
     case Backend::kNative:
-      return native_linear(kOp, x, weight, bias, std::nullopt, std::nullopt);
+      return native_linear(kOp, x, weight, bias, std::nullopt, std::nullopt, relu);
     case Backend::kPlan:
-      return plan_linear(kOp, x, weight, bias, std::nullopt);
+      return activated(plan_linear(kOp, x, weight, bias, std::nullopt), relu);
     case Backend::kDense:
       break;
   }
-  return dense_linear(x, weight, bias);
+  return activated(dense_linear(x, weight, bias), relu);
 }
 
 }  // namespace
@@ -198,9 +200,17 @@ Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weig
   return fits && !empty ? Backend::kPlan : Backend::kDense;
 }
 
+bool is_relu(const char* op, const std::string& activation) {
+  check(activation == "none" || activation == "relu", "slope::", op,
+        ": activation must be none or relu, got ", activation);
+  return activation == "relu";
+}
+
+Tensor activated(Tensor y, bool relu) { return relu ? call_op("aten::relu_", "", y) : y; }
+
 Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight,
                      const OptionalTensor& bias, const OptionalTensor& tail_x,
-                     const OptionalTensor& tail_weight) {
+                     const OptionalTensor& tail_weight, bool relu) {
   const int64_t rows = weight.values.size(0);
   const int64_t columns = weight.values.size(1) * 2;
   const cudaStream_t stream = current_stream(weight.values, op);
@@ -241,6 +251,7 @@ Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight
       .kind = values.scalar_type() == ScalarType::Half ? FloatKind::kHalf : FloatKind::kBFloat16,
       .tile = -1,
       .device = values.get_device(),
+      .relu = relu ? 1 : 0,
   };
   check_cuda(launch_spmm_sm90(params, stream), op);
   return y;

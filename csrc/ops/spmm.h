@@ -39,11 +39,17 @@ enum class Backend { kNative, kPlan, kDense };
 Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weight,
                        const std::string& backend);
 
-// x W^T [+ tail_x tail_weight^T] [+ bias] by the own kernel, on the current device; x not empty.
-// tail_x [..., rank] and tail_weight [out, rank], rank a multiple of 8, or neither.
+// What an op does to its result: "none" or "relu". Raises RuntimeError for other names.
+bool is_relu(const char* op, const std::string& activation);
+
+// The tensor, after ReLU in place where asked for.
+Tensor activated(Tensor y, bool relu);
+
+// [relu] (x W^T [+ tail_x tail_weight^T] [+ bias]) by the own kernel, on the current device; x not
+// empty. tail_x [..., rank] and tail_weight [out, rank], rank a multiple of 8, or neither.
 Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight,
                      const OptionalTensor& bias, const OptionalTensor& tail_x,
-                     const OptionalTensor& tail_weight);
+                     const OptionalTensor& tail_weight, bool relu);
 
 // x W^T [+ addend] [+ bias] by a plan, on the current device; x not empty. The addend [..., out]
 // must be contiguous; the result may be written over it.

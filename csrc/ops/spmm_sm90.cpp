@@ -246,6 +246,7 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
 
   args.metadata = static_cast<const uint4*>(params.metadata);
   args.bias = params.bias;
+  args.relu = params.relu != 0;
   args.rows = static_cast<int>(params.rows);
   args.tokens = static_cast<int>(params.tokens);
   args.quads = static_cast<int>(ceil_div(params.columns, kSm90QuadColumns));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// spmm_sm90:  y = x W^T [+ tail_x tail_weight^T] [+ bias],  W 2:4, 16-bit types, sums in fp32
+// spmm_sm90:  y = [relu] (x W^T [+ tail_x tail_weight^T] [+ bias]),  W 2:4, 16-bit types, fp32 sums
 //
 // To the tensor cores W is the left operand, wgmma.mma_async.sp m64nNk32, so a tile of Y lies
 // transposed in the accumulators: rows are features of Y (rows of W), columns are tokens.
@@ -24,8 +24,8 @@
 //
 // Metadata goes from global memory to registers, four stages ahead: see Metadata.
 //
-// Output. 64 features x 64 tokens at a time: bias, conversion, stmatrix.trans into one of four
-// buffers of 8 KB (a token a row, 128-byte swizzle), TMA store. The ring fills meanwhile.
+// Output. 64 features x 64 tokens at a time: bias, conversion (with ReLU), stmatrix.trans into one
+// of four buffers of 8 KB (a token a row, 128-byte swizzle), TMA store. The ring fills meanwhile.
 //
 // Work of a stage with tile 256 x 192: 2 * 256 * 192 * 64 = 6.3 MFLOP of the dense product, in 768
 // clocks of the tensor cores; 16 KB of values, 2 KB of metadata and 24 KB of x in.
@@ -105,15 +105,20 @@ struct Tile {
 
 // ---- elements ----------------------------------------------------------------------------
 
+// Two sums in one word of the result; ReLU is a variant of the conversion. NaN stays NaN.
 template <FloatKind kKind>
 struct Element;
 
 template <>
 struct Element<FloatKind::kHalf> {
   using Type = __half;
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+  static __device__ __forceinline__ uint32_t pack(float low, float high, bool relu) {
     uint32_t word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    if (relu) {
+      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    }
     return word;
   }
 };
@@ -121,9 +126,13 @@ struct Element<FloatKind::kHalf> {
 template <>
 struct Element<FloatKind::kBFloat16> {
   using Type = __nv_bfloat16;
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+  static __device__ __forceinline__ uint32_t pack(float low, float high, bool relu) {
     uint32_t word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    if (relu) {
+      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    }
     return word;
   }
 };
@@ -273,7 +282,8 @@ __device__ __forceinline__ void store_block(const SpmmSm90Args& args,
     }
     ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
     const auto word = [&](int i, int half) {
-      return E::pack(sums[i * 4 + half * 2] + bias[half], sums[i * 4 + half * 2 + 1] + bias[half]);
+      return E::pack(sums[i * 4 + half * 2] + bias[half], sums[i * 4 + half * 2 + 1] + bias[half],
+                     args.relu);
     };
 #pragma unroll
     for (int octet = 0; octet < kChunkOctets; octet += 2) {

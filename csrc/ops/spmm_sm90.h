@@ -27,10 +27,11 @@ struct SpmmSm90Params {
   FloatKind kind;           // kHalf or kBFloat16
   int32_t tile;             // -1 chooses; else an index below spmm_sm90_tile_count()
   int32_t device;           // the current one
+  int32_t relu;             // 1: max(y, 0)
 };
 
-// y <- x W^T [+ tail_x tail_weight^T] [+ bias], fp32 sums. cudaErrorNotSupported where the current
-// device is not of compute capability 9.0 or the driver has no tensor maps.
+// y <- [relu] (x W^T [+ tail_x tail_weight^T] [+ bias]), fp32 sums. cudaErrorNotSupported where the
+// current device is not of compute capability 9.0 or the driver has no tensor maps.
 cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream);
 
 // Whether the kernels run on a device: capability 9.0, and this library has code for sm_90a.

@@ -31,6 +31,7 @@ struct SpmmSm90Args {
   CUtensorMap y_rest;       // box [tile tokens % 64, 64], 128-byte swizzle
   const uint4* metadata;    // [row blocks, quads, 128]
   const void* bias;         // [rows] or nullptr
+  bool relu;
   int rows, tokens;
   int quads;         // of 256 columns
   int row_blocks;    // of 64

@@ -13,7 +13,9 @@ from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
 from slope_ext._library import register, register_autocast
 from slope_ext.ops.spmm import (
+    Activation,
     Backend,
+    before_activation,
     call_directly,
     composes,
     needs_grad,
@@ -36,8 +38,9 @@ def linear_lowrank(
     metadata: Tensor | None = None,
     metadata_t: Tensor | None = None,
     backend: Backend = "auto",
+    activation: Activation = "none",
 ) -> Tensor:
-    """Y = X W^T + scale (X A^T) B^T + b (arXiv 2405.16325, equation 11).
+    """Y = activation(X W^T + scale (X A^T) B^T + b) (arXiv 2405.16325, equation 11).
 
     Backward: that of :func:`slope_ext.ops.linear`, and with T = X A^T
     dB = scale dY^T T, dA = scale (dY B)^T X, dX += scale (dY B) A.
@@ -49,7 +52,7 @@ def linear_lowrank(
         lora_A: [rank, in], the dtype of ``x``. Differentiable.
         lora_B: [out, rank], the dtype of ``x``. Differentiable.
         scale: factor of the low-rank term.
-        bias, bitmask_t, values_t, metadata, metadata_t, backend: as in
+        bias, bitmask_t, values_t, metadata, metadata_t, backend, activation: as in
             :func:`slope_ext.ops.linear`.
 
     Returns:
@@ -58,12 +61,12 @@ def linear_lowrank(
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
-    rest = (lora_A, lora_B, scale, bias, bitmask_t, values_t, metadata, metadata_t, backend)
+    rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, activation)
     y, _ = call_directly(
         torch.ops.slope.linear_lowrank.default,
         _LinearLowrank,
         (x, values, lora_A, lora_B, bias),
-        (x, values, bitmask, *rest),
+        (x, values, bitmask, lora_A, lora_B, scale, *rest),
     )
     return y  # type: ignore[no-any-return]
 
@@ -112,8 +115,10 @@ def _check(
     metadata: Tensor | None = None,
     metadata_t: Tensor | None = None,
     backend: str = "auto",
+    activation: str = "none",
 ) -> None:
     check = Checker("linear_lowrank")
+    check.activation(activation)
     rows, columns = check.values(values, bitmask)
     check.tokens("x", x, columns, values)
     _check_factors(check, lora_A, lora_B, values)
@@ -187,15 +192,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         _,
         metadata_t,
         backend,
+        activation,
     ) = inputs
-    t = output[1]
+    y, t = output
     ctx.needs = needs_grad(x, values, lora_A, lora_B, bias)
     x_needs, *_ = ctx.needs
     require_input_grad("linear_lowrank", x_needs, values, bitmask_t, backend)
     ctx.mark_non_differentiable(t)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.backend = scale, backend
-    ctx.save_for_backward(x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t, metadata_t)
+    activated = y if activation == "relu" else None
+    weight = (values, bitmask, bitmask_t, values_t, metadata_t)
+    ctx.save_for_backward(x, *weight, lora_A, lora_B, t, activated)
 
 
 def _input_grad_on_cuda(
@@ -234,9 +242,11 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 12
-    x, values, bitmask, lora_A, lora_B, t, bitmask_t, values_t, metadata_t = ctx.saved_tensors
+        return (None,) * 13
+    x, values, bitmask, bitmask_t, values_t, metadata_t, *rest = ctx.saved_tensors
+    lora_A, lora_B, t, activated = rest
     x_needs, values_need, a_needs, b_needs, bias_needs = ctx.needs
+    dy = before_activation(dy, activated)
     flat_dy = rows_of(dy)
     dx, dt = None, None
     if x_needs:
@@ -247,10 +257,10 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     dw = gradient_of(values, dy, x, bitmask) if values_need else None
     da = None
     if a_needs and dt is not None:
-        da = _scaled(rows_of(dt).t() @ rows_of(x), ctx.scale)
-    db = _scaled(flat_dy.t() @ rows_of(t), ctx.scale) if b_needs else None
+        da = _scaled(rows_of(dt), ctx.scale).t() @ rows_of(x)
+    db = flat_dy.t() @ _scaled(rows_of(t), ctx.scale) if b_needs else None
     dbias = flat_dy.sum(0) if bias_needs else None
-    return dx, dw, None, da, db, None, dbias, None, None, None, None, None
+    return dx, dw, None, da, db, None, dbias, None, None, None, None, None, None
 
 
 class _LinearLowrank(torch.autograd.Function):

@@ -15,6 +15,7 @@ from slope_ext._library import COMPOSED, register, register_autocast
 from slope_ext.ops.weight_grad import gradient_of
 
 Backend = Literal["auto", "native", "cusparselt", "reference"]
+Activation = Literal["none", "relu"]
 
 
 def linear(
@@ -27,8 +28,9 @@ def linear(
     metadata: Tensor | None = None,
     metadata_t: Tensor | None = None,
     backend: Backend = "auto",
+    activation: Activation = "none",
 ) -> Tensor:
-    """Y = X W^T + b with W 2:4 sparse along ``in``.
+    """Y = activation(X W^T + b) with W 2:4 sparse along ``in``.
 
     On CUDA with fp16 and bf16: by the own kernel where the GPU has capability 9.0 and out is a
     multiple of 8, in of 32; else through a cached cuSPARSELt plan (:mod:`slope_ext.plan_cache`)
@@ -53,6 +55,8 @@ def linear(
         backend: "native" (the own kernel) or "cusparselt", an error where that cannot be;
             "reference", a dense product of the decompressed weight; "auto", the first of them that
             takes the weight.
+        activation: "none", or "relu", which costs the own kernel nothing; its backward multiplies
+            dY where y > 0 first.
 
     Returns:
         y: [..., out], contiguous.
@@ -60,9 +64,9 @@ def linear(
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
-    arguments = (x, values, bitmask, bias, bitmask_t, values_t, metadata, metadata_t, backend)
+    rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, activation)
     return call_directly(  # type: ignore[no-any-return]
-        torch.ops.slope.linear.default, _Linear, (x, values, bias), arguments
+        torch.ops.slope.linear.default, _Linear, (x, values, bias), (x, values, bitmask, *rest)
     )
 
 
@@ -111,8 +115,10 @@ def _check_linear(
     metadata: Tensor | None = None,
     metadata_t: Tensor | None = None,
     backend: str = "auto",
+    activation: str = "none",
 ) -> None:
     check = Checker("linear")
+    check.activation(activation)
     rows, columns = check.values(values, bitmask)
     check.tokens("x", x, columns, values)
     check.bias(bias, values)
@@ -191,6 +197,11 @@ def require_input_grad(
         )
 
 
+def before_activation(dy: Tensor, activated: Tensor | None) -> Tensor:
+    """The gradient of what a ReLU took, from that of its result; of None's, as it is."""
+    return dy if activated is None else torch.ops.aten.threshold_backward(dy, activated, 0)
+
+
 def rows_of(tensor: Tensor) -> Tensor:
     """[..., features] -> [tokens, features]."""
     return tensor.reshape(-1, tensor.shape[-1])
@@ -224,25 +235,32 @@ def call_directly(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bitmask, bias, bitmask_t, values_t, _, metadata_t, ctx.backend = inputs
+    x, values, bitmask, bias, bitmask_t, values_t, _, metadata_t, ctx.backend, activation = inputs
     ctx.needs = needs_grad(x, values, bias)
     x_needs, values_need, _ = ctx.needs
     require_input_grad("linear", x_needs, values, bitmask_t, ctx.backend)
     ctx.save_for_backward(
-        x if values_need else None, values, bitmask, bitmask_t, values_t, metadata_t
+        x if values_need else None,
+        values,
+        bitmask,
+        bitmask_t,
+        values_t,
+        metadata_t,
+        output if activation == "relu" else None,
     )
 
 
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, bitmask, bitmask_t, values_t, metadata_t = ctx.saved_tensors
+    x, values, bitmask, bitmask_t, values_t, metadata_t, activated = ctx.saved_tensors
     x_needs, values_need, bias_needs = ctx.needs
+    dy = before_activation(dy, activated)
     dx = None
     if x_needs:
         dx = trusted_input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
     dw = gradient_of(values, dy, x, bitmask) if values_need else None
     dbias = rows_of(dy).sum(0) if bias_needs else None
-    return dx, dw, None, dbias, None, None, None, None, None
+    return dx, dw, None, dbias, None, None, None, None, None, None
 
 
 class _Linear(torch.autograd.Function):

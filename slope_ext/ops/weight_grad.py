@@ -46,10 +46,25 @@ def gradient_of(values: Tensor, dy: Tensor, x: Tensor, bitmask: Tensor) -> Tenso
     """The gradient of ``values`` for autograd; None where it was added to ``values.grad``."""
     if accumulation.is_in_place() and not torch.compiler.is_compiling() and values.is_leaf:
         grad = values.grad
-        if grad is not None and not _has_hooks(values) and _can_be_added_to(grad, dy):
+        if (
+            grad is not None
+            and _is_accumulated(values)
+            and not _has_hooks(values)
+            and _can_be_added_to(grad, dy)
+        ):
             weight_grad_add_(grad, dy, x, bitmask)
             return None
     return weight_grad(dy, x, bitmask)
+
+
+def _is_accumulated(leaf: Tensor) -> bool:
+    """Whether the running backward pass adds into ``leaf.grad``: not what torch.autograd.grad or
+    ``inputs=`` leaves alone."""
+    try:
+        node = torch.autograd.graph.get_gradient_edge(leaf).node
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return False
 
 
 def _has_hooks(leaf: Tensor) -> bool:
