@@ -6,7 +6,8 @@ input's gradient included, embeddings and head left out. Methods, each with Adam
 bf16 (torch's fused kernel keeps no other for bf16 parameters):
 
 dense           torch.optim.AdamW(fused=True)
-slope           every linear layer 2:4, slope_ext.optim.AdamW(half_moments=True)
+slope           every linear layer 2:4, OPT's ReLU in the product's kernel,
+                slope_ext.optim.AdamW(half_moments=True)
 slope;recompute the same with backward_copy="recompute"
 slope;r=...     the same with adapters of that rank, 1.56 % of hidden, as in the last 1 % of steps
 torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposable mask chosen anew
@@ -160,7 +161,8 @@ class Method:
             )
         else:
             copy: Any = "recompute" if name == "slope;recompute" else "cached"
-            slope_ext.convert(self.model, slope_ext.SlopeConfig(backward_copy=copy))
+            config = slope_ext.SlopeConfig(backward_copy=copy, fuse_relu=True)
+            slope_ext.convert(self.model, config)
             for layer in self.model.modules():
                 if rank is not None and isinstance(layer, slope_ext.SLoPeLinear):
                     layer.add_adapter(rank)

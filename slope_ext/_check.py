@@ -142,6 +142,23 @@ class Checker:
         self.same_dtype(name, x, "values", values)
         self.same_device(name, x, "values", values)
 
+    def backward(
+        self,
+        dy: Tensor,
+        values: Tensor,
+        bitmask: Tensor,
+        bitmask_t: Tensor,
+        values_t: Tensor | None,
+        metadata_t: Tensor | None,
+        backend: str,
+    ) -> None:
+        """Checks a weight and what its input gradient is made of."""
+        rows, columns = self.values(values, bitmask)
+        self.tokens("dy", dy, rows, values)
+        self.transposed(values, bitmask_t, values_t)
+        self.metadata("metadata_t", metadata_t, columns, rows, values)
+        self.backend(backend)
+
     def bias(self, bias: Tensor | None, values: Tensor) -> None:
         if bias is not None:
             self.shape("bias", bias, (values.shape[0],), "[out]")

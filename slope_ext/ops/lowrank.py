@@ -142,12 +142,8 @@ def _check_input_grad(
     backend: str = "auto",
 ) -> None:
     check = Checker("input_grad_lowrank")
-    rows, columns = check.values(values, bitmask)
-    check.tokens("dy", dy, rows, values)
+    check.backward(dy, values, bitmask, bitmask_t, values_t, metadata_t, backend)
     _check_factors(check, lora_A, lora_B, values)
-    check.transposed(values, bitmask_t, values_t)
-    check.metadata("metadata_t", metadata_t, columns, rows, values)
-    check.backend(backend)
 
 
 def _check_factors(check: Checker, lora_A: Tensor, lora_B: Tensor, values: Tensor) -> None:

@@ -137,12 +137,7 @@ def _check_input_grad(
     metadata_t: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    check = Checker("input_grad")
-    rows, columns = check.values(values, bitmask)
-    check.tokens("dy", dy, rows, values)
-    check.transposed(values, bitmask_t, values_t)
-    check.metadata("metadata_t", metadata_t, columns, rows, values)
-    check.backend(backend)
+    Checker("input_grad").backward(dy, values, bitmask, bitmask_t, values_t, metadata_t, backend)
 
 
 def _input_grad_on_cuda(
