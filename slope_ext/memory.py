@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slope_ext._check import is_half, metadata_words
+from slope_ext._check import fits_native, is_half, metadata_words
 from slope_ext.linear import SLoPeLinear
 from slope_ext.sparse_layer import SparseLayer
+
+_OWN_PRODUCT = ("auto", "native")  # backends that run it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +77,12 @@ def memory_report(
     persistent, metadata, transposed = _buffer_bytes(model)
     if on_gpu:
         for module in model.modules():
-            if isinstance(module, SLoPeLinear) and is_half(module.weight.dtype):
+            if isinstance(module, SLoPeLinear):
                 rows, columns = module.out_features, module.in_features
                 if module.weight_metadata is None:
-                    metadata += 4 * metadata_words(rows, columns)
+                    metadata += _metadata_bytes(module, rows, columns)
                 if module.weight_t is not None and module.weight_t_metadata is None:
-                    transposed += 4 * metadata_words(columns, rows)
+                    transposed += _metadata_bytes(module, columns, rows)
 
     # What a sparse layer's weight, masks and adapter would be as one dense weight.
     layers = {id(m.weight): m for m in model.modules() if isinstance(m, SparseLayer)}
@@ -131,6 +133,12 @@ def _buffer_bytes(model: nn.Module) -> tuple[int, int, int]:
             elif isinstance(module, SparseLayer):
                 backward[id(buffer)] = _bytes(buffer)
     return sum(persistent.values()), sum(metadata.values()), sum(backward.values())
+
+
+def _metadata_bytes(layer: SLoPeLinear, rows: int, columns: int) -> int:
+    """Of the own product's metadata for a weight [rows, columns] of a layer, if it takes that."""
+    taken = is_half(layer.weight.dtype) and fits_native(rows, columns)
+    return 4 * metadata_words(rows, columns) if taken and layer.backend in _OWN_PRODUCT else 0
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +23,23 @@ _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
 _TRANSPOSED_MASK = "transposed_mask"
 
 
+class _Clipping(NamedTuple):
+    norm: Tensor  # of all gradients
+    max_norm: float
+    captured: bool  # into a CUDA graph
+
+
 class AdamW(torch.optim.Optimizer):
     """AdamW as ``torch.optim.AdamW`` defines it: decoupled decay, eps after bias correction.
 
     On a 2:4 layer it does on the values what torch's AdamW does on a dense weight whose gradient is
     masked. Moments are fp32 for fp16 and bf16 parameters, else of the parameter's dtype.
 
-    On CUDA a step is one pass over memory, a few launches for all parameters, and never waits for
+    On CUDA a step is one pass over memory, a few launches for all parameters, and does not wait for
     the GPU: a GradScaler's scale and verdict, a tensor learning rate and the coefficient of
-    :meth:`clip_grad_norm_` are read by the kernels. It can be captured into a CUDA graph; replays
-    do not choose masks (call :func:`slope_ext.update_transposed_masks` between them).
+    :meth:`clip_grad_norm_` are read by the kernels. (fp64 parameters are for the CPU; on a GPU they
+    take plain torch ops, which wait.) After a first step it can be captured into a CUDA graph;
+    replays do not choose masks (call :func:`slope_ext.update_transposed_masks` between them).
 
     Load a checkpoint's model before its optimizer: the optimizer's state holds the transposed masks
     too, which are chosen again when a model is loaded. A write through ``weight.data`` after
@@ -91,7 +98,7 @@ class AdamW(torch.optim.Optimizer):
             "mask_step": 0,  # calls of step() that updated the group
             "maximize": maximize,
         }
-        self._clipping: tuple[Tensor, float] | None = None  # norm of the gradients, its limit
+        self._clipping: _Clipping | None = None
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,13 +128,27 @@ class AdamW(torch.optim.Optimizer):
 
         As ``torch.nn.utils.clip_grad_norm_`` over every parameter of this optimizer, but for the
         pass that would scale the gradients: the step multiplies as it reads them. ``.grad`` stays
-        as it is. All parameters must be on one device.
+        as it is; :meth:`zero_grad` drops the clipping. Of several limits the least holds. The norm
+        is that of ``.grad``: with a GradScaler call ``unscale_`` first to see the true one; the
+        limit is of the true one in any case. All parameters must be on one device.
         """
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        norms = torch._foreach_norm([g for g in grads if g is not None], dtype=torch.float32)
+        halves = [g for g in grads if g is not None and is_half(g.dtype)]
+        others = [g for g in grads if g is not None and not is_half(g.dtype)]
+        norms = list(torch._foreach_norm(halves, dtype=torch.float32)) if halves else []
+        norms += [norm.float() for norm in torch._foreach_norm(others)] if others else []
+        if not norms:
+            return torch.tensor(0.0)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        self._clipping = (norm, max_norm)
+        if self._clipping is not None:
+            max_norm = min(max_norm, self._clipping.max_norm)
+        self._clipping = _Clipping(norm, max_norm, _backward_copy.is_capturing(norm))
         return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; clipping that no step used is dropped."""
+        super().zero_grad(set_to_none)
+        self._clipping = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -156,9 +177,14 @@ class AdamW(torch.optim.Optimizer):
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if self._clipping is None:
             return scale
-        norm, max_norm = self._clipping
-        clipped = ((norm if scale is None else norm / scale) + 1e-6) / max_norm
-        return clipped.clamp(min=1) * (1 if scale is None else scale)
+        norm, max_norm, captured = self._clipping
+        if captured != _backward_copy.is_capturing(norm):
+            raise RuntimeError(
+                "AdamW: clip_grad_norm_ and step must be captured into one CUDA graph, or neither"
+            )
+        if scale is None:
+            return ((norm + 1e-6) / max_norm).clamp(min=1)
+        return ((norm / scale + 1e-6) / max_norm).clamp(min=1) * scale
 
     def _step_group(
         self,
@@ -247,16 +273,15 @@ class AdamW(torch.optim.Optimizer):
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if not state:
+            _refuse_capture(param)
             wide = is_half(param.dtype) and not group["half_moments"]
             dtype = torch.float32 if wide else param.dtype
             state["step"] = torch.zeros((), device=param.device)
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
-        if (
-            group["master_weights"]
-            and "master" not in state
-            and state["exp_avg"].dtype != param.dtype
-        ):
+        wide = state["exp_avg"].dtype != param.dtype
+        if group["master_weights"] and wide and "master" not in state:
+            _refuse_capture(param)
             state["master"] = param.detach().float()
         return state
 
@@ -287,7 +312,9 @@ class AdamW(torch.optim.Optimizer):
             for name in _STATE_TENSORS:
                 if name in saved:
                     self.state[param][name] = saved[name].to(param.device, copy=True)
-            self.state[param]["step"] = saved["step"].to(param.device, torch.float32, copy=True)
+            if "step" in saved:
+                step = torch.as_tensor(saved["step"], dtype=torch.float32)
+                self.state[param]["step"] = step.to(param.device, copy=True)
             self.state[param].pop(_TRANSPOSED_MASK, None)
             layer = layers.get(id(param))
             if layer is not None and _TRANSPOSED_MASK in saved:
@@ -296,6 +323,12 @@ class AdamW(torch.optim.Optimizer):
     def _indexed_params(self) -> list[tuple[int, Tensor]]:
         # torch numbers the parameters of a state_dict in the order of the groups.
         return list(enumerate(p for group in self.param_groups for p in group["params"]))
+
+
+def _refuse_capture(param: Tensor) -> None:
+    """Raises while ``param`` is captured: replays would make its state anew each time."""
+    if _backward_copy.is_capturing(param):
+        raise RuntimeError("AdamW: step must have run before one is captured into a CUDA graph")
 
 
 def _with_cached_copy(layer: SparseLayer | None) -> SLoPeLinear | None:

@@ -249,3 +249,25 @@ def test_8_report_equals_the_bytes_that_exist():
     dense = 4 * (40 * 16 + 16 * 24 + 24)
     assert report.dense_weights == dense
     assert report.dense_training == 4 * dense
+
+
+def test_memory_report_as_on_a_gpu_counts_metadata_that_the_own_product_has():
+    """Words of 64 rows and 256 columns; none where a size, the type or the backend rules it out."""
+    dtype = torch.bfloat16
+
+    def extra(layer):
+        there, here = (memory_report(layer, on_gpu=gpu) for gpu in (True, False))
+        return there.weights - here.weights, there.backward_copy - here.backward_copy
+
+    with torch.device("meta"):
+        whole = 256 * 512 // 8
+        assert extra(slope.SLoPeLinear(512, 256, dtype=dtype)) == (whole, whole)
+        assert extra(slope.SLoPeLinear(32, 24, dtype=dtype)) == (64 * 256 // 8, 0)
+        recompute = slope.SLoPeLinear(512, 256, dtype=dtype, backward_copy="recompute")
+        assert extra(recompute) == (whole, 0)
+        for layer in (
+            slope.SLoPeLinear(24, 16, dtype=dtype),
+            slope.SLoPeLinear(512, 256),
+            slope.SLoPeLinear(512, 256, dtype=dtype, backend="reference"),
+        ):
+            assert extra(layer) == (0, 0)

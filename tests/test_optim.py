@@ -428,6 +428,7 @@ def test_captured_steps_equal_eager_ones():
     def step(model, opt):
         opt.zero_grad(set_to_none=False)
         model(x).square().mean().backward()
+        opt.clip_grad_norm_(0.05)
         opt.step()
 
     side = torch.cuda.Stream()
@@ -436,17 +437,62 @@ def test_captured_steps_equal_eager_ones():
         for _ in range(3):
             step(net, optimizer)
     torch.cuda.current_stream().wait_stream(side)
+    new = slope.optim.AdamW(net.parameters(), **OPTIONS)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(net, optimizer)
+        with pytest.raises(RuntimeError, match="AdamW: step must have run before"):
+            new.step()
     for _ in range(3):
         step(eager, reference)
-    for _ in range(5):
+    for turn in range(5):
         graph.replay()
         step(eager, reference)
         lr.mul_(0.5)
         eager_lr.mul_(0.5)
+        if turn == 2:
+            slope.update_transposed_masks(net)
+            slope.update_transposed_masks(eager)
     for param, other in zip(net.parameters(), eager.parameters(), strict=True):
         assert torch.equal(param, other)
     for layer, other in ((net.up, eager.up), (net.down, eager.down)):
         assert torch.equal(layer.backward_weight(), other.backward_weight())
+
+
+def test_clipping_ends_with_its_gradients():
+    """Of two limits the least holds; zero_grad drops both; without gradients the norm is 0."""
+    weight = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer = slope.optim.AdamW([weight], lr=1e-3)
+    assert optimizer.clip_grad_norm_(1.0) == 0.0
+    weight.grad = torch.full_like(weight, 50.0)
+    assert optimizer.clip_grad_norm_(1.0) == 100.0
+    optimizer.clip_grad_norm_(float("inf"))
+    optimizer.step()
+    torch.testing.assert_close(
+        optimizer.state[weight]["exp_avg"], 0.1 * torch.full_like(weight, 0.5)
+    )
+    weight.grad = torch.full_like(weight, 50.0)
+    optimizer.clip_grad_norm_(1e-3)
+    optimizer.zero_grad()
+    before = optimizer.state[weight]["exp_avg"].clone()
+    weight.grad = torch.full_like(weight, 0.1)
+    optimizer.step()
+    expected = 0.9 * before + 0.1 * weight.grad
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"], expected)
+
+
+def test_schedule_of_masks_goes_on_from_a_checkpoint_of_torch():
+    net = Net()
+    optimizer = slope.optim.AdamW(net.parameters(), lr=0.05, mask_interval=4)
+    plain = torch.optim.AdamW(net.parameters(), lr=0.05)
+    train(net, plain, 3, seed=0)
+    saved = plain.state_dict()
+    assert optimizer.state[net.norm.bias] == {}  # looking makes an entry without state
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    before = net.up.weight_t_bitmask.clone()
+    train(net, optimizer, 1, seed=1)
+    assert not torch.equal(net.up.weight_t_bitmask, before)
+    older = {i: {**state, "step": 7} for i, state in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": older})
+    assert optimizer.state[net.up.weight]["step"] == 7.0
