@@ -20,12 +20,9 @@
 // Traffic per value of b bytes: values 2b, gradient b, moments 16 (4b if of the type of the
 // values), master 8; the copy b and 1/2 of masks. bf16 with fp32 moments: 24.5 with copy.
 // Memory-bound.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <algorithm>
 #include <cmath>
 
+#include "common/element.cuh"
 #include "common/tile.cuh"
 #include "ops/adamw.h"
 
@@ -50,29 +47,6 @@ struct Batch {
 static_assert(sizeof(Batch) <= 4000, "arguments of a kernel have 4 KB");
 
 // ---- elements ----------------------------------------------------------------------------
-
-template <FloatKind kKind>
-struct ElementOf;
-template <>
-struct ElementOf<FloatKind::kHalf> {
-  using Type = __half;
-};
-template <>
-struct ElementOf<FloatKind::kBFloat16> {
-  using Type = __nv_bfloat16;
-};
-template <>
-struct ElementOf<FloatKind::kFloat> {
-  using Type = float;
-};
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-__device__ __forceinline__ void assign(float& to, float x) { to = x; }
-__device__ __forceinline__ void assign(__half& to, float x) { to = __float2half_rn(x); }
-__device__ __forceinline__ void assign(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
 // Elements that are loaded and stored as one.
 template <typename T, int kCount>
