@@ -9,45 +9,26 @@ is the model with its dense embeddings, norms and head at full cost.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import harness
 import slope_ext
 from slope_ext.memory import memory_report
+from slope_ext.recipes.models import SIZES
 
-OPT_13B = {
-    "hidden_size": 5120,
-    "ffn_dim": 20480,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-}
-OPT_66B = {
-    "hidden_size": 9216,
-    "ffn_dim": 36864,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 72,
-}
-LLAMA_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256,
-    "num_attention_heads": 32, "num_key_value_heads": 8,
-}  # fmt: skip
-MODELS: dict[str, tuple[Any, Any]] = {
-    "LLaMA-3-8B": (LlamaForCausalLM, LlamaConfig(**LLAMA_8B)),
-    "OPT-13B": (OPTForCausalLM, OPTConfig(word_embed_proj_dim=5120, **OPT_13B)),
-    "OPT-66B": (OPTForCausalLM, OPTConfig(word_embed_proj_dim=9216, **OPT_66B)),
-}
+VOCABULARY = {"LLaMA-3-8B": 128256, "OPT-13B": 50272, "OPT-66B": 50272}
 
 
 def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of every model, backward copy and type of moments."""
-    for name, (model_type, config) in run.first(list(MODELS.items()), 1):
+    for name in run.first(list(VOCABULARY), 1):
+        config = AutoConfig.for_model(**SIZES[name.lower()], vocab_size=VOCABULARY[name])
         for backward_copy in ("cached", "recompute"):
             with torch.device("meta"):
-                model = model_type(config).bfloat16()
+                model = AutoModelForCausalLM.from_config(config).bfloat16()
             slope_ext.convert(model, slope_ext.SlopeConfig(backward_copy=backward_copy))
             linears = [m for m in model.modules() if isinstance(m, slope_ext.SLoPeLinear)]
             for part, module in (("linears", nn.ModuleList(linears)), ("whole", model)):

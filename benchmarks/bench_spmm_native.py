@@ -25,7 +25,7 @@ from torch import Tensor
 
 import harness
 from bench_spmm import MOST, sparse_limit
-from model_shapes import BAR_SHAPES, Shape
+from model_shapes import BAR_SHAPES, Shape, adapter_rank
 from slope_ext import SLoPeLinear, plan_cache
 from slope_ext._spmm_sm90 import spmm_sm90
 from slope_ext.ops.spmm import Backend
@@ -94,7 +94,7 @@ def bench_shape(
         return
 
     # ---- what is fused, T given ----
-    ranks = sorted({64, -(-shape[1] * 156 // 10000 // 8) * 8})
+    ranks = sorted({64, adapter_rank(shape[1])})
     bias = torch.randn(shape[0], device="cuda").to(dtype)
     t = {rank: torch.randn(tokens, rank, device="cuda").to(dtype) for rank in ranks}
     b = {rank: torch.randn(shape[0], rank, device="cuda").to(dtype) for rank in ranks}

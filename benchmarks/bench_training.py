@@ -34,12 +34,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
-from transformers import LlamaConfig, OPTConfig
+from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import harness
 import slope_ext
+from model_shapes import adapter_rank
+from slope_ext.recipes.models import SIZES
 
 SEQUENCES, LENGTH = 4, 2048
 TOKENS = SEQUENCES * LENGTH
@@ -48,9 +50,6 @@ ROUNDS = 7
 # Layers that are run. Those of Mistral-7B are LLaMA-3-8B's in shape.
 LAYERS = {
     "LLaMA-3-8B": 2, "OPT-66B": 1, "OPT-13B": 2, "OPT-30B": 1, "OPT-6.7B": 3, "OPT-2.7B": 4,
-}  # fmt: skip
-OPT_HIDDEN = {
-    "OPT-2.7B": 2560, "OPT-6.7B": 4096, "OPT-13B": 5120, "OPT-30B": 7168, "OPT-66B": 9216,
 }  # fmt: skip
 
 
@@ -62,30 +61,20 @@ class Layers(nn.Module):
 
     def __init__(self, model: str) -> None:
         super().__init__()
-        count = LAYERS[model]
-        self.rotary: nn.Module | None = None
-        common = {"attn_implementation": "sdpa", "max_position_embeddings": LENGTH}
+        sizes = SIZES[model.lower()] | {"max_position_embeddings": LENGTH, "use_cache": False}
+        config = AutoConfig.for_model(**sizes, dropout=0.0)
+        config._attn_implementation = "sdpa"
         self.hidden = self.hidden_of(model)
-        if model in OPT_HIDDEN:
-            heads = self.hidden // (80 if model == "OPT-2.7B" else 128)
-            opt = OPTConfig(
-                hidden_size=self.hidden, ffn_dim=4 * self.hidden, num_attention_heads=heads,
-                word_embed_proj_dim=self.hidden, dropout=0.0, use_cache=False, **common,
-            )  # fmt: skip
-            layers = [OPTDecoderLayer(opt, layer_idx=i) for i in range(count)]
-        else:
-            llama = LlamaConfig(
-                hidden_size=self.hidden, intermediate_size=14336, num_attention_heads=32,
-                num_key_value_heads=8, use_cache=False, **common,
-            )  # fmt: skip
-            layers = [LlamaDecoderLayer(llama, layer_idx=i) for i in range(count)]
-            self.rotary = LlamaRotaryEmbedding(llama)
+        is_opt = config.model_type == "opt"
+        layer = OPTDecoderLayer if is_opt else LlamaDecoderLayer
+        self.rotary: nn.Module | None = None if is_opt else LlamaRotaryEmbedding(config)
+        layers = [layer(config, layer_idx=i) for i in range(LAYERS[model])]
         self.layers = nn.ModuleList(layers)
 
     @staticmethod
     def hidden_of(model: str) -> int:
         """The hidden size of a model."""
-        return OPT_HIDDEN.get(model, 4096)
+        return int(SIZES[model.lower()]["hidden_size"])
 
     def forward(self, x: Tensor) -> Tensor:
         options: dict[str, Any] = {}
@@ -257,7 +246,7 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     torch._dynamo.reset()
     methods, peaks, limits = [], {}, {}
     hidden = Layers.hidden_of(model)
-    rank = -(-hidden * 156 // 10000 // 8) * 8
+    rank = adapter_rank(hidden)
     wanted: list[tuple[str, str, int | None]] = [
         *(("dense", how, None) for how in ("eager", "compiled", "compiled-optimizer", "captured")),
         *(("slope", how, None) for how in ("eager", "compiled", "captured")),

@@ -317,64 +317,49 @@ def timing_of(samples: Sequence[float]) -> Timing:
 # ---- records -------------------------------------------------------------------------------------
 
 
-def time_record(
-    *,
-    bench: str,
-    case: str,
-    dtype: torch.dtype,
-    tokens: int,
-    ours: Timing,
-    baseline: str,
-    theirs: Timing,
-    limit: float | None = None,
+def record_of(
+    *, dtype: torch.dtype, ours: tuple[float, float], theirs: tuple[float, float], **rest: Any
 ) -> Record:
-    """A record of metric "time": microseconds, limit and timings given in seconds."""
+    """A record of two values, each with its spread, in the unit it has; without a limit, if none is
+    among the other fields; of this environment."""
     return Record(
-        bench=bench,
-        case=case,
         dtype=str(dtype).removeprefix("torch."),
-        tokens=tokens,
-        metric="time",
-        value=_microseconds(ours.median),
-        spread=_microseconds(ours.iqr),
-        unit="us",
-        baseline=baseline,
-        baseline_value=_microseconds(theirs.median),
-        baseline_spread=_microseconds(theirs.iqr),
-        ratio=round(theirs.median / ours.median, 3),
-        limit=None if limit is None else _microseconds(limit),
-        limit_fraction=None if limit is None else round(limit / ours.median, 3),
-        **environment(),
+        value=ours[0],
+        spread=ours[1],
+        baseline_value=theirs[0],
+        baseline_spread=theirs[1],
+        **{"limit": None, "limit_fraction": None} | rest | environment(),
     )
 
 
-def bytes_record(
-    *,
-    bench: str,
-    case: str,
-    dtype: torch.dtype,
-    tokens: int,
-    ours: int,
-    baseline: str,
-    theirs: int,
+def time_record(
+    *, ours: Timing, theirs: Timing, limit: float | None = None, **common: Any
 ) -> Record:
-    """A record of metric "bytes": in MiB, given in bytes."""
-    return Record(
-        bench=bench,
-        case=case,
-        dtype=str(dtype).removeprefix("torch."),
-        tokens=tokens,
+    """A record of metric "time": microseconds, limit and timings given in seconds.
+
+    ``common``: bench, case, dtype, tokens, baseline.
+    """
+    return record_of(
+        metric="time",
+        unit="us",
+        ours=(_microseconds(ours.median), _microseconds(ours.iqr)),
+        theirs=(_microseconds(theirs.median), _microseconds(theirs.iqr)),
+        ratio=round(theirs.median / ours.median, 3),
+        limit=None if limit is None else _microseconds(limit),
+        limit_fraction=None if limit is None else round(limit / ours.median, 3),
+        **common,
+    )
+
+
+def bytes_record(*, ours: int, theirs: int, **common: Any) -> Record:
+    """A record of metric "bytes": in MiB, given in bytes; ``common`` as in :func:`time_record`."""
+    return record_of(
         metric="bytes",
-        value=round(ours / 2**20, 1),
-        spread=0.0,
         unit="MiB",
-        baseline=baseline,
-        baseline_value=round(theirs / 2**20, 1),
-        baseline_spread=0.0,
+        ours=(round(ours / 2**20, 1), 0.0),
+        theirs=(round(theirs / 2**20, 1), 0.0),
         ratio=round(theirs / ours, 3),
-        limit=None,
-        limit_fraction=None,
-        **environment(),
+        **common,
     )
 
 

@@ -27,6 +27,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 import harness
 
 STEPS, EVERY = 200, 10
@@ -79,22 +81,17 @@ def main() -> int:
             if run == "kernels":
                 apart.append(abs(ours / theirs - 1))
             records.append(
-                harness.Record(
+                harness.record_of(
                     bench="loss",
                     case=f"llama-100m;{run}",
-                    dtype="bfloat16",
+                    dtype=torch.bfloat16,
                     tokens=step * BATCH * LENGTH,
                     metric="loss",
-                    value=round(ours, 5),
-                    spread=round(statistics.stdev(curve[step - EVERY : step]), 5),
                     unit="nats",
+                    ours=(round(ours, 5), round(statistics.stdev(curve[step - EVERY : step]), 5)),
                     baseline="reference",
-                    baseline_value=round(theirs, 5),
-                    baseline_spread=0.0,
+                    theirs=(round(theirs, 5), 0.0),
                     ratio=round(theirs / ours, 5),
-                    limit=None,
-                    limit_fraction=None,
-                    **harness.environment(),
                 )
             )
     harness.save(records, "loss_curves", arguments.out)

@@ -49,6 +49,11 @@ MODELS: dict[str, dict[str, Shape]] = {
 }
 
 
+def adapter_rank(features: int) -> int:
+    """The rank that is 1.56 % of ``features``, rounded up to a multiple of 8."""
+    return -(-features * 156 // 10000 // 8) * 8
+
+
 def users() -> dict[Shape, list[str]]:
     """Every shape once, with the layers that have it, e.g. ``["OPT-13B up"]``."""
     found: dict[Shape, list[str]] = {}

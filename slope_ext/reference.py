@@ -256,54 +256,33 @@ def adamw_(
     Arithmetic runs in fp32 (fp64 for fp64), on the master weights where they are given.
     """
     if found_inf is None or not found_inf:
-        _adamw_update(
-            params, grads, exp_avgs, exp_avg_sqs, masters, steps,
-            lr if lr_tensor is None else float(lr_tensor),
-            beta1, beta2, eps, weight_decay, maximize, grad_scale,
-        )  # fmt: skip
+        lr = lr if lr_tensor is None else float(lr_tensor)
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        grads = [grad.to(dtype) for grad in grads]
+        if grad_scale is not None:
+            grads = list(torch._foreach_div(grads, float(grad_scale)))
+        if maximize:
+            grads = list(torch._foreach_neg(grads))
+        weights = masters or [param.to(dtype) for param in params]
+        stored = [(exp_avgs, [m.to(dtype) for m in exp_avgs])]
+        stored += [(exp_avg_sqs, [v.to(dtype) for v in exp_avg_sqs])]
+        exp_avgs, exp_avg_sqs = (computed for _, computed in stored)
+
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
+
+        corrections = [(1 - beta1 ** step.item(), 1 - beta2 ** step.item()) for step in steps]
+        denominators = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_div_(denominators, [second**0.5 for _, second in corrections])
+        torch._foreach_add_(denominators, eps)
+        torch._foreach_addcdiv_(
+            weights, exp_avgs, denominators, [-lr / first for first, _ in corrections]
+        )
+        for tensors, computed in (*stored, (params, weights)):
+            for tensor, result in zip(tensors, computed, strict=True):
+                if tensor is not result:
+                    tensor.copy_(result)
     for param, bitmask, bitmask_t, out in zip(params, bitmasks, bitmasks_t, values_t, strict=False):
         transpose_values(param, bitmask, bitmask_t, out)
-
-
-def _adamw_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    steps: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-) -> None:
-    dtype = torch.promote_types(params[0].dtype, torch.float32)
-    grads = [grad.to(dtype) for grad in grads]
-    if grad_scale is not None:
-        grads = list(torch._foreach_div(grads, float(grad_scale)))
-    if maximize:
-        grads = list(torch._foreach_neg(grads))
-    weights = masters or [param.to(dtype) for param in params]
-    stored = [(exp_avgs, [m.to(dtype) for m in exp_avgs])]
-    stored += [(exp_avg_sqs, [v.to(dtype) for v in exp_avg_sqs])]
-    exp_avgs, exp_avg_sqs = (computed for _, computed in stored)
-
-    torch._foreach_mul_(weights, 1 - lr * weight_decay)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
-
-    corrections = [(1 - beta1 ** step.item(), 1 - beta2 ** step.item()) for step in steps]
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, [second**0.5 for _, second in corrections])
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(
-        weights, exp_avgs, denominators, [-lr / first for first, _ in corrections]
-    )
-    for tensors, computed in (*stored, (params, weights)):
-        for tensor, result in zip(tensors, computed, strict=True):
-            if tensor is not result:
-                tensor.copy_(result)

@@ -2,6 +2,7 @@
 """Operands that the tests of several op families start from."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slope_ext import ops
 
@@ -32,3 +33,16 @@ class Operands:
         self.lora_A, self.lora_B = randn(rank, columns) / columns**0.5, randn(rows, rank)
         self.dense = ops.decompress(self.values, self.bitmask)
         self.randn = randn
+
+
+class Calls(TorchDispatchMode):
+    """Names of the ops of the project that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "slope":
+            self.names.append(func._schema.name.removeprefix("slope::"))
+        return func(*args, **(kwargs or {}))

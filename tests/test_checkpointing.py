@@ -6,23 +6,10 @@ import functools
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import slope_ext as slope
-
-
-class Calls(TorchDispatchMode):
-    """Counts the ops of the project that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "slope":
-            self.names.append(func._schema.name.removeprefix("slope::"))
-        return func(*args, **(kwargs or {}))
+from cases import Calls
 
 
 def gradients(block, x, run):

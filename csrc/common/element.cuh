@@ -33,4 +33,26 @@ __device__ __forceinline__ void assign(float& to, float x) { to = x; }
 __device__ __forceinline__ void assign(__half& to, float x) { to = __float2half_rn(x); }
 __device__ __forceinline__ void assign(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
+// Two 16-bit elements in one word, the first in its low half; ReLU is a variant of the conversion.
+// NaN stays NaN.
+template <FloatKind kKind>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, bool relu) {
+  static_assert(kBytesOf<kKind> == 2);
+  uint32_t word;
+  if constexpr (kKind == FloatKind::kHalf) {
+    if (relu) {
+      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    }
+  } else {
+    if (relu) {
+      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    }
+  }
+  return word;
+}
+
 }  // namespace slope

@@ -240,13 +240,7 @@ void pack_metadata(const Tensor& bitmask, Tensor metadata) {
   } else {
     check_multiples(kOp, "bitmask", rows, columns);
   }
-  const int64_t size = words ? metadata_words(rows, columns) : metadata_bytes(rows, columns);
-  check(metadata.is_cuda() && metadata.get_device() == bitmask.get_device(), "slope::", kOp,
-        ": metadata must be on the same device as bitmask");
-  check((words || metadata.scalar_type() == ScalarType::Byte) && metadata.dim() == 1 &&
-            metadata.size(0) == size && metadata.is_contiguous(),
-        "slope::", kOp, ": metadata must be contiguous ", words ? "int32" : "uint8", " [", size,
-        "], got ", ShapeOf{metadata});
+  check_metadata(kOp, "metadata", metadata, "bitmask", bitmask, rows, columns);
   check(reinterpret_cast<uintptr_t>(metadata.const_data_ptr()) % 16 == 0, "slope::", kOp,
         ": metadata must start at a multiple of 16 bytes");
   if (bitmask.numel() == 0) {
@@ -294,6 +288,18 @@ void check_packable(const char* op, const char* name, const Tensor& values, int6
   check(is_half(values.scalar_type()), "slope::", op, ": ", name,
         " must be float16 or bfloat16 for the sparse tensor cores");
   check_multiples(op, name, rows, columns);
+}
+
+void check_metadata(const char* op, const char* name, const Tensor& metadata,
+                    const char* beside_name, const Tensor& beside, int64_t rows, int64_t columns) {
+  check(metadata.is_cuda() && metadata.get_device() == beside.get_device(), "slope::", op, ": ",
+        name, " must be on the same device as ", beside_name);
+  const bool words = metadata.scalar_type() == ScalarType::Int;
+  const int64_t size = words ? metadata_words(rows, columns) : metadata_bytes(rows, columns);
+  check((words || metadata.scalar_type() == ScalarType::Byte) && metadata.dim() == 1 &&
+            metadata.size(0) == size && metadata.is_contiguous(),
+        "slope::", op, ": ", name, " must be contiguous ", words ? "int32" : "uint8", " [", size,
+        "], got ", ShapeOf{metadata});
 }
 
 void write_metadata(const char* op, const Tensor& bitmask, void* metadata, cudaStream_t stream) {

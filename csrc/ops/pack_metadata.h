@@ -29,6 +29,11 @@ bool fits_native(int64_t rows, int64_t columns);
 void check_packable(const char* op, const char* name, const Tensor& values, int64_t rows,
                     int64_t columns);
 
+// Raises RuntimeError "slope::<op>: <name> ..." unless `metadata` is that of a weight [rows,
+// columns] in form, int32 words or uint8, on the device of `beside` (named `beside_name`).
+void check_metadata(const char* op, const char* name, const Tensor& metadata,
+                    const char* beside_name, const Tensor& beside, int64_t rows, int64_t columns);
+
 // metadata <- that of a contiguous bitmask [rows, columns / 8] on the current device. By the own
 // kernel where that is known to write what the library would, else by the library.
 void write_metadata(const char* op, const Tensor& bitmask, void* metadata, cudaStream_t stream);

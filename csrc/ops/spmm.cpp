@@ -26,27 +26,11 @@ void warn_dense_product(const Tensor& values) {
     message
         << "slope_ext: sparse products need float16 or bfloat16 weights; on compute capability 9.0 "
            "with out in multiples of 8 and in in multiples of 32, else cuSPARSELt >= 0.8 and both "
-           "in "
-           "multiples of 16; a weight with values "
+           "in multiples of 16; a weight with values "
         << ShapeOf{values}
         << " is decompressed and multiplied densely in every call: results are right, speed "
            "and memory are not (backend=\"reference\" says that this is wanted)";
     aoti_torch_warn("linear", "spmm.cpp", __LINE__, message.str().c_str());
-  }
-}
-
-// Metadata of a weight [rows, columns] beside `values`, where it is given.
-void check_metadata(const char* op, const char* name, const OptionalTensor& metadata,
-                    const Tensor& values, int64_t rows, int64_t columns) {
-  if (metadata) {
-    check(metadata->is_cuda() && metadata->get_device() == values.get_device(), "slope::", op, ": ",
-          name, " must be on the same device as values");
-    const bool words = metadata->scalar_type() == ScalarType::Int;
-    const int64_t size = words ? metadata_words(rows, columns) : metadata_bytes(rows, columns);
-    check((words || metadata->scalar_type() == ScalarType::Byte) && metadata->dim() == 1 &&
-              metadata->size(0) == size && metadata->is_contiguous(),
-          "slope::", op, ": ", name, " must be contiguous ", words ? "int32" : "uint8", " [", size,
-          "], got ", ShapeOf{*metadata});
   }
 }
 
@@ -152,8 +136,12 @@ void check_linear(const char* op, const Tensor& x, const SparseWeight& weight,
   if (weight.values_t) {
     check_values_t(op, "values_t", *weight.values_t, values);
   }
-  check_metadata(op, "metadata", weight.metadata, values, rows, columns);
-  check_metadata(op, "metadata_t", weight.metadata_t, values, columns, rows);
+  if (weight.metadata) {
+    check_metadata(op, "metadata", *weight.metadata, "values", values, rows, columns);
+  }
+  if (weight.metadata_t) {
+    check_metadata(op, "metadata_t", *weight.metadata_t, "values", values, columns, rows);
+  }
 }
 
 Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weight,

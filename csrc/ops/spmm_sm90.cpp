@@ -41,8 +41,6 @@ constexpr std::array<Tile, 8> kTiles{{
 }};
 
 constexpr int kElementBytes = 2;
-constexpr int kBlockRows = 64;  // of a wgmma
-constexpr int kAtomColumns = 32;
 constexpr int kRasterRows = 3072;  // of W that blocks work on at a time
 
 int64_t ceil_div(int64_t size, int64_t by) { return (size + by - 1) / by; }
@@ -182,7 +180,7 @@ bool is_valid(const SpmmSm90Params& params) {
   constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max() - 256;  // and a tile more
   const bool sizes = params.tokens >= 0 && params.tokens <= kMaxSize && params.rows >= 0 &&
                      params.rows <= kMaxSize && params.rows % 8 == 0 && params.columns >= 0 &&
-                     params.columns <= kMaxSize && params.columns % kAtomColumns == 0 &&
+                     params.columns <= kMaxSize && params.columns % kSm90AtomColumns == 0 &&
                      params.rank >= 0 && params.rank <= kMaxSize && params.rank % 8 == 0;
   const bool pointers = is_aligned(params.x, 16) && is_aligned(params.values, 16) &&
                         is_aligned(params.metadata, 16) && is_aligned(params.tail_x, 16) &&
@@ -250,7 +248,7 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
   args.rows = static_cast<int>(params.rows);
   args.tokens = static_cast<int>(params.tokens);
   args.quads = static_cast<int>(ceil_div(params.columns, kSm90QuadColumns));
-  args.row_blocks = static_cast<int>(ceil_div(params.rows, kBlockRows));
+  args.row_blocks = static_cast<int>(ceil_div(params.rows, kSm90BlockRows));
   args.k_tiles = static_cast<int>(ceil_div(params.columns, kSm90TileColumns));
   args.tail_tiles = static_cast<int>(ceil_div(params.rank, kSm90TailTileColumns));
   args.row_tiles = static_cast<int>(cut.row_tiles);

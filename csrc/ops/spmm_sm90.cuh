@@ -35,13 +35,11 @@
 // what is beyond Y. With an odd number of atoms the last stage's second half is such zeros.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <atomic>
 #include <type_traits>
 #include <utility>
 
+#include "common/element.cuh"
 #include "common/ptx.cuh"
 #include "ops/spmm_sm90_args.h"
 
@@ -51,9 +49,7 @@ namespace sm90 {
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = kWarpgroup * (1 + kConsumers);
-constexpr int kBlockRows = 64;    // of a wgmma
-constexpr int kAtomColumns = 32;  // of a sparse wgmma
-constexpr int kSteps = kSm90TileColumns / kAtomColumns;
+constexpr int kSteps = kSm90TileColumns / kSm90AtomColumns;
 static_assert(kSteps == 2, "the two selectors of a metadata word");
 constexpr int kQuad = kSm90QuadColumns / kSm90TileColumns;  // stages whose metadata stands together
 static_assert(kQuad == 4, "words of a 16-byte load");
@@ -82,7 +78,7 @@ struct Tile {
   static constexpr int kStages = kStages_;
   static constexpr int kCluster = kCluster_;
   static constexpr int kXPart = sm90_x_part(kTokens, kCluster);  // that a block loads for all
-  static constexpr int kRows = kConsumers * kBlocks * kBlockRows;
+  static constexpr int kRows = kConsumers * kBlocks * kSm90BlockRows;
   static constexpr int kOutChunks = (kTokens + kSm90OutBox - 1) / kSm90OutBox;
   static constexpr int kRestTokens = kTokens % kSm90OutBox;  // of the last chunk, 0: whole
 
@@ -101,40 +97,6 @@ struct Tile {
   static_assert(kXBytes % kSharedAlignment == 0 && kValueBytes % kSharedAlignment == 0);
   static_assert(kTokens % 8 == 0 && kSharedBytes <= kMaxSharedBytes);
   static_assert(kBlocks * kTokens / 2 + 40 <= kConsumerRegisters);
-};
-
-// ---- elements ----------------------------------------------------------------------------
-
-// Two sums in one word of the result; ReLU is a variant of the conversion. NaN stays NaN.
-template <FloatKind kKind>
-struct Element;
-
-template <>
-struct Element<FloatKind::kHalf> {
-  using Type = __half;
-  static __device__ __forceinline__ uint32_t pack(float low, float high, bool relu) {
-    uint32_t word;
-    if (relu) {
-      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    } else {
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    }
-    return word;
-  }
-};
-
-template <>
-struct Element<FloatKind::kBFloat16> {
-  using Type = __nv_bfloat16;
-  static __device__ __forceinline__ uint32_t pack(float low, float high, bool relu) {
-    uint32_t word;
-    if (relu) {
-      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    } else {
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    }
-    return word;
-  }
 };
 
 // ---- metadata ----------------------------------------------------------------------------
@@ -256,7 +218,6 @@ __device__ __forceinline__ void store_block(const SpmmSm90Args& args,
                                             const float (&sums)[T::kTokens / 2],
                                             const float (&bias)[2], int row, int first_token,
                                             uint32_t buffers, int consumer, int thread) {
-  using E = Element<kKind>;
   const int lane = thread % 32;
   // stmatrix: lanes 0-7 and 8-15 address eight tokens, features 0-7 and 8-15 of the warp's 16;
   // lanes 16-31 the next eight tokens
@@ -282,8 +243,8 @@ __device__ __forceinline__ void store_block(const SpmmSm90Args& args,
     }
     ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
     const auto word = [&](int i, int half) {
-      return E::pack(sums[i * 4 + half * 2] + bias[half], sums[i * 4 + half * 2 + 1] + bias[half],
-                     args.relu);
+      return pack_pair<kKind>(sums[i * 4 + half * 2] + bias[half],
+                              sums[i * 4 + half * 2 + 1] + bias[half], args.relu);
     };
 #pragma unroll
     for (int octet = 0; octet < kChunkOctets; octet += 2) {
@@ -314,7 +275,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
   constexpr uint64_t kXStep = kXRowBytes / kSteps / 16;
   constexpr uint64_t kTailStep = kTailRowBytes / 2 / 16;  // a dense wgmma has 16 columns
 
-  const uint32_t values_of_consumer = consumer * kBlocks * kBlockRows * kValueRowBytes;
+  const uint32_t values_of_consumer = consumer * kBlocks * kSm90BlockRows * kValueRowBytes;
   const uint32_t buffers = shared + T::kOut + consumer * kOutBuffers * kOutBytes;
   Ring<T> ring{shared};
   float sums[kBlocks][T::kTokens / 2];
@@ -322,7 +283,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
 
   const auto values_block = [&](int i) {
     return ptx::matrix_descriptor<kValueRowBytes>(ring.values() + values_of_consumer +
-                                                  i * kBlockRows * kValueRowBytes);
+                                                  i * kSm90BlockRows * kValueRowBytes);
   };
   const auto release = [&](int stage) {
     if constexpr (T::kCluster == 1) {
@@ -338,7 +299,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
   const int tiles = args.row_tiles * args.token_tiles;
   int row_block = 0;
   const auto begin = [&](int tile) {
-    row_block = place_of<T>(args, tile).row / kBlockRows + consumer * kBlocks;
+    row_block = place_of<T>(args, tile).row / kSm90BlockRows + consumer * kBlocks;
     metadata[0].load(args, row_block, 0, thread);
   };
   begin(blockIdx.x / T::kCluster);
@@ -415,10 +376,10 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
       ptx::tma_store_wait_read<0>();  // of the tile before
     }
     const auto store = [&]<int i>(std::integral_constant<int, i>) {
-      const int row = place.row + (consumer * kBlocks + i) * kBlockRows;
+      const int row = place.row + (consumer * kBlocks + i) * kSm90BlockRows;
       float bias[2] = {};
       if (args.bias != nullptr) {
-        const auto* const biases = static_cast<const typename Element<kKind>::Type*>(args.bias);
+        const auto* const biases = static_cast<const typename ElementOf<kKind>::Type*>(args.bias);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int feature = row + thread / 32 * 16 + thread % 32 / 4 + half * 8;
@@ -511,7 +472,7 @@ cudaError_t launch_kernel(const SpmmSm90Args& args, unsigned blocks, int device,
 template <int kRows, int kTokens, int kStages, int kCluster>
 cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
                                   int device, cudaStream_t stream) {
-  constexpr int kBlocks = kRows / (sm90::kConsumers * sm90::kBlockRows);
+  constexpr int kBlocks = kRows / (sm90::kConsumers * kSm90BlockRows);
   using T = sm90::Tile<kBlocks, kTokens, kStages, kCluster>;
   static_assert(T::kRows == kRows);
   return kind == FloatKind::kHalf

@@ -12,6 +12,8 @@
 
 namespace slope {
 
+constexpr int kSm90BlockRows = 64;        // of W in a wgmma
+constexpr int kSm90AtomColumns = 32;      // of W in a sparse wgmma
 constexpr int kSm90TileColumns = 64;      // of W and X in a stage
 constexpr int kSm90QuadColumns = 256;     // of W whose metadata a thread loads at once
 constexpr int kSm90TailTileColumns = 32;  // of the tail's factors in a stage
