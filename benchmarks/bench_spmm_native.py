@@ -7,7 +7,9 @@ spmm_native     linear on the own kernel, after a rest (burst) and in 50 ms of w
 spmm_native_fused
                 the own kernel with a bias; with a low-rank tail, T = X A^T given; with ReLU,
                 in the kernel and as a pass after it; with the pass that adds a residual, of which
-                an epilogue could save all but reading that; all against the own kernel alone
+                an epilogue could save all but reading that; all against the own kernel alone.
+                Gate and up-projection of LLaMA-3-8B's MLP with SwiGLU in the kernel; their product
+                alone; both products and SwiGLU as torch.compile does it, by 2:4 and by dense layers
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
                 epilogue adds the dense low-rank product; the own kernel without an adapter
 
@@ -113,7 +115,7 @@ def bench_shape(
         {
             "plain": product,
             "bias": fused(bias=bias),
-            "relu": fused(relu=True),
+            "relu": fused(activation="relu"),
             "relu pass": lambda i: product(i).relu_(),
             "residual pass": lambda i: product(i).add_(residuals[i]),
         }
@@ -140,6 +142,53 @@ def bench_shape(
         yield from records(timings, "linear_lowrank", f";r={rank}", flops)
 
 
+# ---- SwiGLU --------------------------------------------------------------------------------------
+
+SWIGLU_SHAPE = (28672, 4096)
+SWIGLU_TOKENS = [512, 2048, 8192]
+
+
+def bench_swiglu(tokens: int, run: harness.Run) -> Iterator[harness.Record]:
+    """Records of gate and up-projection together."""
+    dtype, (rows, columns) = torch.bfloat16, SWIGLU_SHAPE
+    moved, _ = sparse_limit(SWIGLU_SHAPE, dtype, tokens, run)
+    saved = tokens * rows // 2 * dtype.itemsize  # of two results, one is written
+    limit = run.limit(moved - saved, flops=tokens * rows * columns)
+    sets = harness.buffer_sets(int(moved))
+    weights = [torch.randn(*SWIGLU_SHAPE, device="cuda").to(dtype) for _ in range(sets)]
+    both = [SLoPeLinear.from_dense(weight, backend="native") for weight in weights]
+    apart = [
+        [SLoPeLinear.from_dense(half, backend="native") for half in weight.chunk(2)]
+        for weight in weights
+    ]
+    dense = [weight.chunk(2) for weight in weights]
+    xs = [torch.randn(tokens, columns, device="cuda").to(dtype) for _ in range(sets)]
+    gated = torch.compile(lambda gate, up: F.silu(gate) * up, dynamic=False)
+
+    def fused(i: int) -> Tensor:
+        weight, bitmask, *rest, _ = both[i].operand()
+        y: Tensor = torch.ops.slope.linear(xs[i], weight, bitmask, *rest, "swiglu")
+        return y
+
+    timings = harness.time_cases(
+        {
+            "ours": fused,
+            "without": lambda i: torch.ops.slope.linear(xs[i], *both[i].operand()),
+            "two products, torch.compile": lambda i: gated(*(half(xs[i]) for half in apart[i])),
+            "dense, torch.compile": lambda i: gated(*(F.linear(xs[i], half) for half in dense[i])),
+        },
+        sets,
+    )
+    yield from harness.baseline_records(
+        timings,
+        bench="spmm_native_fused",
+        case=f"{rows}x{columns};swiglu",
+        dtype=dtype,
+        tokens=tokens,
+        limit=limit,
+    )
+
+
 @torch.no_grad()
 def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of the bar shapes."""
@@ -151,6 +200,8 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
     ]
     for shape, dtype, tokens in run.own(cases):
         yield from bench_shape(shape, dtype, tokens, run)
+    for tokens in run.own(SWIGLU_TOKENS):
+        yield from bench_swiglu(tokens, run)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class Method:
             )
         else:
             copy: Any = "recompute" if name == "slope;recompute" else "cached"
-            config = slope_ext.SlopeConfig(backward_copy=copy, fuse_relu=True)
+            config = slope_ext.SlopeConfig(backward_copy=copy, fuse=["relu"])
             slope_ext.convert(self.model, config)
             for layer in self.model.modules():
                 if rank is not None and isinstance(layer, slope_ext.SLoPeLinear):

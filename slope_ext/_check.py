@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "native", "cusparselt", "reference")
-ACTIVATIONS = ("none", "relu")
+ACTIVATIONS = ("none", "relu", "swiglu")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -126,10 +126,14 @@ class Checker:
             backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend}"
         )
 
-    def activation(self, activation: str) -> None:
+    def activation(self, activation: str, rows: int) -> None:
         self.require(
             activation in ACTIVATIONS,
             f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}",
+        )
+        self.require(
+            activation != "swiglu" or rows % 16 == 0,
+            f"values must have out a multiple of 16 for activation swiglu, got out = {rows}",
         )
 
     def tokens(self, name: str, x: Tensor, features: int, values: Tensor) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from slope_ext import _library
+from slope_ext._check import ACTIVATIONS
+from slope_ext.ops.spmm import Activation
 
 # rows of W x tokens; kTiles of csrc/ops/spmm_sm90.cpp
 TILES = [
@@ -26,7 +28,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "values", "metadata", "tail_x", "tail_weight")),
         *((name, ctypes.c_void_p) for name in ("bias", "y")),
         *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "rank")),
-        *((name, ctypes.c_int32) for name in ("kind", "tile", "device", "relu")),
+        *((name, ctypes.c_int32) for name in ("kind", "tile", "device", "activation")),
     ]
 
 
@@ -45,10 +47,10 @@ def spmm_sm90(
     *,
     tail: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
-    relu: bool = False,
+    activation: Activation = "none",
     tile: int = -1,
 ) -> Tensor:
-    """y <- [relu] (x W^T [+ tail[0] tail[1]^T] [+ bias]); returns y.
+    """y <- activation(x W^T [+ tail[0] tail[1]^T] [+ bias]); returns y.
 
     All contiguous, of one 16-bit dtype.
 
@@ -56,10 +58,10 @@ def spmm_sm90(
         x: [tokens, in].
         values: [out, in/2].
         words: int32 metadata of W.
-        y: [tokens, out], overwritten.
+        y: [tokens, out], with "swiglu" [tokens, out/2]; overwritten.
         tail: [tokens, rank] and [out, rank], rank a multiple of 8.
         bias: [out].
-        relu: whether to set what is negative to 0.
+        activation: as in :func:`slope_ext.ops.linear`.
         tile: index into TILES; -1: the one that the op would take.
 
     Raises:
@@ -70,8 +72,9 @@ def spmm_sm90(
     rank = 0 if tail_x is None else tail_x.shape[1]
     sizes = (x.shape[0], values.shape[0], 2 * values.shape[1], rank)
     kind = int(x.dtype == torch.bfloat16)
+    applied = ACTIVATIONS.index(activation)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    params = _Params(*addresses, *sizes, kind, tile, x.device.index, relu)
+    params = _Params(*addresses, *sizes, kind, tile, x.device.index, applied)
     status = _symbol()(ctypes.byref(params), torch.cuda.current_stream(x.device).cuda_stream)
     if status != 0:
         raise RuntimeError(f"spmm_sm90: CUDA error {status}")

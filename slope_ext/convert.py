@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import warnings
 import zlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from slope_ext import ops, reference
 from slope_ext._check import BACKENDS, FLOAT_DTYPES
+from slope_ext.fuse import FUSIONS, Fusion, ReLUInProduct, split_swiglus
 from slope_ext.linear import DERIVED_BUFFERS, BackwardCopy, SLoPeLinear
 from slope_ext.ops.spmm import Backend
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
@@ -52,9 +51,8 @@ class SlopeConfig:
         simulate: use MaskedLinear for 2:4 too.
         backward_copy: "cached" or "recompute", see SLoPeLinear.
         backend: "auto", "native", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`.
-        fuse_relu: have the product's kernel apply a ReLU that follows a 2:4 layer: in
-            ``nn.Sequential``, and ``activation_fn`` after ``fc1`` in Hugging Face's OPT layers.
-            What hooks of that layer see is then after the ReLU.
+        fuse: what else the products of 2:4 layers do, see :mod:`slope_ext.fuse`: "relu" applies a
+            ReLU that follows; "swiglu" makes one layer of an MLP's gate and up-projection.
         target_modules: "all-linear", a regular expression that must match the whole name, or a
             sequence of names; a name matches its last components ("q_proj" any q_proj).
         exclude_modules: like ``target_modules``, left dense. Output heads always are, unless
@@ -70,7 +68,7 @@ class SlopeConfig:
     simulate: bool = False
     backward_copy: BackwardCopy = "cached"
     backend: Backend = "auto"
-    fuse_relu: bool = False
+    fuse: Collection[Fusion] = ()
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
     strict: bool = False
@@ -83,6 +81,10 @@ class SlopeConfig:
         if self.backend not in BACKENDS:
             raise ValueError(
                 f"SlopeConfig: backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}"
+            )
+        if isinstance(self.fuse, str) or not set(self.fuse) <= FUSIONS.keys():
+            raise ValueError(
+                f"SlopeConfig: fuse must be a collection of {', '.join(FUSIONS)}, got {self.fuse!r}"
             )
         if self.backward_copy not in ("cached", "recompute"):
             raise ValueError(
@@ -156,9 +158,11 @@ def convert(
         layer = _sparse_twin(module, names_of_weight[id(module.weight)], first, config)
         by_weight.setdefault(id(module.weight), layer)
         replacements[module] = layer
+    derived = set(_derived_buffers(model))
     model = _replace(model, replacements)
-    if config.fuse_relu:
-        _fuse_relus(model)
+    for fusion in config.fuse:
+        FUSIONS[fusion](model)
+    _have_ddp_ignore(model, derived)
     return model
 
 
@@ -172,6 +176,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     Returns:
         ``model``, or its replacement if it is itself a sparse layer.
     """
+    derived = set(_derived_buffers(model))
+    split_swiglus(model)
     replacements: dict[nn.Module, nn.Module] = {}
     by_weight: dict[int, nn.Module] = {}
     for layer in model.modules():
@@ -180,34 +186,11 @@ def to_dense(model: nn.Module) -> nn.Module:
             if not layer.has_adapter:  # an adapter makes the dense weight the layer's own
                 dense.weight = by_weight.setdefault(id(layer.weight), dense).weight
             replacements[layer] = dense
-        elif isinstance(layer, _ReLUInProduct):
+        elif isinstance(layer, ReLUInProduct):
             replacements[layer] = nn.ReLU()
-    return _replace(model, replacements)
-
-
-# ---- ReLU in the product -------------------------------------------------------------------------
-
-
-class _ReLUInProduct(nn.Identity):
-    """Stands where the ReLU was that the layer before it applies."""
-
-
-def _fuse_relus(model: nn.Module) -> None:
-    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    for parent in list(model.modules()):
-        children = parent._modules
-        pairs = [("fc1", "activation_fn")]
-        if isinstance(parent, nn.Sequential):
-            pairs = list(itertools.pairwise(children))
-        for name, next_name in pairs:
-            layer, relu = children.get(name), children.get(next_name)
-            if (
-                isinstance(layer, SLoPeLinear)
-                and type(relu) is nn.ReLU
-                and uses[id(layer)] == uses[id(relu)] == 1
-            ):
-                layer.activation = "relu"
-                children[next_name] = _ReLUInProduct()
+    model = _replace(model, replacements)
+    _have_ddp_ignore(model, derived)
+    return model
 
 
 # ---- which layers --------------------------------------------------------------------------------
@@ -473,13 +456,15 @@ def _derived_buffers(model: nn.Module) -> list[str]:
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    derived = set(_derived_buffers(model))
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
-    replaced = replacements.get(model, model)
-    ignored = [name for name in vars(replaced).pop(_DDP_IGNORES, ()) if name not in derived]
-    if ignored := ignored + _derived_buffers(replaced):
-        setattr(replaced, _DDP_IGNORES, ignored)
-    return replaced
+    return replacements.get(model, model)
+
+
+def _have_ddp_ignore(model: nn.Module, derived_before: set[str]) -> None:
+    """Tells DistributedDataParallel of the model's derived buffers instead of those before."""
+    ignored = [name for name in vars(model).pop(_DDP_IGNORES, ()) if name not in derived_before]
+    if ignored := ignored + _derived_buffers(model):
+        setattr(model, _DDP_IGNORES, ignored)

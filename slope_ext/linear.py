@@ -79,7 +79,8 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         backward_copy: "cached" keeps the transposed values (fastest); "recompute" derives them in
             every backward (least memory). Take "recompute" for fp32 weights under autocast, which
             derives them from the cast weight anyway.
-        activation: "none", or "relu", which the product's kernel applies.
+        activation: "none", "relu" or "swiglu", see :func:`slope_ext.ops.linear`; with "swiglu" the
+            layer gives out_features/2 features (out_features a multiple of 16).
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -124,6 +125,11 @@ class SLoPeLinear(SparseLayer, nn.Linear):
                 f"SLoPeLinear: activation must be one of {', '.join(ACTIVATIONS)}, "
                 f"got {activation!r}"
             )
+        if activation == "swiglu" and out_features % 16 != 0:
+            raise ValueError(
+                "SLoPeLinear: out_features must be a multiple of 16 for activation 'swiglu', "
+                f"got {out_features}"
+            )
         self.activation: Activation = activation
         self.in_features = in_features
         self.out_features = out_features
@@ -165,22 +171,50 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         Raises:
             ValueError, RuntimeError: an argument has a wrong shape or dtype; the message names it.
         """
-        out_features, in_features = weight.shape
-        layer = cls(
-            in_features,
-            out_features,
-            bias=False,
-            device="meta",
-            dtype=weight.dtype,
-            backward_copy=backward_copy,
-            backend=backend,
-        )
         with torch.no_grad():
             if bitmask is None:
                 values, bitmask = ops.prune_compress(weight)
             else:
                 values = ops.compress(weight, bitmask)
-        layer.weight = nn.Parameter(values, requires_grad=weight.requires_grad)
+        values.requires_grad_(weight.requires_grad)
+        return cls.from_compressed(
+            values, bitmask, bias, backward_copy=backward_copy, backend=backend
+        )
+
+    @classmethod
+    def from_compressed(
+        cls,
+        values: Tensor,
+        bitmask: Tensor,
+        bias: Tensor | None = None,
+        *,
+        backward_copy: BackwardCopy = "cached",
+        backend: Backend = "auto",
+        activation: Activation = "none",
+    ) -> Self:
+        """A layer of a weight that is compressed already, which it takes over.
+
+        Args:
+            values: [out, in/2]; its requires_grad is the weight's.
+            bitmask: uint8 [out, in/8].
+            bias: [out] or None; a Parameter is taken over, not copied.
+            backward_copy, backend, activation: as in the constructor.
+
+        Raises:
+            ValueError: a size does not fit; the message names it.
+        """
+        out_features, half = values.shape
+        layer = cls(
+            2 * half,
+            out_features,
+            bias=False,
+            device="meta",
+            dtype=values.dtype,
+            backward_copy=backward_copy,
+            backend=backend,
+            activation=activation,
+        )
+        layer.weight = nn.Parameter(values.detach(), requires_grad=values.requires_grad)
         layer.weight_bitmask = bitmask
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)

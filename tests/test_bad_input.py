@@ -290,6 +290,17 @@ def test_float64_has_no_cuda_kernel(name):
         getattr(ops, name)(**{**arguments, key: arguments[key].double()})
 
 
+def test_swiglu_needs_whole_turns(device):
+    weight = slope.SLoPeLinear(16, 24, bias=False, device=device)
+    operand = (weight.weight.detach(), weight.weight_bitmask)
+    x, factors = torch.ones(3, 16, device=device), torch.ones(24, 2, device=device)
+    message = "values must have out a multiple of 16 for activation swiglu, got out = 24"
+    with pytest.raises(RuntimeError, match=f"slope::linear: {message}"):
+        ops.linear(x, *operand, activation="swiglu")
+    with pytest.raises(RuntimeError, match=f"slope::linear_lowrank: {message}"):
+        ops.linear_lowrank(x, *operand, factors[:16].t(), factors, activation="swiglu")
+
+
 # ---- Python API ----------------------------------------------------------------------------------
 
 MODEL = torch.nn.Sequential(torch.nn.Linear(16, 16))
@@ -297,6 +308,9 @@ API_CASES = [
     (lambda: slope.SLoPeLinear(12, 16), "SLoPeLinear: in_features must be a multiple of 8"),
     (lambda: slope.SLoPeLinear(16, 0), "SLoPeLinear: out_features"),
     (lambda: slope.SLoPeLinear(16, 16, backward_copy="no"), "SLoPeLinear: backward_copy"),
+    (lambda: slope.SLoPeLinear(16, 24, activation="swiglu"), "SLoPeLinear: out_features"),
+    (lambda: slope.SlopeConfig(fuse="relu"), "SlopeConfig: fuse must be a collection"),
+    (lambda: slope.SlopeConfig(fuse=["gelu"]), "SlopeConfig: fuse must be a collection"),
     (lambda: slope.SlopeConfig(mask="best"), "SlopeConfig: mask"),
     (lambda: slope.SlopeConfig(backward_copy="no"), "SlopeConfig: backward_copy"),
     (lambda: slope.SlopeConfig(pattern="4:2"), "SlopeConfig: pattern"),

@@ -272,38 +272,6 @@ def test_meta_model_then_load():
     assert torch.equal(model(tokens), source(tokens))
 
 
-class OptLike(nn.Module):
-    """What follows attention in Hugging Face's OPTDecoderLayer."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 16)
-        self.activation_fn = nn.ReLU()
-
-    def forward(self, x):
-        return self.fc2(self.activation_fn(self.fc1(x)))
-
-
-def test_fused_relus_come_back():
-    """Where one follows a layer at once, and both are used there alone."""
-    shared = nn.Linear(16, 16)
-    relu = nn.ReLU()
-    model = nn.Sequential(
-        nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), OptLike(),
-        nn.Sequential(shared, nn.ReLU(), shared), nn.Linear(16, 16), relu, nn.Linear(16, 16), relu,
-    )  # fmt: skip
-    twin = slope.convert(copy.deepcopy(model))
-    slope.convert(model, slope.SlopeConfig(fuse_relu=True))
-    fused = [n for n, m in model.named_modules() if getattr(m, "activation", "none") == "relu"]
-    assert fused == ["0", "4.fc1"]
-    x = torch.randn(7, 16)
-    assert torch.equal(model(x), twin(x))
-    assert model.state_dict().keys() == twin.state_dict().keys()
-    slope.to_dense(model)
-    assert sum(isinstance(m, nn.ReLU) for m in model.modules()) == 4
-    torch.testing.assert_close(model(x), twin(x))
-
-
 @pytest.mark.gpu
 def test_meta_model_is_dense_on_the_gpu_one_layer_at_a_time():
     size, count = 2048, 8

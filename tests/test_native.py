@@ -108,36 +108,78 @@ def between(rows, columns, fill):
     return whole[GUARD:-GUARD].view(rows, columns), whole
 
 
+def activate(activation, exact, sums):
+    """activation(exact), and what its errors are relative to where those of ``exact`` are to
+    ``sums``."""
+    if activation == "none":
+        return exact, sums
+    if activation == "relu":
+        return exact.relu(), sums
+    gate, up, gate_sums, up_sums = (
+        part for tensor in (exact, sums) for part in tensor.unflatten(-1, (-1, 2, 8)).unbind(-2)
+    )
+    silu = F.silu(gate)
+    off = 1.1 * gate_sums * up.abs() + silu.abs() * up_sums + (silu * up).abs()
+    return (silu * up).flatten(-2), off.flatten(-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: "{}x{}".format(*TILES[i]))
 @pytest.mark.parametrize("row_tiles", [1, 3, 70])
 @pytest.mark.parametrize("rank", [0, 40])
-def test_every_tile_with_every_rest(tile, row_tiles, rank):
+@pytest.mark.parametrize("activation", ["none", "relu", "swiglu"])
+def test_every_tile_with_every_rest(tile, row_tiles, rank, activation):
     """Tokens that leave one, two or three chunks of 64 of the last tile; blocks with several tiles;
     operands amid NaN, the result amid a sentinel."""
     skip_unless_it_runs()
     tile_rows, tile_tokens = TILES[tile]
-    rows, columns = row_tiles * tile_rows - 24, 288
+    rows, columns = row_tiles * tile_rows - (32 if activation == "swiglu" else 24), 288
     o = Operands(rows, columns, torch.bfloat16, CUDA)
     words = with_words(o)
+    features = rows // 2 if activation == "swiglu" else rows
     for rest in (1, 64, 65, 100, 128, 130, 0):
         tokens = 2 * tile_tokens + rest
         tensors = [between(tokens, columns, float("nan")), between(tokens, rank, float("nan"))]
-        tensors += [between(rows, rank, float("nan")), between(tokens, rows, 12345.0)]
+        tensors += [between(rows, rank, float("nan")), between(tokens, features, 12345.0)]
         (x, _), (left, _), (right, _), (y, whole) = tensors
         for tensor in (x, left, right):
             tensor.copy_(torch.randn_like(tensor))
         y.fill_(float("nan"))
         tail = (left, right) if rank else None
-        relu = rest % 2 == 1
-        spmm_sm90(x, o.values, words, y, tail=tail, bias=o.bias, relu=relu, tile=tile)
+        options = {"tail": tail, "bias": o.bias, "activation": activation, "tile": tile}
+        spmm_sm90(x, o.values, words, y, **options)
         operands = [(x, o.dense), (left, right)] if rank else [(x, o.dense)]
         exact = sum(F.linear(a.double(), b.double()) for a, b in operands) + o.bias.double()
-        exact = exact.relu() if relu else exact
         sums = sum(F.linear(a.double().abs(), b.double().abs()) for a, b in operands)
-        assert_rounded(y, exact, sums + o.bias.double().abs())
+        assert_rounded(y, *activate(activation, exact, sums + o.bias.double().abs()))
         assert bool((whole[:GUARD] == 12345.0).all())
         assert bool((whole[-GUARD:] == 12345.0).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+def test_swiglu_of_extreme_gates(dtype):
+    """Large gates of either sign; infinities and NaN reach their own feature and token alone."""
+    skip_unless_it_runs()
+    o = Operands(16, 32, dtype, CUDA, bias=False)
+    scores = torch.ones(16, 32, device=CUDA)
+    scores[8:, 2::4] = scores[8:, 3::4] = 2
+    values, bitmask = torch.zeros_like(o.values), ops.prune_24(scores)
+    values[0, 0] = values[8, 0] = 1  # gate 0 is x[0], its partner x[2]
+    gates = [0.0, 1.0, -1.0, 20.0, -20.0, -41.0, -60.0, -100.0, -3e4, 3e4, 88.0, -88.0]
+    specials = [float("nan"), float("inf"), float("-inf")]
+    gates = torch.tensor([*gates, *specials, *gates], device=CUDA).to(dtype)
+    x = torch.zeros(len(gates), 32, dtype=dtype, device=CUDA)
+    x[:, 0], x[:, 2] = gates, 2
+    y = ops.linear(x, values, bitmask, activation="swiglu", backend="native")
+    assert bool((y[:, 1:] == 0).logical_or(~gates.isfinite()[:, None]).all())
+    finite = gates.isfinite()
+    exact = 2 * F.silu(gates.double())
+    torch.testing.assert_close(
+        y[finite, 0].double(), exact[finite], rtol=torch.finfo(dtype).eps, atol=1e-7
+    )
+    assert bool(y[~finite, 0].isfinite().logical_not().all())
+    assert float(y[gates == float("inf"), 0]) == float("inf")
 
 
 @pytest.mark.gpu

@@ -59,6 +59,7 @@ def samples(device):
             ((x_grad, *trained, bias, o.bitmask_t, fresh), {}),
             ((x, *trained), {"bias": bias}),
             ((x_grad, *trained, bias, *copy[:1], fresh), {"activation": "relu"}),
+            ((x, *weight, o.bias), {"activation": "swiglu"}),
         ],
         "input_grad": [((dy, *weight, o.bitmask_t), {}), ((dy, *weight, o.bitmask_t, fresh), {})],
         "weight_grad": [((dy, x, o.bitmask), {})],
@@ -67,6 +68,7 @@ def samples(device):
             ((x, *weight, o.lora_A, o.lora_B), {}),
             ((x_grad, *trained, *factors, 0.5, bias, *copy[:1], fresh), {}),
             ((x_grad, *trained, *factors, 0.5, bias, *copy[:1]), {"activation": "relu"}),
+            ((x, *weight, o.lora_A, o.lora_B), {"activation": "swiglu"}),
         ],
         "input_grad_lowrank": [
             ((dy, *weight, o.bitmask_t, o.lora_A, o.lora_B, 0.5), {}),

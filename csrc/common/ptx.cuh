@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Hopper's asynchronous instructions by name: mbarrier, TMA, wgmma. One PTX instruction each, which
-// the comment names; sm_90a where it says so. Shared memory is addressed by 32-bit addresses of the
-// .shared window, what shared_address returns.
+// Hopper's asynchronous instructions by name: mbarrier, TMA, wgmma; approximations. One PTX
+// instruction each, which the comment names; sm_90a where it says so. Shared memory is addressed by
+// 32-bit addresses of the .shared window, what shared_address returns.
 #pragma once
 
 #include <cuda.h>
@@ -182,6 +182,22 @@ __device__ __forceinline__ void store_matrices_t(uint32_t shared, uint32_t m0, u
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
       "r"(m0), "r"(m1), "r"(m2), "r"(m3)
       : "memory");
+}
+
+// ---- arithmetic ----------------------------------------------------------------------------
+
+// 2^x, to 2 ulp.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// 1 / x, to 1 ulp.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
 // ---- wgmma (sm_90a) ------------------------------------------------------------------------

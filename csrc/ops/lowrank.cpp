@@ -41,9 +41,9 @@ std::tuple<Tensor, Tensor> linear_lowrank(
     const OptionalTensor& values_t, const OptionalTensor& metadata,
     const OptionalTensor& metadata_t, const std::string& backend, const std::string& activation) {
   constexpr const char* kOp = "linear_lowrank";
-  const bool relu = is_relu(kOp, activation);
   const SparseWeight weight{values, bitmask, bitmask_t, values_t, metadata, metadata_t};
   check_linear(kOp, x, weight, bias);
+  const Activation applied = activation_of(kOp, activation, weight);
   check_factor(kOp, "lora_A", lora_A, values);
   check_factor(kOp, "lora_B", lora_B, values);
   const int64_t rank = lora_A.size(0);
@@ -58,21 +58,22 @@ std::tuple<Tensor, Tensor> linear_lowrank(
   switch (choose_backend(kOp, x, weight, backend)) {
     case Backend::kNative:
       if (rank == 0) {
-        return {native_linear(kOp, x, weight, bias, none, none, relu), t};
+        return {native_linear(kOp, x, weight, bias, none, none, applied), t};
       }
-      return {
-          native_linear(kOp, x, weight, bias, pad_rank(scaled(t, scale)), pad_rank(lora_B), relu),
-          t};
+      return {native_linear(kOp, x, weight, bias, pad_rank(scaled(t, scale)), pad_rank(lora_B),
+                            applied),
+              t};
     case Backend::kPlan: {
       const Tensor low_rank = call_op("aten::linear", "", scaled(t, scale), lora_B, none);
-      return {activated(plan_linear(kOp, x, weight, bias, contiguous_16b(low_rank)), relu), t};
+      return {activated(plan_linear(kOp, x, weight, bias, contiguous_16b(low_rank)), applied), t};
     }
     case Backend::kDense:
       break;
   }
   const Tensor low_rank = call_op("aten::linear", "", t, lora_B, none);
-  return {activated(torch::stable::subtract(dense_linear(x, weight, bias), low_rank, -scale), relu),
-          t};
+  return {
+      activated(torch::stable::subtract(dense_linear(x, weight, bias), low_rank, -scale), applied),
+      t};
 }
 
 }  // namespace

@@ -98,19 +98,19 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
               const OptionalTensor& metadata_t, const std::string& backend,
               const std::string& activation) {
   constexpr const char* kOp = "linear";
-  const bool relu = is_relu(kOp, activation);
   const SparseWeight weight{values, bitmask, bitmask_t, values_t, metadata, metadata_t};
   check_linear(kOp, x, weight, bias);
+  const Activation applied = activation_of(kOp, activation, weight);
   const torch::stable::accelerator::DeviceGuard guard(values.get_device());
   switch (choose_backend(kOp, x, weight, backend)) {
     case Backend::kNative:
-      return native_linear(kOp, x, weight, bias, std::nullopt, std::nullopt, relu);
+      return native_linear(kOp, x, weight, bias, std::nullopt, std::nullopt, applied);
     case Backend::kPlan:
-      return activated(plan_linear(kOp, x, weight, bias, std::nullopt), relu);
+      return activated(plan_linear(kOp, x, weight, bias, std::nullopt), applied);
     case Backend::kDense:
       break;
   }
-  return activated(dense_linear(x, weight, bias), relu);
+  return activated(dense_linear(x, weight, bias), applied);
 }
 
 }  // namespace
@@ -188,17 +188,40 @@ Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weig
   return fits && !empty ? Backend::kPlan : Backend::kDense;
 }
 
-bool is_relu(const char* op, const std::string& activation) {
-  check(activation == "none" || activation == "relu", "slope::", op,
-        ": activation must be none or relu, got ", activation);
-  return activation == "relu";
+Activation activation_of(const char* op, const std::string& name, const SparseWeight& weight) {
+  if (name == "swiglu") {
+    const int64_t rows = weight.values.size(0);
+    check(rows % (2 * kGateRows) == 0, "slope::", op,
+          ": values must have out a multiple of 16 for activation swiglu, got out = ", rows);
+    return Activation::kSwiglu;
+  }
+  check(name == "none" || name == "relu", "slope::", op,
+        ": activation must be one of none, relu, swiglu, got ", name);
+  return name == "relu" ? Activation::kRelu : Activation::kNone;
 }
 
-Tensor activated(Tensor y, bool relu) { return relu ? call_op("aten::relu_", "", y) : y; }
+Tensor activated(const Tensor& y, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      break;
+    case Activation::kRelu:
+      return call_op("aten::relu_", "", y);
+    case Activation::kSwiglu: {
+      const int64_t rows = y.size(y.dim() - 1);
+      const int64_t tokens = rows == 0 ? 0 : y.numel() / rows;
+      Tensor turns = torch::stable::view(y, {tokens, rows / (2 * kGateRows), 2, kGateRows});
+      const Tensor gate = call_op("aten::silu", "", torch::stable::select(turns, 2, 0));
+      const Tensor product =
+          call_op("aten::mul", "Tensor", gate, torch::stable::select(turns, 2, 1));
+      return torch::stable::reshape(product, shape_with(y, rows / 2));
+    }
+  }
+  return y;
+}
 
 Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight,
                      const OptionalTensor& bias, const OptionalTensor& tail_x,
-                     const OptionalTensor& tail_weight, bool relu) {
+                     const OptionalTensor& tail_weight, Activation activation) {
   const int64_t rows = weight.values.size(0);
   const int64_t columns = weight.values.size(1) * 2;
   const cudaStream_t stream = current_stream(weight.values, op);
@@ -220,7 +243,8 @@ Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight
     vector = torch::stable::contiguous(*bias);
   }
   const OptionalTensor left = aligned(tail_x), right = aligned(tail_weight);
-  Tensor y = empty_like_device(x, shape_with(x, rows), x.scalar_type());
+  const int64_t features = activation == Activation::kSwiglu ? rows / 2 : rows;
+  Tensor y = empty_like_device(x, shape_with(x, features), x.scalar_type());
   const auto pointer = [](const OptionalTensor& tensor) {
     return tensor ? tensor->const_data_ptr() : nullptr;
   };
@@ -239,7 +263,7 @@ Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight
       .kind = values.scalar_type() == ScalarType::Half ? FloatKind::kHalf : FloatKind::kBFloat16,
       .tile = -1,
       .device = values.get_device(),
-      .relu = relu ? 1 : 0,
+      .activation = activation,
   };
   check_cuda(launch_spmm_sm90(params, stream), op);
   return y;

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "common/activation.h"
 #include "common/torch_stable.h"
 
 namespace slope {
@@ -39,17 +40,18 @@ enum class Backend { kNative, kPlan, kDense };
 Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weight,
                        const std::string& backend);
 
-// What an op does to its result: "none" or "relu". Raises RuntimeError for other names.
-bool is_relu(const char* op, const std::string& activation);
+// What an op does to its result. Raises RuntimeError for a name that is none of them, and for
+// "swiglu" where out is no multiple of 16.
+Activation activation_of(const char* op, const std::string& name, const SparseWeight& weight);
 
-// The tensor, after ReLU in place where asked for.
-Tensor activated(Tensor y, bool relu);
+// activation(y) of a contiguous tensor, in its dtype; may be y, written over.
+Tensor activated(const Tensor& y, Activation activation);
 
-// [relu] (x W^T [+ tail_x tail_weight^T] [+ bias]) by the own kernel, on the current device; x not
-// empty. tail_x [..., rank] and tail_weight [out, rank], rank a multiple of 8, or neither.
+// activation(x W^T [+ tail_x tail_weight^T] [+ bias]) by the own kernel, on the current device; x
+// not empty. tail_x [..., rank] and tail_weight [out, rank], rank a multiple of 8, or neither.
 Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight,
                      const OptionalTensor& bias, const OptionalTensor& tail_x,
-                     const OptionalTensor& tail_weight, bool relu);
+                     const OptionalTensor& tail_weight, Activation activation);
 
 // x W^T [+ addend] [+ bias] by a plan, on the current device; x not empty. The addend [..., out]
 // must be contiguous; the result may be written over it.

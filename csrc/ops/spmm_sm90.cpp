@@ -189,7 +189,11 @@ bool is_valid(const SpmmSm90Params& params) {
   const bool tail = params.rank == 0 || (params.tail_x != nullptr && params.tail_weight != nullptr);
   const bool kind = params.kind == FloatKind::kHalf || params.kind == FloatKind::kBFloat16;
   const bool tile = params.tile >= -1 && params.tile < spmm_sm90_tile_count();
-  return sizes && pointers && tail && kind && tile;
+  const bool gated = params.activation == Activation::kSwiglu;
+  const bool activation = params.activation == Activation::kNone ||
+                          params.activation == Activation::kRelu ||
+                          (gated && params.rows % (2 * kGateRows) == 0);
+  return sizes && pointers && tail && kind && tile && activation;
 }
 
 }  // namespace
@@ -223,7 +227,8 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
 
   // Maps. Those of an absent tail are not used
   MapMaker maps(params.kind);
-  const Matrix y{params.y, params.tokens, params.rows};
+  const int shrink = params.activation == Activation::kSwiglu ? 2 : 1;
+  const Matrix y{params.y, params.tokens, params.rows / shrink};
   const int rest = tile.tokens % kSm90OutBox;
   const int x_part = sm90_x_part(tile.tokens, tile.cluster);
   SpmmSm90Args args{};
@@ -236,15 +241,15 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
     args.tail_x =
         maps.make({params.tail_x, params.tokens, params.rank}, {x_part, kSm90TailTileColumns});
   }
-  args.y = maps.make(y, {kSm90OutBox, kSm90OutBox});
-  args.y_rest = rest == 0 ? args.y : maps.make(y, {rest, kSm90OutBox});
+  args.y = maps.make(y, {kSm90OutBox, kSm90OutBox / shrink});
+  args.y_rest = rest == 0 ? args.y : maps.make(y, {rest, kSm90OutBox / shrink});
   if (!maps.good()) {
     return cudaErrorInvalidValue;
   }
 
   args.metadata = static_cast<const uint4*>(params.metadata);
   args.bias = params.bias;
-  args.relu = params.relu != 0;
+  args.activation = params.activation;
   args.rows = static_cast<int>(params.rows);
   args.tokens = static_cast<int>(params.tokens);
   args.quads = static_cast<int>(ceil_div(params.columns, kSm90QuadColumns));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// spmm_sm90:  y = [relu] (x W^T [+ tail_x tail_weight^T] [+ bias]),  W 2:4, 16-bit types, fp32 sums
+// spmm_sm90:  y = activation(x W^T [+ tail_x tail_weight^T] [+ bias]),  W 2:4, 16-bit types, fp32
+// sums; the activation is none, ReLU or SwiGLU (common/activation.h)
 //
 // To the tensor cores W is the left operand, wgmma.mma_async.sp m64nNk32, so a tile of Y lies
 // transposed in the accumulators: rows are features of Y (rows of W), columns are tokens.
@@ -24,8 +25,10 @@
 //
 // Metadata goes from global memory to registers, four stages ahead: see Metadata.
 //
-// Output. 64 features x 64 tokens at a time: bias, conversion (with ReLU), stmatrix.trans into one
-// of four buffers of 8 KB (a token a row, 128-byte swizzle), TMA store. The ring fills meanwhile.
+// Output. 64 rows of W x 64 tokens at a time: bias, activation, conversion, stmatrix.trans into one
+// of four buffers of 8 KB (a token a row, 128-byte swizzle), TMA store. The ring fills meanwhile. A
+// thread holds rows g and g + 8 of W: with SwiGLU a gate and its partner. They make one feature, so
+// that a token is a row of 64 bytes, with 64-byte swizzle.
 //
 // Work of a stage with tile 256 x 192: 2 * 256 * 192 * 64 = 6.3 MFLOP of the dense product, in 768
 // clocks of the tensor cores; 16 KB of values, 2 KB of metadata and 24 KB of x in.
@@ -64,6 +67,7 @@ constexpr int kXRowBytes = kSm90TileColumns * kElementBytes;          // 128
 constexpr int kTailRowBytes = kSm90TailTileColumns * kElementBytes;   // 64
 static_assert(kTailRowBytes <= kValueRowBytes && kTailRowBytes <= kXRowBytes);
 constexpr int kOutRowBytes = kSm90OutBox * kElementBytes;  // 128
+constexpr int kGatedRowBytes = kOutRowBytes / 2;
 constexpr int kOutBytes = kSm90OutBox * kOutRowBytes;
 constexpr int kOutBuffers = 4;          // of each consumer
 constexpr int kSharedAlignment = 1024;  // of the 128-byte swizzle
@@ -209,62 +213,120 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
   }
 }
 
-// ---- consumers ---------------------------------------------------------------------------
+// ---- output ------------------------------------------------------------------------------
 
-// Features `row` to `row` + 63 of a tile's tokens. `sums` is one m64 accumulator; this thread's two
-// features have `bias`. Stores before it in this tile: kFirst.
-template <FloatKind kKind, typename T, int kFirst>
-__device__ __forceinline__ void store_block(const SpmmSm90Args& args,
-                                            const float (&sums)[T::kTokens / 2],
-                                            const float (&bias)[2], int row, int first_token,
-                                            uint32_t buffers, int consumer, int thread) {
+// silu(gate) * up for two elements, with one reciprocal of 1 + e^-gate for both. The exponential is
+// held below 2^60, so that their product is finite and neither sees the other's infinity or NaN;
+// below a gate of -41 the result is thus up to 2^-60 |gate * up| off. NaN stays NaN.
+__device__ __forceinline__ void swiglu_pair(float gate0, float gate1, float up0, float up1,
+                                            float (&result)[2]) {
+  constexpr float kLog2E = 1.44269504f;
+  const float below0 = 1.0f + ptx::exp2_approx(fminf(gate0 * -kLog2E, 60.0f));
+  const float below1 = 1.0f + ptx::exp2_approx(fminf(gate1 * -kLog2E, 60.0f));
+  const float reciprocal = ptx::reciprocal_approx(below0 * below1);
+  result[0] = gate0 * up0 * (below1 * reciprocal);
+  result[1] = gate1 * up1 * (below0 * reciprocal);
+}
+
+// One chunk of 64 rows of W x 64 tokens into a buffer; of its tokens kOctets times eight exist.
+// `sums` starts with the chunk's: of octet i of tokens, sums[4i], sums[4i + 1] are two tokens of
+// this thread's first row of W, sums[4i + 2], sums[4i + 3] of its second.
+template <FloatKind kKind, int kOctets>
+__device__ __forceinline__ void write_chunk(uint32_t out, const float* sums, const float (&bias)[2],
+                                            bool relu, int thread) {
   const int lane = thread % 32;
   // stmatrix: lanes 0-7 and 8-15 address eight tokens, features 0-7 and 8-15 of the warp's 16;
   // lanes 16-31 the next eight tokens
   const int lane_token = lane / 16 * 8 + lane % 8;
   const int out_chunk = thread / 32 * 2 + lane / 8 % 2;  // of 16 bytes
-  const uint32_t lane_offset = lane_token * kOutRowBytes + ((out_chunk ^ lane % 8) * 16);
-
+  const uint32_t lane_out = out + lane_token * kOutRowBytes + ((out_chunk ^ lane % 8) * 16);
+  const auto word = [&](int octet, int half) {
+    const float* const pair = sums + octet * 4 + half * 2;
+    return pack_pair<kKind>(pair[0] + bias[half], pair[1] + bias[half], relu);
+  };
 #pragma unroll
-  for (int chunk = 0; chunk < T::kOutChunks; ++chunk) {
+  for (int octet = 0; octet < kOctets; octet += 2) {
+    const uint32_t address = lane_out + octet * 8 * kOutRowBytes;
+    if (octet + 1 < kOctets) {
+      ptx::store_matrices_t(address, word(octet, 0), word(octet, 1), word(octet + 1, 0),
+                            word(octet + 1, 1));
+    } else {
+      ptx::store_matrices_t(address, word(octet, 0), word(octet, 1));
+    }
+  }
+}
+
+// The same with SwiGLU: 32 features.
+template <FloatKind kKind, int kOctets>
+__device__ __forceinline__ void write_gated_chunk(uint32_t out, const float* sums,
+                                                  const float (&bias)[2], int thread) {
+  // stmatrix: a lane addresses a token of 32, the warp's eight features of it
+  const int lane = thread % 32;
+  const int out_chunk = thread / 32;  // of 16 bytes
+  const uint32_t lane_out = out + lane * kGatedRowBytes + ((out_chunk ^ lane / 2 % 4) * 16);
+  const auto word = [&](int octet) -> uint32_t {
+    if (octet >= kOctets) {
+      return 0;  // of the buffer, but not stored
+    }
+    const float* const four = sums + octet * 4;
+    float pair[2];
+    swiglu_pair(four[0] + bias[0], four[1] + bias[0], four[2] + bias[1], four[3] + bias[1], pair);
+    return pack_pair<kKind>(pair[0], pair[1], false);
+  };
+#pragma unroll
+  for (int octet = 0; octet < kOctets; octet += 4) {
+    ptx::store_matrices_t(lane_out + octet * 8 * kGatedRowBytes, word(octet), word(octet + 1),
+                          word(octet + 2), word(octet + 3));
+  }
+}
+
+// Rows `row` to `row` + 63 of W with a tile's tokens. `sums` is one m64 accumulator; this thread's
+// two rows have `bias`. Stores before it in this tile: kFirst.
+template <FloatKind kKind, typename T, int kFirst>
+__device__ __forceinline__ void store_block(const SpmmSm90Args& args,
+                                            const float (&sums)[T::kTokens / 2],
+                                            const float (&bias)[2], int row, int first_token,
+                                            uint32_t buffers, int consumer, int thread) {
+  const bool gated = args.activation == Activation::kSwiglu;
+  const auto store_chunk = [&]<int chunk>(std::integral_constant<int, chunk>) {
     const int token = first_token + chunk * kSm90OutBox;
     if (row >= args.rows || token >= args.tokens) {
       if (thread == 0) {
         ptx::tma_store_commit();  // of nothing: every chunk has a group, which is what is waited
                                   // for
       }
-      continue;
+      return;
     }
     constexpr int kChunkOctets = kSm90OutBox / 8;
-    const int octets = min(kChunkOctets, T::kTokens / 8 - chunk * kChunkOctets);
+    constexpr int kLeft = T::kTokens / 8 - chunk * kChunkOctets;
+    constexpr int kOctets = kLeft < kChunkOctets ? kLeft : kChunkOctets;
     const uint32_t out = buffers + (kFirst + chunk) % kOutBuffers * kOutBytes;
+    const float* const chunk_sums = sums + chunk * kChunkOctets * 4;
     if (thread == 0) {
       ptx::tma_store_wait_read<kOutBuffers - 1>();
     }
     ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
-    const auto word = [&](int i, int half) {
-      return pack_pair<kKind>(sums[i * 4 + half * 2] + bias[half],
-                              sums[i * 4 + half * 2 + 1] + bias[half], args.relu);
-    };
-#pragma unroll
-    for (int octet = 0; octet < kChunkOctets; octet += 2) {
-      const int i = chunk * kChunkOctets + octet;
-      const uint32_t address = out + lane_offset + octet * 8 * kOutRowBytes;
-      if (octet + 1 < octets) {
-        ptx::store_matrices_t(address, word(i, 0), word(i, 1), word(i + 1, 0), word(i + 1, 1));
-      } else if (octet < octets) {
-        ptx::store_matrices_t(address, word(i, 0), word(i, 1));
-      }
+    if (gated) {
+      write_gated_chunk<kKind, kOctets>(out, chunk_sums, bias, thread);
+    } else {
+      const bool relu = args.activation == Activation::kRelu;
+      write_chunk<kKind, kOctets>(out, chunk_sums, bias, relu, thread);
     }
     ptx::fence_async_shared();
     ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
     if (thread == 0) {
       const bool rest = T::kRestTokens != 0 && chunk == T::kOutChunks - 1;
-      ptx::tma_store(out, rest ? &args.y_rest : &args.y, row, token);
+      ptx::tma_store(out, rest ? &args.y_rest : &args.y, gated ? row / 2 : row, token);
       ptx::tma_store_commit();
     }
-  }
+  };
+  const auto store_chunks = [&]<int... chunk>(std::integer_sequence<int, chunk...>) {
+    (store_chunk(std::integral_constant<int, chunk>{}), ...);
+  };
+  store_chunks(std::make_integer_sequence<int, T::kOutChunks>{});
 }
+
+// ---- consumers ---------------------------------------------------------------------------
 
 template <FloatKind kKind, typename T>
 __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t shared, int consumer,

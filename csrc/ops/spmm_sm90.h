@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/weight.h"
 
 namespace slope {
@@ -19,19 +20,19 @@ struct SpmmSm90Params {
   const void* tail_x;       // [tokens, rank], nullptr if rank is 0
   const void* tail_weight;  // [rows, rank], nullptr if rank is 0
   const void* bias;         // [rows] or nullptr; 2-byte aligned
-  void* y;                  // [tokens, rows]
+  void* y;                  // [tokens, rows], with kSwiglu [tokens, rows / 2]
   int64_t tokens;           // 0 to 2^31 - 257
-  int64_t rows;             // multiple of 8
+  int64_t rows;             // multiple of 8, with kSwiglu of 16
   int64_t columns;          // multiple of 32
   int64_t rank;             // multiple of 8, 0 for no tail
   FloatKind kind;           // kHalf or kBFloat16
   int32_t tile;             // -1 chooses; else an index below spmm_sm90_tile_count()
   int32_t device;           // the current one
-  int32_t relu;             // 1: max(y, 0)
+  Activation activation;
 };
 
-// y <- [relu] (x W^T [+ tail_x tail_weight^T] [+ bias]), fp32 sums. cudaErrorNotSupported where the
-// current device is not of compute capability 9.0 or the driver has no tensor maps.
+// y <- activation(x W^T [+ tail_x tail_weight^T] [+ bias]), fp32 sums. cudaErrorNotSupported where
+// the current device is not of compute capability 9.0 or the driver has no tensor maps.
 cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream);
 
 // Whether the kernels run on a device: capability 9.0, and this library has code for sm_90a.

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/weight.h"
 
 namespace slope {
@@ -29,11 +30,11 @@ struct SpmmSm90Args {
   CUtensorMap x;            // box [sm90_x_part, 64], 128-byte swizzle
   CUtensorMap tail_weight;  // box [tile rows, 32], 64-byte swizzle
   CUtensorMap tail_x;       // box [sm90_x_part, 32], 64-byte swizzle
-  CUtensorMap y;            // box [64, 64], 128-byte swizzle
-  CUtensorMap y_rest;       // box [tile tokens % 64, 64], 128-byte swizzle
+  CUtensorMap y;            // box [64, 64], 128-byte swizzle; SwiGLU: [64, 32], 64-byte swizzle
+  CUtensorMap y_rest;       // as y, but of tile tokens % 64
   const uint4* metadata;    // [row blocks, quads, 128]
   const void* bias;         // [rows] or nullptr
-  bool relu;
+  Activation activation;
   int rows, tokens;
   int quads;         // of 256 columns
   int row_blocks;    // of 64

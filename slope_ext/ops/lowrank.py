@@ -20,9 +20,13 @@ from slope_ext.ops.spmm import (
     composes,
     needs_grad,
     require_input_grad,
+    require_no_gradient_of,
+    result_features,
     rows_of,
+    wants_grad,
 )
 from slope_ext.ops.weight_grad import gradient_of
+from slope_ext.reference import swiglu
 
 
 def linear_lowrank(
@@ -56,19 +60,22 @@ def linear_lowrank(
             :func:`slope_ext.ops.linear`.
 
     Returns:
-        y: [..., out], contiguous.
+        y: [..., out], contiguous; with "swiglu" [..., out/2].
 
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
-    rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, activation)
+    differentiable = (x, values, lora_A, lora_B, bias)
+    afterwards = activation == "swiglu" and wants_grad(*differentiable)
+    applied = "none" if afterwards else activation
+    rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, applied)
     y, _ = call_directly(
         torch.ops.slope.linear_lowrank.default,
         _LinearLowrank,
-        (x, values, lora_A, lora_B, bias),
+        differentiable,
         (x, values, bitmask, lora_A, lora_B, scale, *rest),
     )
-    return y  # type: ignore[no-any-return]
+    return swiglu(y) if afterwards else y
 
 
 def input_grad_lowrank(
@@ -118,8 +125,8 @@ def _check(
     activation: str = "none",
 ) -> None:
     check = Checker("linear_lowrank")
-    check.activation(activation)
     rows, columns = check.values(values, bitmask)
+    check.activation(activation, rows)
     check.tokens("x", x, columns, values)
     _check_factors(check, lora_A, lora_B, values)
     check.bias(bias, values)
@@ -169,9 +176,24 @@ def _fake_input_grad(
     return dy.new_empty(*leading, 2 * values.shape[1]), dy.new_empty(*leading, lora_A.shape[0])
 
 
-def _fake(x: Tensor, values: Tensor, bitmask: Tensor, lora_A: Tensor, *_: Any, **__: Any) -> Any:
+def _fake(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    bitmask_t: Tensor | None = None,
+    values_t: Tensor | None = None,
+    metadata: Tensor | None = None,
+    metadata_t: Tensor | None = None,
+    backend: str = "auto",
+    activation: str = "none",
+) -> tuple[Tensor, Tensor]:
     leading = x.shape[:-1]
-    return x.new_empty(*leading, values.shape[0]), x.new_empty(*leading, lora_A.shape[0])
+    features = result_features(values, activation)
+    return x.new_empty(*leading, features), x.new_empty(*leading, lora_A.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -192,6 +214,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ) = inputs
     y, t = output
     ctx.needs = needs_grad(x, values, lora_A, lora_B, bias)
+    require_no_gradient_of("linear_lowrank", activation, ctx.needs)
     x_needs, *_ = ctx.needs
     require_input_grad("linear_lowrank", x_needs, values, bitmask_t, backend)
     ctx.mark_non_differentiable(t)
