@@ -18,8 +18,9 @@ the whole step as one CUDA graph; dense also with the optimizer's step compiled 
 which moves bytes faster than the fused kernel. The baseline is the fastest dense one of the run.
 
 train_step      time of a step; limit: the FLOPs of its products at the rates of this run
-train_memory    most memory in use during a step: weights, gradients, optimizer, activations;
-                baseline: dense, run the same way
+train_memory    most memory in use during a step: weights, optimizer, activations, gradients; those
+                exist in the second half of the step only, or, "accumulating", from an earlier
+                backward pass on; baseline: dense, run the same way
 """
 
 from __future__ import annotations
@@ -191,11 +192,15 @@ class Method:
                 self.optimize()
             self.run = graph.replay
 
-    def peak(self) -> int:
+    def peak(self, accumulating: bool) -> int:
         """Most bytes in use during a step, those of other methods included."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        self.run()
+        if accumulating:  # onto the gradients of the step before
+            self.model(self.x).backward(self.dy)
+            self.optimize()
+        else:
+            self.step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
 
@@ -259,7 +264,9 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
         method = Method(name, model, how, its_rank)
         method.prepare()
         if how != "captured":
-            peaks[f"{name};{how}"] = method.peak() - before
+            for kind in ("peak", "peak, accumulating"):
+                used = method.peak("accumulating" in kind) - before
+                peaks[f"{name};{how}", kind] = used
             print(f"{model};{name};{how}: {phases(method)}", flush=True)
         limits[name] = product_seconds(method.model, run)
         methods.append(method)
@@ -284,16 +291,17 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
             theirs=timings[best],
             limit=limits[name.rpartition(";")[0]],
         )
-    for name in ("slope;eager", "slope;compiled", "slope;recompute;compiled"):
+    names = ("slope;eager", "slope;compiled", "slope;recompute;compiled")
+    for name, kind in itertools.product(names, ("peak", "peak, accumulating")):
         baseline = f"dense;{name.rpartition(';')[2]}"
         yield harness.bytes_record(
             bench="train_memory",
-            case=f"{model};layers={LAYERS[model]};{name};peak",
+            case=f"{model};layers={LAYERS[model]};{name};{kind}",
             dtype=torch.bfloat16,
             tokens=TOKENS,
-            ours=peaks[name],
+            ours=peaks[name, kind],
             baseline=baseline,
-            theirs=peaks[baseline],
+            theirs=peaks[baseline, kind],
         )
 
 

@@ -18,7 +18,7 @@ racecheck  every kernel                                shared memory
 synccheck  every kernel                                barriers
 ========== =========================================== ============================================
 
-The tools run side by side.
+Every tool goes over every file of tests in a process of its own; they run side by side.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ import torch
 from gpu_report import ROOT, source_hash
 
 REPORT = ROOT / "tests" / "sanitizer_report.json"
+# Families, the longest first
+PRODUCTS = ("native", "spmm", "lowrank", "packed_layer", "weight_grad")
 SELECTION = ("adamw", "compress", "prune", "transpose", "pack")
-PRODUCTS = ("packed_layer", "weight_grad", "spmm", "lowrank", "native")
 # Large shapes; what is slow, needs the caching allocator, or runs no kernel of ours ("reference").
 LEFT_OUT = (
     *("4096", "4104", "4097", "random", "exact_step"),
@@ -54,25 +56,26 @@ class Tool:
 
     name: str
     options: tuple[str, ...] = ()
-    tests: tuple[str, ...] = (*SELECTION, *PRODUCTS)
+    tests: tuple[str, ...] = (*PRODUCTS, *SELECTION)
     left_out: tuple[str, ...] = LEFT_OUT
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict, hash=False)
 
-    def start(self, log: Path) -> subprocess.Popen[bytes]:
-        """Runs the tests under the tool, output into ``log``."""
-        files = [f"tests/test_{family}.py" for family in self.tests]
+    def run(self, family: str, log: Path) -> bool:
+        """Runs the tests of a family under the tool, output into ``log``; False if one failed."""
         selected = f"not ({' or '.join(self.left_out)})"
         command = ["compute-sanitizer", "--tool", self.name, "--report-api-errors", "no"]
         command += ["--print-limit", "0"]
         pytest = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", selected]
         with log.open("wb") as out:
-            return subprocess.Popen(
-                [*command, *self.options, sys.executable, *pytest, *files],
+            ended = subprocess.run(
+                [*command, *self.options, sys.executable, *pytest, f"tests/test_{family}.py"],
                 cwd=ROOT,
                 env=os.environ | self.environment,
                 stdout=out,
                 stderr=subprocess.STDOUT,
+                check=False,
             )
+        return ended.returncode == 0
 
 
 TOOLS = [
@@ -113,15 +116,22 @@ def is_ours(report: str) -> bool:
     return "slope::" in report or "5slope" in report or "_ops.so" in report
 
 
-def result_of(text: str) -> dict[str, Any]:
-    """What a tool's output says, for the record."""
-    found = reports(text)
-    if said(text) != len(found):
-        raise RuntimeError(f"sanitize: {len(found)} reports found, the tool says {said(text)}")
-    passed = re.search(r"(\d+) passed", text)
+def result_of(texts: dict[str, str]) -> dict[str, Any]:
+    """What a tool's output about each family says, for the record."""
+    found: list[str] = []
+    tests = 0
+    for family, text in texts.items():
+        of_family = reports(text)
+        if said(text) != len(of_family):
+            raise RuntimeError(
+                f"sanitize: {family}: {len(of_family)} reports found, the tool says {said(text)}"
+            )
+        found += of_family
+        passed = re.search(r"(\d+) passed", text)
+        tests += int(passed[1]) if passed else 0
     ours = sum(map(is_ours, found))
     return {
-        "tests": int(passed[1]) if passed else 0,
+        "tests": tests,
         "reports": ours,
         "reports_of_others": len(found) - ours,
         "gpu": torch.cuda.get_device_name(),
@@ -142,19 +152,26 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.logs.mkdir(parents=True, exist_ok=True)
     tools = [tool for tool in TOOLS if not arguments.tool or tool.name in arguments.tool]
-    logs = {tool.name: arguments.logs / f"{tool.name}.txt" for tool in tools}
-    processes = {tool.name: tool.start(logs[tool.name]) for tool in tools}
+    logs = {
+        (tool, family): arguments.logs / f"{tool.name}_{family}.txt"
+        for tool in tools
+        for family in tool.tests
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = {key: pool.submit(key[0].run, key[1], log) for key, log in logs.items()}
+    passed = {key: run.result() for key, run in runs.items()}
 
     record = json.loads(REPORT.read_text()) if REPORT.exists() else {}
     failed = False
-    for name, process in processes.items():
-        tests_failed = process.wait() != 0
-        text = logs[name].read_text(errors="replace")
-        record[name] = result_of(text)
-        failed |= tests_failed or record[name]["reports"] > 0 or record[name]["tests"] == 0
-        print(f"{name}: {record[name]}{', tests failed' if tests_failed else ''}")
-        for report in list(filter(is_ours, reports(text)))[:5]:
-            print(report)
+    for tool in tools:
+        texts = {family: logs[tool, family].read_text(errors="replace") for family in tool.tests}
+        bad = [family for family in tool.tests if not passed[tool, family]]
+        result = record[tool.name] = result_of(texts)
+        failed |= bool(bad) or result["reports"] > 0 or result["tests"] == 0
+        print(f"{tool.name}: {result}{f', tests failed: {bad}' if bad else ''}", flush=True)
+        for text in texts.values():
+            for report in list(filter(is_ours, reports(text)))[:5]:
+                print(report)
     if not failed:
         REPORT.write_text(json.dumps(record, indent=1) + "\n")
     return int(failed)

@@ -48,6 +48,25 @@ def test_fused_relus_come_back():
     torch.testing.assert_close(model(x), twin(x))
 
 
+@pytest.mark.gpu
+def test_fused_relu_needs_no_more_memory():
+    """The gradient of the ReLU's result is gone when those of the product are made."""
+    peaks = []
+    for fuse in ([], ["relu"]):
+        layers = nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 256)
+        model = nn.Sequential(*layers).bfloat16().cuda()
+        slope.convert(model, slope.SlopeConfig(fuse=fuse))
+        x = torch.randn(8192, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2):
+            y = model(x)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            y.backward(y.detach())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= 1.05 * peaks[0]
+
+
 # ---- swiglu --------------------------------------------------------------------------------------
 
 

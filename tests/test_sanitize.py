@@ -41,12 +41,18 @@ def _environment(monkeypatch):
 
 
 def counts(text):
-    result = sanitize.result_of(text)
+    result = sanitize.result_of({"spmm": text})
     return result["tests"], result["reports"], result["reports_of_others"]
 
 
 def test_a_clean_run():
     assert counts(output()) == (17, 0, 0)
+
+
+def test_families_add_up():
+    ours = READ.format(kernel=OURS, caller="cudaLaunchKernel", library="libcudart.so.13")
+    result = sanitize.result_of({"spmm": output(ours), "pack": output(ours), "prune": output()})
+    assert (result["tests"], result["reports"]) == (51, 2)
 
 
 def test_reports_of_our_kernels_and_of_what_our_library_launched_are_ours():
@@ -79,5 +85,5 @@ def test_races_where_tma_writes_are_not_ours():
     ids=["no summary", "internal error", "reports of a form that is not known"],
 )
 def test_what_cannot_be_trusted_is_an_error(text):
-    with pytest.raises(RuntimeError, match="sanitize: 0 reports found"):
-        sanitize.result_of(text)
+    with pytest.raises(RuntimeError, match="sanitize: spmm: 0 reports found"):
+        sanitize.result_of({"spmm": text})

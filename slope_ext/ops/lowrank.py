@@ -24,6 +24,7 @@ from slope_ext.ops.spmm import (
     result_features,
     rows_of,
     wants_grad,
+    with_activation_gradient,
 )
 from slope_ext.ops.weight_grad import gradient_of
 from slope_ext.reference import swiglu
@@ -71,7 +72,7 @@ def linear_lowrank(
     rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, applied)
     y, _ = call_directly(
         torch.ops.slope.linear_lowrank.default,
-        _LinearLowrank,
+        _with_gradient,
         differentiable,
         (x, values, bitmask, lora_A, lora_B, scale, *rest),
     )
@@ -283,16 +284,21 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 
 
 class _LinearLowrank(torch.autograd.Function):
-    """slope::linear_lowrank for eager mode, see call_directly."""
+    """slope::linear_lowrank for eager mode but for its activation's gradient, see call_directly."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             y, t = torch.ops.slope.linear_lowrank.default(*arguments)
-        _setup_context(ctx, arguments, (y, t))
+        _setup_context(ctx, (*arguments[:-1], "none"), (y, t))
         return y, t
 
     backward = staticmethod(_backward)  # type: ignore[assignment]
+
+
+def _with_gradient(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y, t = _LinearLowrank.apply(*arguments)  # type: ignore[no-untyped-call]
+    return with_activation_gradient(y, arguments[-1]), t
 
 
 register("linear_lowrank", check=_check, reference=reference.linear_lowrank, fake=_fake)

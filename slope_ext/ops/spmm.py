@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -72,7 +73,9 @@ def linear(
     applied = "none" if afterwards else activation
     rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, applied)
     arguments = (x, values, bitmask, *rest)
-    y: Tensor = call_directly(torch.ops.slope.linear.default, _Linear, differentiable, arguments)
+    y: Tensor = call_directly(
+        torch.ops.slope.linear.default, _with_gradient, differentiable, arguments
+    )
     return swiglu(y) if afterwards else y
 
 
@@ -244,14 +247,14 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 def call_directly(
     op: Any,
-    function: type[torch.autograd.Function],
+    with_gradient: Callable[..., Any],
     differentiable: tuple[Tensor | None, ...],
     arguments: tuple[Any, ...],
 ) -> Any:
     """``op(*arguments)``, in eager mode without what torch.library puts before it.
 
-    That is tens of microseconds a call. ``function`` is the same op with the same gradient as an
-    autograd.Function; whatever traces, casts or wraps tensors gets the op itself.
+    That is tens of microseconds a call. ``with_gradient`` is the same op with the same gradient by
+    an autograd.Function; whatever traces, casts or wraps tensors gets the op itself.
     """
     x = differentiable[0]
     assert x is not None
@@ -264,7 +267,7 @@ def call_directly(
     ):
         return op(*arguments)
     if wants_grad(*differentiable):
-        return function.apply(*arguments)
+        return with_gradient(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
@@ -300,17 +303,44 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _Linear(torch.autograd.Function):
-    """slope::linear for eager mode, see call_directly."""
+    """slope::linear for eager mode but for the gradient of its activation, see call_directly."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # A setup_context method would have torch inspect signatures in every call.
         with torch._C._AutoDispatchBelowAutograd():
             y: Tensor = torch.ops.slope.linear.default(*arguments)
-        _setup_context(ctx, arguments, y)
+        _setup_context(ctx, (*arguments[:-1], "none"), y)
         return y
 
     backward = staticmethod(_backward)  # type: ignore[assignment]
+
+
+class _ReLUGradient(torch.autograd.Function):
+    """Identity in forward; backward is that of the ReLU whose result this takes.
+
+    A node of its own, so that dY is gone when the product's gradients are made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return before_activation(dy, *ctx.saved_tensors)
+
+
+def with_activation_gradient(y: Tensor, activation: str) -> Tensor:
+    """What an autograd.Function gave that left out the gradient of the activation, with it."""
+    return _ReLUGradient.apply(y) if activation == "relu" else y  # type: ignore[no-untyped-call]
+
+
+def _with_gradient(*arguments: Any) -> Tensor:
+    y = _Linear.apply(*arguments)  # type: ignore[no-untyped-call]
+    return with_activation_gradient(y, arguments[-1])
 
 
 register(
