@@ -9,7 +9,7 @@ spmm_native_fused
                 in the kernel and as a pass after it; with the pass that adds a residual, of which
                 an epilogue could save all but reading that; all against the own kernel alone.
                 Gate and up-projection of LLaMA-3-8B's MLP with SwiGLU in the kernel; their product
-                alone; both products and SwiGLU as torch.compile does it, by 2:4 and by dense layers
+                alone; two products and a pass of SwiGLU that torch.compile makes, 2:4 and dense
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
                 epilogue adds the dense low-rank product; the own kernel without an adapter
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "native", "cusparselt", "reference")
 ACTIVATIONS = ("none", "relu", "swiglu")
+GATE_ROWS = 8  # of W, for "swiglu"; then as many of the up-projection
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -132,8 +133,9 @@ class Checker:
             f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}",
         )
         self.require(
-            activation != "swiglu" or rows % 16 == 0,
-            f"values must have out a multiple of 16 for activation swiglu, got out = {rows}",
+            activation != "swiglu" or rows % (2 * GATE_ROWS) == 0,
+            f"values must have out a multiple of {2 * GATE_ROWS} for activation swiglu, "
+            f"got out = {rows}",
         )
 
     def tokens(self, name: str, x: Tensor, features: int, values: Tensor) -> None:

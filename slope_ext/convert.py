@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slope_ext import ops, reference
 from slope_ext._check import BACKENDS, FLOAT_DTYPES
-from slope_ext.fuse import FUSIONS, Fusion, ReLUInProduct, split_swiglus
+from slope_ext.fuse import FUSIONS, Fusion, ReLUInProduct, fused_layers, split_swiglus
 from slope_ext.linear import DERIVED_BUFFERS, BackwardCopy, SLoPeLinear
 from slope_ext.ops.spmm import Backend
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
@@ -82,7 +82,8 @@ class SlopeConfig:
             raise ValueError(
                 f"SlopeConfig: backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}"
             )
-        if isinstance(self.fuse, str) or not set(self.fuse) <= FUSIONS.keys():
+        several = isinstance(self.fuse, Collection) and not isinstance(self.fuse, str)
+        if not several or not all(isinstance(f, str) and f in FUSIONS for f in self.fuse):
             raise ValueError(
                 f"SlopeConfig: fuse must be a collection of {', '.join(FUSIONS)}, got {self.fuse!r}"
             )
@@ -147,19 +148,9 @@ def convert(
             stacklevel=2,
         )
 
-    # Everything that can fail happens before the model is touched.
-    names_of_weight: dict[int, list[str]] = {}
-    for module, names in plan.items():
-        names_of_weight.setdefault(id(module.weight), []).extend(names)
-    replacements: dict[nn.Module, SparseLayer] = {}
-    by_weight: dict[int, SparseLayer] = {}
-    for module in plan:
-        first = by_weight.get(id(module.weight))
-        layer = _sparse_twin(module, names_of_weight[id(module.weight)], first, config)
-        by_weight.setdefault(id(module.weight), layer)
-        replacements[module] = layer
     derived = set(_derived_buffers(model))
-    model = _replace(model, replacements)
+    # Everything that can fail happens before the model is touched.
+    model = _replace(model, _sparse_twins(plan, config))
     for fusion in config.fuse:
         FUSIONS[fusion](model)
     _have_ddp_ignore(model, derived)
@@ -171,13 +162,17 @@ def to_dense(model: nn.Module) -> nn.Module:
 
     The dense weights contain the zeros; adapters are added into them (in fp32, then rounded). A
     layer that was a ``Conv1D`` becomes one again. Hooks, dtype, device, mode, requires_grad and
-    shared weights are kept.
+    shared weights are kept, but for hooks of what SlopeConfig.fuse made of two layers.
 
     Returns:
-        ``model``, or its replacement if it is itself a sparse layer.
+        ``model``, or its replacement if it is itself a sparse layer or a fused MLP.
+
+    Raises:
+        ValueError: a layer was made with an activation, which nn.Linear does not have.
     """
+    _require_modules_of_activations(model)
     derived = set(_derived_buffers(model))
-    split_swiglus(model)
+    model = split_swiglus(model)
     replacements: dict[nn.Module, nn.Module] = {}
     by_weight: dict[int, nn.Module] = {}
     for layer in model.modules():
@@ -191,6 +186,17 @@ def to_dense(model: nn.Module) -> nn.Module:
     model = _replace(model, replacements)
     _have_ddp_ignore(model, derived)
     return model
+
+
+def _require_modules_of_activations(model: nn.Module) -> None:
+    known = {id(layer) for layer in fused_layers(model)}
+    for name, layer in model.named_modules():
+        lone = isinstance(layer, SLoPeLinear) and id(layer) not in known
+        if lone and layer.activation != "none":
+            raise ValueError(
+                f"to_dense: {name or 'the layer'} has activation {layer.activation!r} of its own, "
+                "which no dense layer has"
+            )
 
 
 # ---- which layers --------------------------------------------------------------------------------
@@ -376,6 +382,23 @@ def _given_mask(mask: Any, weight: Tensor, name: str) -> Tensor:
 
 
 # ---- twins ---------------------------------------------------------------------------------------
+
+
+def _sparse_twins(
+    plan: Mapping[nn.Linear, list[str]], config: SlopeConfig
+) -> dict[nn.Module, SparseLayer]:
+    """A sparse layer for each module; shared weights are shared again."""
+    names_of_weight: dict[int, list[str]] = {}
+    for module, names in plan.items():
+        names_of_weight.setdefault(id(module.weight), []).extend(names)
+    replacements: dict[nn.Module, SparseLayer] = {}
+    by_weight: dict[int, SparseLayer] = {}
+    for module in plan:
+        first = by_weight.get(id(module.weight))
+        layer = _sparse_twin(module, names_of_weight[id(module.weight)], first, config)
+        by_weight.setdefault(id(module.weight), layer)
+        replacements[module] = layer
+    return replacements
 
 
 def _sparse_twin(

@@ -5,31 +5,33 @@
     A ReLU after a layer: in ``nn.Sequential``, and ``activation_fn`` after ``fc1`` in Hugging
     Face's OPT layers. What hooks of that layer see is then after the ReLU.
 "swiglu"
-    In MLPs of Hugging Face's LLaMA family, down_proj(silu(gate_proj(x)) * up_proj(x)): gate and
-    up-projection become one layer ``gate_up_proj``, whose rows come in turns, eight of the gate's,
-    eight of the up-projection's. x is read once, and where nobody wants a gradient neither of the
-    two results is written, only their product. An adapter is one for both.
+    In MLPs of Hugging Face's LLaMA and others that have its forward method,
+    down_proj(silu(gate_proj(x)) * up_proj(x)): gate and up-projection become one layer
+    ``gate_up_proj``, whose rows come in turns, eight of the gate's, eight of the up-projection's.
+    x is read once, and where nobody wants a gradient the own kernel writes neither of the two
+    results, only their product. An adapter is one for both. Checkpoints have the names and the
+    rows of the one layer.
 
-Modules that have another user, and for "swiglu" hooks, an adapter or tied weights, stay as they
-are, and so does the model that is passed itself. Attributes that were set on a gate or an
-up-projection are not kept.
+Modules that have another user, and for "swiglu" hooks, an adapter, a forward method of their own or
+tied weights, stay as they are, and so does the model that is passed itself. Attributes that were
+set on a gate or an up-projection are not kept.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from slope_ext._check import GATE_ROWS
 from slope_ext.linear import SLoPeLinear
 
 Fusion = Literal["relu", "swiglu"]
-
-TURN = 8  # rows of the gate, then as many of the up-projection; kGateRows of the kernels
 
 
 def _uses(model: nn.Module) -> Counter[int]:
@@ -40,6 +42,16 @@ def _uses(model: nn.Module) -> Counter[int]:
     return uses
 
 
+def fused_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers whose activation stands for modules that were there."""
+    for parent in model.modules():
+        if isinstance(parent, SwiGLUMLP):
+            yield parent.gate_up_proj
+        for layer, following in _layers_and_next(parent):
+            if isinstance(following, ReLUInProduct):
+                yield layer
+
+
 # ---- ReLU ----------------------------------------------------------------------------------------
 
 
@@ -47,23 +59,26 @@ class ReLUInProduct(nn.Identity):
     """Stands where the ReLU was that the layer before it applies."""
 
 
+def _layers_and_next(parent: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Children that take each other's result."""
+    children = parent._modules
+    pairs = [("fc1", "activation_fn")]
+    if isinstance(parent, nn.Sequential):
+        pairs = list(itertools.pairwise(children))
+    found = [(children.get(name), children.get(following)) for name, following in pairs]
+    return [(a, b) for a, b in found if a is not None and b is not None]
+
+
 def fuse_relus(model: nn.Module) -> None:
     """Has layers apply the ReLU that follows them."""
     uses = _uses(model)
     for parent in list(model.modules()):
-        children = parent._modules
-        pairs = [("fc1", "activation_fn")]
-        if isinstance(parent, nn.Sequential):
-            pairs = list(itertools.pairwise(children))
-        for name, next_name in pairs:
-            layer, relu = children.get(name), children.get(next_name)
-            if (
-                isinstance(layer, SLoPeLinear)
-                and type(relu) is nn.ReLU
-                and uses[id(layer)] == uses[id(relu)] == 1
-            ):
+        for layer, relu in _layers_and_next(parent):
+            alone = uses[id(layer)] == uses[id(relu)] == 1
+            if isinstance(layer, SLoPeLinear) and type(relu) is nn.ReLU and alone:
                 layer.activation = "relu"
-                children[next_name] = ReLUInProduct()
+                name = next(name for name, child in parent._modules.items() if child is relu)
+                parent._modules[name] = ReLUInProduct()
 
 
 # ---- SwiGLU --------------------------------------------------------------------------------------
@@ -92,105 +107,137 @@ class SwiGLUMLP(nn.Module):
 
 
 def fuse_swiglus(model: nn.Module) -> None:
-    """Makes one layer of gate and up-projection."""
+    """Makes one layer of gate and up-projection, one MLP after the other."""
     uses = _uses(model)
-    for parent in list(model.modules()):
-        for name, mlp in list(parent._modules.items()):
-            if mlp is not None and _is_swiglu(mlp, uses):
-                gate, up = cast(SLoPeLinear, mlp.gate_proj), cast(SLoPeLinear, mlp.up_proj)
-                parent._modules[name] = SwiGLUMLP(_in_turns(gate, up), mlp)
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, mlp in parent._modules.items()
+        if mlp is not None and _is_swiglu(mlp, uses)
+    ]
+    for parent, name in places:
+        mlp = cast(nn.Module, parent._modules[name])
+        layers = cast(SLoPeLinear, mlp.gate_proj), cast(SLoPeLinear, mlp.up_proj)
+        parent._modules[name] = SwiGLUMLP(_in_turns(*layers), mlp)
+        del layers  # so that they are gone before the next
 
 
-def split_swiglus(model: nn.Module) -> None:
-    """Takes back what fuse_swiglus did; an adapter becomes two that share their values of A."""
-    for parent in list(model.modules()):
-        for name, mlp in list(parent._modules.items()):
-            if isinstance(mlp, SwiGLUMLP):
-                original: nn.Module = mlp.__dict__["original"]
-                original.gate_proj, original.up_proj = _apart(mlp.gate_up_proj)
-                original.down_proj = mlp.down_proj
-                original.training = mlp.training
-                parent._modules[name] = original
+def split_swiglus(model: nn.Module) -> nn.Module:
+    """Takes back what fuse_swiglus did; an adapter becomes two with the same A.
+
+    Returns:
+        ``model``, or its replacement if it is itself such an MLP.
+    """
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, mlp in parent._modules.items()
+        if isinstance(mlp, SwiGLUMLP)
+    ]
+    for parent, name in places:
+        parent._modules[name] = _split(cast(SwiGLUMLP, parent._modules[name]))
+    return _split(model) if isinstance(model, SwiGLUMLP) else model
+
+
+def _split(mlp: SwiGLUMLP) -> nn.Module:
+    original: nn.Module = mlp.__dict__["original"]
+    original.gate_proj, original.up_proj = _apart(mlp.gate_up_proj)
+    original.down_proj = mlp.down_proj
+    original.training = mlp.training
+    vars(original).update({key: value for key, value in vars(mlp).items() if "hook" in key})
+    return original
 
 
 def _is_swiglu(mlp: nn.Module, uses: Counter[int]) -> bool:
-    """Whether ``mlp`` is one of transformers' whose gate and up-projection can be one layer."""
+    """Whether gate and up-projection of ``mlp`` can be one layer."""
     children = mlp._modules
     if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
+    gate, up, activation = children["gate_proj"], children["up_proj"], children["act_fn"]
+    if not (isinstance(gate, SLoPeLinear) and isinstance(up, SLoPeLinear)) or activation is None:
+        return False
+    names = ("in_features", "out_features", "backend", "backward_copy", "activation", "training")
+    alike = all(getattr(gate, name) == getattr(up, name) for name in names) and all(
+        _kind(gate._parameters[name]) == _kind(up._parameters[name]) for name in ("weight", "bias")
+    )
+    parameters = [p for layer in (gate, up) for p in (layer.weight, layer.bias) if p is not None]
+    return (
+        _has_llamas_forward(mlp)
+        and type(activation).__name__ in ("SiLU", "SiLUActivation")
+        and alike
+        and gate.activation == "none"
+        and not (gate.has_adapter or up.has_adapter)
+        and not (mlp._parameters or mlp._buffers)
+        and all(uses[id(module)] == 1 for module in (mlp, gate, up))
+        and all(uses[id(parameter)] == 1 for parameter in parameters)
+        and not any(_is_changed(module) for module in (mlp, gate, up, activation))
+    )
+
+
+def _kind(parameter: Tensor | None) -> tuple[object, ...] | None:
+    if parameter is None:
+        return None
+    return parameter.dtype, parameter.device, parameter.requires_grad
+
+
+def _has_llamas_forward(mlp: nn.Module) -> bool:
+    """Whether a module of transformers computes what LlamaMLP does: the same bytecode."""
     if not type(mlp).__module__.startswith("transformers.models."):
         return False
-    gate, up = children["gate_proj"], children["up_proj"]
-    activation = children["act_fn"]
-    if not (isinstance(gate, SLoPeLinear) and isinstance(up, SLoPeLinear)):
-        return False
-    alike = all(
-        getattr(gate, name) == getattr(up, name)
-        for name in ("in_features", "out_features", "backend", "backward_copy", "activation")
-    )
-    weights = gate.weight.dtype == up.weight.dtype and gate.weight.device == up.weight.device
-    trained = gate.weight.requires_grad == up.weight.requires_grad
-    return (
-        type(activation).__name__ in ("SiLU", "SiLUActivation")
-        and alike
-        and weights
-        and trained
-        and gate.activation == "none"
-        and (gate.bias is None) == (up.bias is None)
-        and not (gate.has_adapter or up.has_adapter)
-        and all(uses[id(module)] == 1 and not _has_hooks(module) for module in (mlp, gate, up))
-        and all(uses[id(weight)] == 1 for weight in (gate.weight, up.weight))
-    )
+    llama = importlib.import_module("transformers.models.llama.modeling_llama")
+    codes = [cls.forward.__code__ for cls in (type(mlp), llama.LlamaMLP)]
+    mine, theirs = ((code.co_code, code.co_names, code.co_consts[1:]) for code in codes)
+    return mine == theirs
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(value for name, value in vars(module).items() if "hook" in name)
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module has hooks or a forward method of its own."""
+    attributes = vars(module)
+    return "forward" in attributes or any(v for name, v in attributes.items() if "hook" in name)
 
 
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+def _parameter(tensor: Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=like.requires_grad)
 
 
 def _in_turns(gate: SLoPeLinear, up: SLoPeLinear) -> SLoPeLinear:
-    """The layer of both; what they had is free as soon as they are."""
+    """The layer of both."""
 
     def join(gate_rows: Tensor, up_rows: Tensor) -> Tensor:
-        pair = [rows.detach().unflatten(0, (-1, TURN)) for rows in (gate_rows, up_rows)]
-        joined = torch.stack(pair, 1).flatten(0, 2)
-        return joined.requires_grad_(gate_rows.requires_grad)
+        pair = [rows.detach().unflatten(0, (-1, GATE_ROWS)) for rows in (gate_rows, up_rows)]
+        return torch.stack(pair, 1).flatten(0, 2)
 
-    return SLoPeLinear.from_compressed(
-        join(gate.weight, up.weight),
+    layer = SLoPeLinear.from_compressed(
+        join(gate.weight, up.weight).requires_grad_(gate.weight.requires_grad),
         join(gate.weight_bitmask, up.weight_bitmask),
-        None if gate.bias is None else _parameter(join(gate.bias, up.bias)),
+        None if gate.bias is None else _parameter(join(gate.bias, up.bias), gate.bias),
         backward_copy=gate.backward_copy,
         backend=gate.backend,
         activation="swiglu",
     )
+    return layer.train(gate.training)
 
 
 def _apart(layer: SLoPeLinear) -> tuple[SLoPeLinear, SLoPeLinear]:
     """Gate and up-projection of a layer that _in_turns made."""
 
-    def half(rows: Tensor, index: int) -> Tensor:
-        part: Tensor = rows.detach().unflatten(0, (-1, 2, TURN))[:, index].flatten(0, 1).clone()
-        return part.requires_grad_(rows.requires_grad)
-
     def part(index: int) -> SLoPeLinear:
+        def half(rows: Tensor) -> Tensor:
+            turns: Tensor = rows.detach().unflatten(0, (-1, 2, GATE_ROWS))
+            return turns[:, index].flatten(0, 1).clone()
+
         result = SLoPeLinear.from_compressed(
-            half(layer.weight, index),
-            half(layer.weight_bitmask, index),
-            None if layer.bias is None else _parameter(half(layer.bias, index)),
+            half(layer.weight).requires_grad_(layer.weight.requires_grad),
+            half(layer.weight_bitmask),
+            None if layer.bias is None else _parameter(half(layer.bias), layer.bias),
             backward_copy=layer.backward_copy,
             backend=layer.backend,
         )
-        result.train(layer.training)
         if layer.has_adapter:
-            result.add_adapter(layer.lora_A.shape[0], layer.lora_scale)
-            with torch.no_grad():
-                result.lora_A.copy_(layer.lora_A)
-                result.lora_B.copy_(half(layer.lora_B, index))
-        return result
+            result.lora_A = _parameter(layer.lora_A.detach().clone(), layer.lora_A)
+            result.lora_B = _parameter(half(layer.lora_B), layer.lora_B)
+            result.lora_scale = layer.lora_scale
+        return result.train(layer.training)
 
     return part(0), part(1)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from slope_ext import _backward_copy, _freshness, _packed, ops
-from slope_ext._check import ACTIVATIONS, BACKENDS, has_two_of_four
+from slope_ext._check import ACTIVATIONS, BACKENDS, GATE_ROWS, Checker, has_two_of_four
 from slope_ext.ops.spmm import Activation, Backend
 from slope_ext.sparse_layer import SparseLayer
 
@@ -125,10 +125,10 @@ class SLoPeLinear(SparseLayer, nn.Linear):
                 f"SLoPeLinear: activation must be one of {', '.join(ACTIVATIONS)}, "
                 f"got {activation!r}"
             )
-        if activation == "swiglu" and out_features % 16 != 0:
+        if activation == "swiglu" and out_features % (2 * GATE_ROWS) != 0:
             raise ValueError(
-                "SLoPeLinear: out_features must be a multiple of 16 for activation 'swiglu', "
-                f"got {out_features}"
+                f"SLoPeLinear: out_features must be a multiple of {2 * GATE_ROWS} for activation "
+                f"'swiglu', got {out_features}"
             )
         self.activation: Activation = activation
         self.in_features = in_features
@@ -201,8 +201,11 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             backward_copy, backend, activation: as in the constructor.
 
         Raises:
-            ValueError: a size does not fit; the message names it.
+            ValueError, RuntimeError: an argument has a wrong shape or dtype; the message names it.
         """
+        check = Checker("SLoPeLinear.from_compressed")
+        check.values(values, bitmask)
+        check.bias(bias, values)
         out_features, half = values.shape
         layer = cls(
             2 * half,

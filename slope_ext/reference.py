@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slope_ext import _backward_copy
+from slope_ext._check import GATE_ROWS
 
 # ---- bits ----------------------------------------------------------------------------------------
 
@@ -166,8 +167,8 @@ def _activate(y: Tensor, activation: str) -> Tensor:
 
 
 def swiglu(y: Tensor) -> Tensor:
-    """silu(gate) * up of features that come in turns, eight gates, eight ups."""
-    gate, up = y.unflatten(-1, (-1, 2, 8)).unbind(-2)
+    """silu(gate) * up of features that come in turns, GATE_ROWS gates, as many ups."""
+    gate, up = y.unflatten(-1, (-1, 2, GATE_ROWS)).unbind(-2)
     return torch.mul(F.silu(gate), up).flatten(-2)
 
 

@@ -75,6 +75,7 @@ def llama(device="cpu", dtype=torch.float32, bias=False, **options):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 16}
     config = transformers.LlamaConfig(vocab_size=64, mlp_bias=bias, **sizes, **heads, **options)
+    config.initializer_range = 0.3  # so that what is mixed up shows
     with torch.device(device):
         return transformers.LlamaModel(config).to(dtype)
 
@@ -91,7 +92,8 @@ def twins(device, dtype=torch.float32, **options):
 
 def close(found, expected):
     tolerance = 1e-5 if found.dtype == torch.float32 else 0.04
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    size = float(expected.detach().abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * size)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -157,6 +159,49 @@ def test_to_dense_of_a_fused_model(device):
         assert torch.equal(found, expected)
 
 
+def test_modes_hooks_and_frozen_adapters_are_kept(device):
+    model = slope.convert(llama(device).eval(), slope.SlopeConfig(fuse=["swiglu"]))
+    mlp = model.layers[0].mlp
+    assert not any(module.training for module in model.modules())
+    seen = []
+    handle = mlp.register_forward_hook(lambda *_: seen.append(1))
+    mlp.gate_up_proj.add_adapter(2)
+    mlp.gate_up_proj.lora_A.requires_grad_(False)
+    state = torch.get_rng_state()
+    alone = copy.deepcopy(mlp)
+    slope.fuse.split_swiglus(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+    assert not model.layers[0].mlp.up_proj.lora_A.requires_grad
+    assert model.layers[0].mlp.up_proj.lora_B.requires_grad
+    x = torch.randn(3, 32, device=device)
+    expected = alone(x)
+    seen.clear()
+    close(model.layers[0].mlp(x), expected)
+    assert seen == [1]
+    handle.remove()
+    dense = slope.to_dense(alone)  # itself, not a child of something
+    assert type(dense) is type(model.layers[0].mlp)
+    close(dense(x), expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_to_dense_refuses_activations_that_no_module_has(activation):
+    model = nn.Sequential(nn.ReLU(), slope.SLoPeLinear(32, 32, activation=activation))
+    with pytest.raises(ValueError, match=f"to_dense: 1 has activation '{activation}' of its own"):
+        slope.to_dense(model)
+    assert isinstance(model[1], slope.SLoPeLinear)
+
+
+def test_swiglu_under_vmap(device):
+    layer = slope.SLoPeLinear(64, 96, device=device, activation="swiglu").requires_grad_(False)
+    x = torch.randn(3, 5, 64, device=device)
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.vmap(layer)(found).sum().backward()
+    layer(expected).sum().backward()
+    close(found.grad, expected.grad)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_compiled_fused_mlp(trained, device):
     _, fused = twins(device)
@@ -189,12 +234,35 @@ def test_what_is_not_alone_stays():
     def subclass(mlp, _):
         mlp.__class__ = Other
 
+    class Scaled(type(llama().layers[0].mlp)):
+        def forward(self, x):
+            return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    Scaled.__module__ = "transformers.models.other"
+
+    def scaled(mlp, _):
+        mlp.__class__ = Scaled
+
+    def own_forward(mlp, _):
+        mlp.forward = lambda x: x
+
+    def freeze(mlp, _):
+        mlp.up_proj.bias.requires_grad_(False)
+
+    def share_bias(mlp, _):
+        mlp.up_proj.bias = mlp.gate_proj.bias
+
     assert converted(lambda *_: None) == [True, True]
     assert converted(lambda mlp, _: mlp.up_proj.register_forward_hook(print)) == [False, True]
     assert converted(lambda mlp, _: mlp.gate_proj.add_adapter(2)) == [False, True]
     assert converted(tie) == [False, False]
     assert converted(share) == [False, False]
     assert converted(subclass) == [False, True]
+    assert converted(scaled) == [False, True]
+    assert converted(own_forward) == [False, True]
+    assert converted(freeze, bias=True) == [False, True]
+    assert converted(share_bias, bias=True) == [False, True]
+    assert converted(lambda mlp, _: mlp.act_fn.register_forward_hook(print)) == [False, True]
     assert converted(lambda *_: None, hidden_act="gelu") == [False, False]
 
 
@@ -209,12 +277,24 @@ def test_fused_on_meta_then_loaded(device):
     close(empty(tokens.to(device)).last_hidden_state.cpu(), fused(tokens).last_hidden_state)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (torch.float32, "auto"),
+        (torch.bfloat16, "auto"),
+        (torch.float16, "auto"),
+        pytest.param(torch.bfloat16, "cusparselt", marks=pytest.mark.gpu),
+        (torch.bfloat16, "reference"),
+    ],
+)
 @pytest.mark.parametrize("rank", [0, 8])
-def test_swiglu_layer(dtype, rank, device):
+def test_swiglu_layer(dtype, backend, rank, device):
     """In the product where nobody wants a gradient, after it else."""
-    layer = slope.SLoPeLinear(64, 96, device=device, dtype=dtype, activation="swiglu")
-    plain = slope.SLoPeLinear(64, 96, device=device, dtype=dtype)
+    if backend == "cusparselt" and device.type == "cpu":
+        pytest.skip("for GPUs")
+    options = {"device": device, "dtype": dtype, "backend": backend}
+    layer = slope.SLoPeLinear(64, 96, activation="swiglu", **options)
+    plain = slope.SLoPeLinear(64, 96, **options)
     for module in (layer, plain):
         if rank:
             module.add_adapter(rank)

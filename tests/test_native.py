@@ -160,7 +160,7 @@ def test_every_tile_with_every_rest(tile, row_tiles, rank, activation):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF)
 def test_swiglu_of_extreme_gates(dtype):
-    """Large gates of either sign; infinities and NaN reach their own feature and token alone."""
+    """Large gates of either sign; infinities and NaN reach their own token alone."""
     skip_unless_it_runs()
     o = Operands(16, 32, dtype, CUDA, bias=False)
     scores = torch.ones(16, 32, device=CUDA)

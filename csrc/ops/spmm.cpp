@@ -191,8 +191,8 @@ Backend choose_backend(const char* op, const Tensor& x, const SparseWeight& weig
 Activation activation_of(const char* op, const std::string& name, const SparseWeight& weight) {
   if (name == "swiglu") {
     const int64_t rows = weight.values.size(0);
-    check(rows % (2 * kGateRows) == 0, "slope::", op,
-          ": values must have out a multiple of 16 for activation swiglu, got out = ", rows);
+    check(rows % (2 * kGateRows) == 0, "slope::", op, ": values must have out a multiple of ",
+          2 * kGateRows, " for activation swiglu, got out = ", rows);
     return Activation::kSwiglu;
   }
   check(name == "none" || name == "relu", "slope::", op,

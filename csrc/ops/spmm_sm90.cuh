@@ -217,15 +217,16 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
 
 // silu(gate) * up for two elements, with one reciprocal of 1 + e^-gate for both. The exponential is
 // held below 2^60, so that their product is finite and neither sees the other's infinity or NaN;
-// below a gate of -41 the result is thus up to 2^-60 |gate * up| off. NaN stays NaN.
+// below a gate of -41 the result is thus up to 2^-60 |gate * up| off. NaN stays NaN; a gate of -inf
+// gives an infinity, as does one of inf.
 __device__ __forceinline__ void swiglu_pair(float gate0, float gate1, float up0, float up1,
                                             float (&result)[2]) {
   constexpr float kLog2E = 1.44269504f;
   const float below0 = 1.0f + ptx::exp2_approx(fminf(gate0 * -kLog2E, 60.0f));
   const float below1 = 1.0f + ptx::exp2_approx(fminf(gate1 * -kLog2E, 60.0f));
   const float reciprocal = ptx::reciprocal_approx(below0 * below1);
-  result[0] = gate0 * up0 * (below1 * reciprocal);
-  result[1] = gate1 * up1 * (below0 * reciprocal);
+  result[0] = gate0 * (below1 * reciprocal) * up0;
+  result[1] = gate1 * (below0 * reciprocal) * up1;
 }
 
 // One chunk of 64 rows of W x 64 tokens into a buffer; of its tokens kOctets times eight exist.

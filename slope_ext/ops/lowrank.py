@@ -18,12 +18,12 @@ from slope_ext.ops.spmm import (
     before_activation,
     call_directly,
     composes,
+    follows,
     needs_grad,
     require_input_grad,
     require_no_gradient_of,
     result_features,
     rows_of,
-    wants_grad,
     with_activation_gradient,
 )
 from slope_ext.ops.weight_grad import gradient_of
@@ -67,7 +67,7 @@ def linear_lowrank(
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
     differentiable = (x, values, lora_A, lora_B, bias)
-    afterwards = activation == "swiglu" and wants_grad(*differentiable)
+    afterwards = follows(activation, *differentiable)
     applied = "none" if afterwards else activation
     rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, applied)
     y, _ = call_directly(

@@ -69,7 +69,7 @@ def linear(
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
     differentiable = (x, values, bias)
-    afterwards = activation == "swiglu" and wants_grad(*differentiable)
+    afterwards = follows(activation, *differentiable)
     applied = "none" if afterwards else activation
     rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, applied)
     arguments = (x, values, bitmask, *rest)
@@ -203,6 +203,12 @@ def needs_grad(*inputs: Tensor | None) -> tuple[bool, ...]:
 def wants_grad(*inputs: Tensor | None) -> bool:
     """Whether a result of these would have a gradient."""
     return torch.is_grad_enabled() and any(needs_grad(*inputs))
+
+
+def follows(activation: str, *inputs: Tensor | None) -> bool:
+    """Whether an activation is applied after the op, since a gradient may be wanted."""
+    transformed = torch._C._are_functorch_transforms_active()  # hides who wants one
+    return activation == "swiglu" and (transformed or wants_grad(*inputs))
 
 
 def require_no_gradient_of(op: str, activation: str, needs: tuple[bool, ...]) -> None:
