@@ -35,22 +35,18 @@ __device__ __forceinline__ void assign(__nv_bfloat16& to, float x) { to = __floa
 
 // Two 16-bit elements in one word, the first in its low half; ReLU is a variant of the conversion.
 // NaN stays NaN.
-template <FloatKind kKind>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, bool relu) {
+template <FloatKind kKind, bool kRelu>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   static_assert(kBytesOf<kKind> == 2);
   uint32_t word;
-  if constexpr (kKind == FloatKind::kHalf) {
-    if (relu) {
-      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    } else {
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    }
+  if constexpr (kKind == FloatKind::kHalf && kRelu) {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else if constexpr (kKind == FloatKind::kHalf) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else if constexpr (kRelu) {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   } else {
-    if (relu) {
-      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    } else {
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    }
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   }
   return word;
 }

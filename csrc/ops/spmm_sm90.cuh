@@ -229,107 +229,105 @@ __device__ __forceinline__ void swiglu_pair(float gate0, float gate1, float up0,
   result[1] = gate1 * (below0 * reciprocal) * up1;
 }
 
-// One chunk of 64 rows of W x 64 tokens into a buffer; of its tokens kOctets times eight exist.
-// `sums` starts with the chunk's: of octet i of tokens, sums[4i], sums[4i + 1] are two tokens of
-// this thread's first row of W, sums[4i + 2], sums[4i + 3] of its second.
-template <FloatKind kKind, int kOctets>
-__device__ __forceinline__ void write_chunk(uint32_t out, const float* sums, const float (&bias)[2],
-                                            bool relu, int thread) {
+// One chunk of 64 rows of W x 64 tokens into a buffer; of its octets of tokens, `octets` exist.
+// `sums` starts with the chunk's: of octet i, sums[4i], sums[4i + 1] are two tokens of this
+// thread's first row of W, sums[4i + 2], sums[4i + 3] of its second. All indices are known at
+// compile time.
+template <FloatKind kKind, bool kRelu>
+__device__ __forceinline__ void write_chunk(uint32_t out, const float* sums, int octets,
+                                            const float (&bias)[2], int thread) {
   const int lane = thread % 32;
   // stmatrix: lanes 0-7 and 8-15 address eight tokens, features 0-7 and 8-15 of the warp's 16;
   // lanes 16-31 the next eight tokens
   const int lane_token = lane / 16 * 8 + lane % 8;
   const int out_chunk = thread / 32 * 2 + lane / 8 % 2;  // of 16 bytes
-  const uint32_t lane_out = out + lane_token * kOutRowBytes + ((out_chunk ^ lane % 8) * 16);
+  const uint32_t lane_offset = lane_token * kOutRowBytes + ((out_chunk ^ lane % 8) * 16);
   const auto word = [&](int octet, int half) {
     const float* const pair = sums + octet * 4 + half * 2;
-    return pack_pair<kKind>(pair[0] + bias[half], pair[1] + bias[half], relu);
+    return pack_pair<kKind, kRelu>(pair[0] + bias[half], pair[1] + bias[half]);
   };
 #pragma unroll
-  for (int octet = 0; octet < kOctets; octet += 2) {
-    const uint32_t address = lane_out + octet * 8 * kOutRowBytes;
-    if (octet + 1 < kOctets) {
+  for (int octet = 0; octet < kSm90OutBox / 8; octet += 2) {
+    const uint32_t address = out + lane_offset + octet * 8 * kOutRowBytes;
+    if (octet + 1 < octets) {
       ptx::store_matrices_t(address, word(octet, 0), word(octet, 1), word(octet + 1, 0),
                             word(octet + 1, 1));
-    } else {
+    } else if (octet < octets) {
       ptx::store_matrices_t(address, word(octet, 0), word(octet, 1));
     }
   }
 }
 
 // The same with SwiGLU: 32 features.
-template <FloatKind kKind, int kOctets>
-__device__ __forceinline__ void write_gated_chunk(uint32_t out, const float* sums,
+template <FloatKind kKind>
+__device__ __forceinline__ void write_gated_chunk(uint32_t out, const float* sums, int octets,
                                                   const float (&bias)[2], int thread) {
   // stmatrix: a lane addresses a token of 32, the warp's eight features of it
   const int lane = thread % 32;
   const int out_chunk = thread / 32;  // of 16 bytes
   const uint32_t lane_out = out + lane * kGatedRowBytes + ((out_chunk ^ lane / 2 % 4) * 16);
   const auto word = [&](int octet) -> uint32_t {
-    if (octet >= kOctets) {
+    if (octet >= octets) {
       return 0;  // of the buffer, but not stored
     }
     const float* const four = sums + octet * 4;
     float pair[2];
     swiglu_pair(four[0] + bias[0], four[1] + bias[0], four[2] + bias[1], four[3] + bias[1], pair);
-    return pack_pair<kKind>(pair[0], pair[1], false);
+    return pack_pair<kKind, false>(pair[0], pair[1]);
   };
 #pragma unroll
-  for (int octet = 0; octet < kOctets; octet += 4) {
-    ptx::store_matrices_t(lane_out + octet * 8 * kGatedRowBytes, word(octet), word(octet + 1),
-                          word(octet + 2), word(octet + 3));
+  for (int octet = 0; octet < kSm90OutBox / 8; octet += 4) {
+    if (octet < octets) {
+      ptx::store_matrices_t(lane_out + octet * 8 * kGatedRowBytes, word(octet), word(octet + 1),
+                            word(octet + 2), word(octet + 3));
+    }
   }
 }
 
 // Rows `row` to `row` + 63 of W with a tile's tokens. `sums` is one m64 accumulator; this thread's
 // two rows have `bias`. Stores before it in this tile: kFirst.
-template <FloatKind kKind, typename T, int kFirst>
+template <FloatKind kKind, typename T, Activation kActivation, int kFirst>
 __device__ __forceinline__ void store_block(const SpmmSm90Args& args,
                                             const float (&sums)[T::kTokens / 2],
                                             const float (&bias)[2], int row, int first_token,
                                             uint32_t buffers, int consumer, int thread) {
-  const bool gated = args.activation == Activation::kSwiglu;
-  const auto store_chunk = [&]<int chunk>(std::integral_constant<int, chunk>) {
+  constexpr bool kGated = kActivation == Activation::kSwiglu;
+#pragma unroll
+  for (int chunk = 0; chunk < T::kOutChunks; ++chunk) {
     const int token = first_token + chunk * kSm90OutBox;
     if (row >= args.rows || token >= args.tokens) {
       if (thread == 0) {
         ptx::tma_store_commit();  // of nothing: every chunk has a group, which is what is waited
                                   // for
       }
-      return;
+      continue;
     }
     constexpr int kChunkOctets = kSm90OutBox / 8;
-    constexpr int kLeft = T::kTokens / 8 - chunk * kChunkOctets;
-    constexpr int kOctets = kLeft < kChunkOctets ? kLeft : kChunkOctets;
+    const int octets = min(kChunkOctets, T::kTokens / 8 - chunk * kChunkOctets);
     const uint32_t out = buffers + (kFirst + chunk) % kOutBuffers * kOutBytes;
-    const float* const chunk_sums = sums + chunk * kChunkOctets * 4;
     if (thread == 0) {
       ptx::tma_store_wait_read<kOutBuffers - 1>();
     }
     ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
-    if (gated) {
-      write_gated_chunk<kKind, kOctets>(out, chunk_sums, bias, thread);
+    const float* const chunk_sums = sums + chunk * kChunkOctets * 4;
+    if constexpr (kGated) {
+      write_gated_chunk<kKind>(out, chunk_sums, octets, bias, thread);
     } else {
-      const bool relu = args.activation == Activation::kRelu;
-      write_chunk<kKind, kOctets>(out, chunk_sums, bias, relu, thread);
+      write_chunk<kKind, kActivation == Activation::kRelu>(out, chunk_sums, octets, bias, thread);
     }
     ptx::fence_async_shared();
     ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
     if (thread == 0) {
       const bool rest = T::kRestTokens != 0 && chunk == T::kOutChunks - 1;
-      ptx::tma_store(out, rest ? &args.y_rest : &args.y, gated ? row / 2 : row, token);
+      ptx::tma_store(out, rest ? &args.y_rest : &args.y, kGated ? row / 2 : row, token);
       ptx::tma_store_commit();
     }
-  };
-  const auto store_chunks = [&]<int... chunk>(std::integer_sequence<int, chunk...>) {
-    (store_chunk(std::integral_constant<int, chunk>{}), ...);
-  };
-  store_chunks(std::make_integer_sequence<int, T::kOutChunks>{});
+  }
 }
 
 // ---- consumers ---------------------------------------------------------------------------
 
-template <FloatKind kKind, typename T>
+template <FloatKind kKind, typename T, Activation kActivation>
 __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t shared, int consumer,
                                         int thread) {
   using Wgmma = ptx::Wgmma<kKind, T::kTokens>;
@@ -449,8 +447,8 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
           bias[half] = feature < args.rows ? static_cast<float>(biases[feature]) : 0.0f;
         }
       }
-      store_block<kKind, T, i * T::kOutChunks>(args, sums[i], bias, row, place.token, buffers,
-                                               consumer, thread);
+      store_block<kKind, T, kActivation, i * T::kOutChunks>(args, sums[i], bias, row, place.token,
+                                                            buffers, consumer, thread);
     };
     store(std::integral_constant<int, 0>{});
     if constexpr (kBlocks == 2) {
@@ -464,7 +462,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
 
 // ---- kernel ------------------------------------------------------------------------------
 
-template <FloatKind kKind, typename T>
+template <FloatKind kKind, typename T, Activation kActivation>
 __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
     spmm_sm90_kernel(const __grid_constant__ SpmmSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -498,7 +496,7 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
     }
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    consume<kKind, T>(args, shared, warpgroup - 1, threadIdx.x % kWarpgroup);
+    consume<kKind, T, kActivation>(args, shared, warpgroup - 1, threadIdx.x % kWarpgroup);
   }
   if constexpr (T::kCluster > 1) {
     __syncwarp();
@@ -511,10 +509,10 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
 
 // ---- launcher ----------------------------------------------------------------------------
 
-template <FloatKind kKind, typename T>
+template <FloatKind kKind, typename T, Activation kActivation>
 cudaError_t launch_kernel(const SpmmSm90Args& args, unsigned blocks, int device,
                           cudaStream_t stream) {
-  auto* const kernel = &spmm_sm90_kernel<kKind, T>;
+  auto* const kernel = &spmm_sm90_kernel<kKind, T, kActivation>;
   // The attribute is of the kernel on a device, and setting it takes longer than a launch
   static std::atomic<uint64_t> is_set = 0;  // bit: device
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
@@ -530,6 +528,20 @@ cudaError_t launch_kernel(const SpmmSm90Args& args, unsigned blocks, int device,
   return cudaGetLastError();
 }
 
+// Each activation is a kernel of its own: a branch would be taken for every pair of sums.
+template <FloatKind kKind, typename T>
+cudaError_t launch(const SpmmSm90Args& args, unsigned blocks, int device, cudaStream_t stream) {
+  switch (args.activation) {
+    case Activation::kNone:
+      return launch_kernel<kKind, T, Activation::kNone>(args, blocks, device, stream);
+    case Activation::kRelu:
+      return launch_kernel<kKind, T, Activation::kRelu>(args, blocks, device, stream);
+    case Activation::kSwiglu:
+      return launch_kernel<kKind, T, Activation::kSwiglu>(args, blocks, device, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace sm90
 
 template <int kRows, int kTokens, int kStages, int kCluster>
@@ -539,8 +551,8 @@ cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsi
   using T = sm90::Tile<kBlocks, kTokens, kStages, kCluster>;
   static_assert(T::kRows == kRows);
   return kind == FloatKind::kHalf
-             ? sm90::launch_kernel<FloatKind::kHalf, T>(args, blocks, device, stream)
-             : sm90::launch_kernel<FloatKind::kBFloat16, T>(args, blocks, device, stream);
+             ? sm90::launch<FloatKind::kHalf, T>(args, blocks, device, stream)
+             : sm90::launch<FloatKind::kBFloat16, T>(args, blocks, device, stream);
 }
 
 }  // namespace slope

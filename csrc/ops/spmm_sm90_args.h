@@ -34,7 +34,6 @@ struct SpmmSm90Args {
   CUtensorMap y_rest;       // as y, but of tile tokens % 64
   const uint4* metadata;    // [row blocks, quads, 128]
   const void* bias;         // [rows] or nullptr
-  Activation activation;
   int rows, tokens;
   int quads;         // of 256 columns
   int row_blocks;    // of 64
@@ -43,6 +42,7 @@ struct SpmmSm90Args {
   int row_tiles;     // along Y's features; those of a cluster are one
   int token_tiles;   // along Y's tokens
   int raster_group;  // tiles along features that go together, for L2
+  Activation activation;
 };
 
 // The kernel with tiles of kRows of W x kTokens, for each block of a cluster, and a ring of
