@@ -5,7 +5,7 @@
 
 A LLaMA of about 100M parameters, bf16 with fp32 masters, 200 steps of 8192 tokens of the text that
 corpus.py builds; transposed masks chosen anew every 50 steps, adapters from step 180 on. Four runs
-of slope-pretrain from the same seed:
+of slope-pretrain from the same seed, side by side:
 
 kernels     as it is
 reference   SLOPE_EXT_FORCE_REFERENCE=1: plain PyTorch on the GPU
@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -68,8 +69,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the records (default: results/<gpu>)")
     arguments = parser.parse_args()
     options = ["--data", arguments.data, "--tokenizer", arguments.tokenizer]
-    with tempfile.TemporaryDirectory() as folder:
-        curves = {run: losses_of(run, options, Path(folder)) for run in RUNS}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(RUNS)) as pool:
+        found = pool.map(lambda run: losses_of(run, options, Path(folder)), RUNS)
+        curves = dict(zip(RUNS, found, strict=True))
 
     records = []
     apart = []
