@@ -4,13 +4,12 @@
     PYTHONPATH=.:benchmarks python benchmarks/loss_curves.py --data runs/corpus [--out DIR]
 
 A LLaMA of about 100M parameters, bf16 with fp32 masters, 200 steps of 8192 tokens of the text that
-corpus.py builds; transposed masks chosen anew every 50 steps, adapters from step 180 on. Four runs
+corpus.py builds; transposed masks chosen anew every 50 steps, adapters from step 180 on. Three runs
 of slope-pretrain from the same seed, side by side:
 
 kernels     as it is
 reference   SLOPE_EXT_FORCE_REFERENCE=1: plain PyTorch on the GPU
 resumed     kernels, stopped after 100 steps and started again
-dense       no sparsity; what the curves are to be read beside
 
 Records: the loss every ten steps, a mean over those ten; baseline: reference. Exit code 1 if
 kernels and resumed differ in a bit, or kernels and reference by more than 1 % in one mean.
@@ -44,7 +43,6 @@ RUNS: dict[str, list[list[str]]] = {
     "kernels": [[]],
     "reference": [[]],
     "resumed": [["--stop-after", "100"], []],
-    "dense": [["--method", "dense"]],
 }
 
 

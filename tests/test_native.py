@@ -125,7 +125,7 @@ def activate(activation, exact, sums):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: "{}x{}".format(*TILES[i]))
-@pytest.mark.parametrize("row_tiles", [1, 3, 70])
+@pytest.mark.parametrize("row_tiles", [1, 3, 70], ids=["one", "three", "many_rows_of_tiles"])
 @pytest.mark.parametrize(
     ("rank", "activation"), [(0, "none"), (40, "none"), (40, "relu"), (0, "swiglu"), (40, "swiglu")]
 )
