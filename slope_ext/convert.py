@@ -168,7 +168,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         ``model``, or its replacement if it is itself a sparse layer or a fused MLP.
 
     Raises:
-        ValueError: a layer was made with an activation, which nn.Linear does not have.
+        ValueError: a layer applies an activation that no module of ``model`` stands for.
     """
     _require_modules_of_activations(model)
     derived = set(_derived_buffers(model))
@@ -182,7 +182,7 @@ def to_dense(model: nn.Module) -> nn.Module:
                 dense.weight = by_weight.setdefault(id(layer.weight), dense).weight
             replacements[layer] = dense
         elif isinstance(layer, ReLUInProduct):
-            replacements[layer] = nn.ReLU()
+            replacements[layer] = layer.split()
     model = _replace(model, replacements)
     _have_ddp_ignore(model, derived)
     return model
@@ -194,8 +194,8 @@ def _require_modules_of_activations(model: nn.Module) -> None:
         lone = isinstance(layer, SLoPeLinear) and id(layer) not in known
         if lone and layer.activation != "none":
             raise ValueError(
-                f"to_dense: {name or 'the layer'} has activation {layer.activation!r} of its own, "
-                "which no dense layer has"
+                f"to_dense: {name or 'the layer'} applies {layer.activation!r}, which a dense "
+                "layer does not, and the module that would is not part of the model"
             )
 
 

@@ -5,8 +5,8 @@
     A ReLU after a layer: in ``nn.Sequential``, and ``activation_fn`` after ``fc1`` in Hugging
     Face's OPT layers. What hooks of that layer see is then after the ReLU.
 "swiglu"
-    In MLPs of Hugging Face's LLaMA and others that have its forward method,
-    down_proj(silu(gate_proj(x)) * up_proj(x)): gate and up-projection become one layer
+    In MLPs like those of Hugging Face's LLaMA, whose forward method is
+    down_proj(act_fn(gate_proj(x)) * up_proj(x)): gate and up-projection become one layer
     ``gate_up_proj``, whose rows come in turns, eight of the gate's, eight of the up-projection's.
     x is read once, and where nobody wants a gradient the own kernel writes neither of the two
     results, only their product. An adapter is one for both. Checkpoints have the names and the
@@ -19,11 +19,10 @@ set on a gate or an up-projection are not kept.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +45,16 @@ def fused_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The layers whose activation stands for modules that were there."""
     for parent in model.modules():
         if isinstance(parent, SwiGLUMLP):
-            yield parent.gate_up_proj
+            yield from parent.gate_up_proj.modules()
         for layer, following in _layers_and_next(parent):
             if isinstance(following, ReLUInProduct):
-                yield layer
+                yield from layer.modules()
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    """``new`` with the mode and the hooks (the same dicts) of ``old``."""
+    vars(new).update({key: value for key, value in vars(old).items() if "hook" in key})
+    return new.train(old.training)
 
 
 # ---- ReLU ----------------------------------------------------------------------------------------
@@ -58,12 +63,23 @@ def fused_layers(model: nn.Module) -> Iterator[nn.Module]:
 class ReLUInProduct(nn.Identity):
     """Stands where the ReLU was that the layer before it applies."""
 
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        _take_over(original, self)
+        self.__dict__["original"] = original
+
+    def split(self) -> nn.Module:
+        """The ReLU again."""
+        return _take_over(self, self.__dict__["original"])
+
 
 def _layers_and_next(parent: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Children that take each other's result."""
     children = parent._modules
-    pairs = [("fc1", "activation_fn")]
-    if isinstance(parent, nn.Sequential):
+    pairs: list[tuple[str, str]] = []
+    if type(parent).__module__.startswith("transformers.models.opt."):
+        pairs = [("fc1", "activation_fn")]
+    elif type(parent).forward is nn.Sequential.forward and "forward" not in vars(parent):
         pairs = list(itertools.pairwise(children))
     found = [(children.get(name), children.get(following)) for name, following in pairs]
     return [(a, b) for a, b in found if a is not None and b is not None]
@@ -75,10 +91,11 @@ def fuse_relus(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for layer, relu in _layers_and_next(parent):
             alone = uses[id(layer)] == uses[id(relu)] == 1
-            if isinstance(layer, SLoPeLinear) and type(relu) is nn.ReLU and alone:
-                layer.activation = "relu"
+            takes = isinstance(layer, SLoPeLinear) and layer.activation == "none"
+            if takes and type(relu) is nn.ReLU and alone:
+                cast(SLoPeLinear, layer).activation = "relu"
                 name = next(name for name, child in parent._modules.items() if child is relu)
-                parent._modules[name] = ReLUInProduct()
+                parent._modules[name] = ReLUInProduct(relu)
 
 
 # ---- SwiGLU --------------------------------------------------------------------------------------
@@ -96,7 +113,7 @@ class SwiGLUMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = gate_up_proj
         self.down_proj = cast(nn.Module, original.down_proj)
-        self.training = original.training
+        _take_over(original, self)
         for name in ("gate_proj", "up_proj", "down_proj"):
             original._modules[name] = None
         self.__dict__["original"] = original  # no child: without parameters, and not in names
@@ -140,11 +157,9 @@ def split_swiglus(model: nn.Module) -> nn.Module:
 
 
 def _split(mlp: SwiGLUMLP) -> nn.Module:
-    original: nn.Module = mlp.__dict__["original"]
+    original = _take_over(mlp, mlp.__dict__["original"])
     original.gate_proj, original.up_proj = _apart(mlp.gate_up_proj)
     original.down_proj = mlp.down_proj
-    original.training = mlp.training
-    vars(original).update({key: value for key, value in vars(mlp).items() if "hook" in key})
     return original
 
 
@@ -180,14 +195,25 @@ def _kind(parameter: Tensor | None) -> tuple[object, ...] | None:
     return parameter.dtype, parameter.device, parameter.requires_grad
 
 
+def _at_once(mlp: Any, x: Any) -> Any:
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def _in_two_lines(mlp: Any, x: Any) -> Any:
+    y = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    return y  # so is the bytecode of LlamaMLP
+
+
 def _has_llamas_forward(mlp: nn.Module) -> bool:
-    """Whether a module of transformers computes what LlamaMLP does: the same bytecode."""
-    if not type(mlp).__module__.startswith("transformers.models."):
-        return False
-    llama = importlib.import_module("transformers.models.llama.modeling_llama")
-    codes = [cls.forward.__code__ for cls in (type(mlp), llama.LlamaMLP)]
-    mine, theirs = ((code.co_code, code.co_names, code.co_consts[1:]) for code in codes)
-    return mine == theirs
+    """Whether the forward method of ``mlp`` has the bytecode of one of the above."""
+    forward = type(mlp).forward
+
+    def instructions(function: Any) -> Any:
+        code = getattr(function, "__code__", None)
+        return code and (code.co_code, code.co_names, code.co_freevars)
+
+    same = instructions(forward) in map(instructions, (_at_once, _in_two_lines))
+    return same and not hasattr(forward, "__wrapped__")
 
 
 def _is_changed(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from slope_ext import _backward_copy, _freshness, _packed, ops
-from slope_ext._check import ACTIVATIONS, BACKENDS, GATE_ROWS, Checker, has_two_of_four
+from slope_ext._check import ACTIVATIONS, BACKENDS, GATE_ROWS, has_two_of_four
 from slope_ext.ops.spmm import Activation, Backend
 from slope_ext.sparse_layer import SparseLayer
 
@@ -201,12 +201,22 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             backward_copy, backend, activation: as in the constructor.
 
         Raises:
-            ValueError, RuntimeError: an argument has a wrong shape or dtype; the message names it.
+            ValueError: an argument has a wrong shape or dtype; the message names it.
         """
-        check = Checker("SLoPeLinear.from_compressed")
-        check.values(values, bitmask)
-        check.bias(bias, values)
+        if values.dim() != 2:
+            raise ValueError(
+                f"SLoPeLinear: values must be [out, in/2], got shape {list(values.shape)}"
+            )
         out_features, half = values.shape
+        if bitmask.dtype != torch.uint8 or tuple(bitmask.shape) != (out_features, half // 4):
+            raise ValueError(
+                f"SLoPeLinear: bitmask must be uint8 [out, in/8] = [{out_features}, {half // 4}], "
+                f"got {bitmask.dtype} {list(bitmask.shape)}"
+            )
+        if bias is not None and tuple(bias.shape) != (out_features,):
+            raise ValueError(
+                f"SLoPeLinear: bias must be [out] = [{out_features}], got {list(bias.shape)}"
+            )
         layer = cls(
             2 * half,
             out_features,

@@ -123,22 +123,15 @@ def activate(activation, exact, sums):
     return (silu * up).flatten(-2), off.flatten(-2)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: "{}x{}".format(*TILES[i]))
-@pytest.mark.parametrize("row_tiles", [1, 3, 70], ids=["one", "three", "many_rows_of_tiles"])
-@pytest.mark.parametrize(
-    ("rank", "activation"), [(0, "none"), (40, "none"), (40, "relu"), (0, "swiglu"), (40, "swiglu")]
-)
-def test_every_tile_with_every_rest(tile, row_tiles, rank, activation):
-    """Tokens that leave one, two or three chunks of 64 of the last tile; blocks with several tiles;
-    operands amid NaN, the result amid a sentinel."""
+def check_tile(tile, row_tiles, rests, rank, activation):
+    """Operands amid NaN, the result amid a sentinel."""
     skip_unless_it_runs()
     tile_rows, tile_tokens = TILES[tile]
     rows, columns = row_tiles * tile_rows - (32 if activation == "swiglu" else 24), 288
     o = Operands(rows, columns, torch.bfloat16, CUDA)
     words = with_words(o)
     features = rows // 2 if activation == "swiglu" else rows
-    for rest in (1, 64, 65, 100, 128, 130, 0):
+    for rest in rests:
         tokens = 2 * tile_tokens + rest
         tensors = [between(tokens, columns, float("nan")), between(tokens, rank, float("nan"))]
         tensors += [between(rows, rank, float("nan")), between(tokens, features, 12345.0)]
@@ -155,6 +148,25 @@ def test_every_tile_with_every_rest(tile, row_tiles, rank, activation):
         assert_rounded(y, *activate(activation, exact, sums + o.bias.double().abs()))
         assert bool((whole[:GUARD] == 12345.0).all())
         assert bool((whole[-GUARD:] == 12345.0).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: "{}x{}".format(*TILES[i]))
+@pytest.mark.parametrize("row_tiles", [1, 3, 70], ids=["one", "three", "many_rows_of_tiles"])
+@pytest.mark.parametrize(
+    ("rank", "activation"), [(0, "none"), (40, "none"), (40, "relu"), (0, "swiglu"), (40, "swiglu")]
+)
+def test_every_tile_with_every_rest(tile, row_tiles, rank, activation):
+    """Tokens that leave one, two or three chunks of 64 of the last tile; blocks with several
+    tiles."""
+    check_tile(tile, row_tiles, (1, 64, 65, 100, 128, 130, 0), rank, activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [2, 7], ids=lambda i: "{}x{}".format(*TILES[i]))
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+def test_blocks_with_several_tiles(tile, activation):
+    check_tile(tile, 70, (65,), 40, activation)
 
 
 @pytest.mark.gpu
@@ -181,6 +193,10 @@ def test_swiglu_of_extreme_gates(dtype):
     )
     assert bool(y[~finite, 0].isfinite().logical_not().all())
     assert float(y[gates == float("inf"), 0]) == float("inf")
+    if dtype == torch.bfloat16:  # gate * up is beyond fp32
+        x[0, 0], x[0, 2] = -20, 1e38
+        large = ops.linear(x[:1], values, bitmask, activation="swiglu", backend="native")[0, 0]
+        assert float(large) == pytest.approx(1e38 * float(F.silu(torch.tensor(-20.0))), rel=0.01)
 
 
 @pytest.mark.gpu
