@@ -148,6 +148,29 @@ class Checker:
         self.same_dtype(name, x, "values", values)
         self.same_device(name, x, "values", values)
 
+    def forward(
+        self,
+        x: Tensor,
+        values: Tensor,
+        bitmask: Tensor,
+        bias: Tensor | None,
+        bitmask_t: Tensor | None,
+        values_t: Tensor | None,
+        metadata: Tensor | None,
+        metadata_t: Tensor | None,
+        backend: str,
+        activation: str,
+    ) -> None:
+        """Checks a weight and what a product with it takes."""
+        rows, columns = self.values(values, bitmask)
+        self.activation(activation, rows)
+        self.tokens("x", x, columns, values)
+        self.bias(bias, values)
+        self.transposed(values, bitmask_t, values_t)
+        self.metadata("metadata", metadata, rows, columns, values)
+        self.metadata("metadata_t", metadata_t, columns, rows, values)
+        self.backend(backend)
+
     def backward(
         self,
         dy: Tensor,

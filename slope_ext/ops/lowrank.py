@@ -126,15 +126,9 @@ def _check(
     activation: str = "none",
 ) -> None:
     check = Checker("linear_lowrank")
-    rows, columns = check.values(values, bitmask)
-    check.activation(activation, rows)
-    check.tokens("x", x, columns, values)
+    rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, activation)
+    check.forward(x, values, bitmask, *rest)
     _check_factors(check, lora_A, lora_B, values)
-    check.bias(bias, values)
-    check.transposed(values, bitmask_t, values_t)
-    check.metadata("metadata", metadata, rows, columns, values)
-    check.metadata("metadata_t", metadata_t, columns, rows, values)
-    check.backend(backend)
 
 
 def _check_input_grad(

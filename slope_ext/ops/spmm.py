@@ -126,15 +126,8 @@ def _check_linear(
     backend: str = "auto",
     activation: str = "none",
 ) -> None:
-    check = Checker("linear")
-    rows, columns = check.values(values, bitmask)
-    check.activation(activation, rows)
-    check.tokens("x", x, columns, values)
-    check.bias(bias, values)
-    check.transposed(values, bitmask_t, values_t)
-    check.metadata("metadata", metadata, rows, columns, values)
-    check.metadata("metadata_t", metadata_t, columns, rows, values)
-    check.backend(backend)
+    rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, activation)
+    Checker("linear").forward(x, values, bitmask, *rest)
 
 
 def _fake_linear(
@@ -207,8 +200,10 @@ def wants_grad(*inputs: Tensor | None) -> bool:
 
 def follows(activation: str, *inputs: Tensor | None) -> bool:
     """Whether an activation is applied after the op, since a gradient may be wanted."""
-    transformed = torch._C._are_functorch_transforms_active()  # hides who wants one
-    return activation == "swiglu" and (transformed or wants_grad(*inputs))
+    if activation != "swiglu":
+        return False
+    # Under a transform tensors hide that they want one
+    return torch._C._are_functorch_transforms_active() or wants_grad(*inputs)
 
 
 def require_no_gradient_of(op: str, activation: str, needs: tuple[bool, ...]) -> None:
