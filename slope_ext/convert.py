@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slope_ext import ops, reference
 from slope_ext._check import BACKENDS, FLOAT_DTYPES
-from slope_ext.fuse import FUSIONS, Fusion, ReLUInProduct, fused_layers, split_swiglus
+from slope_ext.fuse import FUSIONS, Fusion, fused_layers, unfuse
 from slope_ext.linear import DERIVED_BUFFERS, BackwardCopy, SLoPeLinear
 from slope_ext.ops.spmm import Backend
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
@@ -172,7 +172,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     _require_modules_of_activations(model)
     derived = set(_derived_buffers(model))
-    model = split_swiglus(model)
+    model = unfuse(model)
     replacements: dict[nn.Module, nn.Module] = {}
     by_weight: dict[int, nn.Module] = {}
     for layer in model.modules():
@@ -181,8 +181,6 @@ def to_dense(model: nn.Module) -> nn.Module:
             if not layer.has_adapter:  # an adapter makes the dense weight the layer's own
                 dense.weight = by_weight.setdefault(id(layer.weight), dense).weight
             replacements[layer] = dense
-        elif isinstance(layer, ReLUInProduct):
-            replacements[layer] = layer.split()
     model = _replace(model, replacements)
     _have_ddp_ignore(model, derived)
     return model

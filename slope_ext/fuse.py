@@ -46,9 +46,31 @@ def fused_layers(model: nn.Module) -> Iterator[nn.Module]:
     for parent in model.modules():
         if isinstance(parent, SwiGLUMLP):
             yield from parent.gate_up_proj.modules()
-        for layer, following in _layers_and_next(parent):
-            if isinstance(following, ReLUInProduct):
+        for layer, name in _layers_and_next(parent):
+            if isinstance(parent._modules[name], ReLUInProduct):
                 yield from layer.modules()
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Puts back what stood in ``model`` before it was fused; layers keep their "relu", and the ReLU
+    that is there again changes nothing.
+
+    Returns:
+        ``model``, or its replacement if something else stood in its place itself.
+    """
+    for parent, name in _places(model, lambda child: isinstance(child, _StandIn)):
+        parent._modules[name] = cast(_StandIn, parent._modules[name]).split()
+    return model.split() if isinstance(model, _StandIn) else model
+
+
+def _places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[nn.Module, str]]:
+    """Parents and names of the children that are wanted, without holding on to those."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and wanted(child)
+    ]
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
@@ -57,51 +79,65 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
     return new.train(old.training)
 
 
-# ---- ReLU ----------------------------------------------------------------------------------------
-
-
-class ReLUInProduct(nn.Identity):
-    """Stands where the ReLU was that the layer before it applies."""
+class _StandIn(nn.Module):
+    """Stands where ``original`` was, with its mode and hooks."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         _take_over(original, self)
-        self.__dict__["original"] = original
+        self.__dict__["original"] = original  # no child: without parameters, and not in names
 
     def split(self) -> nn.Module:
-        """The ReLU again."""
+        """The original again, with the mode and the hooks of this."""
         return _take_over(self, self.__dict__["original"])
 
 
-def _layers_and_next(parent: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Children that take each other's result."""
+# ---- ReLU ----------------------------------------------------------------------------------------
+
+
+class ReLUInProduct(_StandIn):
+    """Stands where the ReLU was that the layer before it applies."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y as it is."""
+        return y
+
+
+def _layers_and_next(parent: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Children whose result another takes, and the name of that."""
     children = parent._modules
     pairs: list[tuple[str, str]] = []
     if type(parent).__module__.startswith("transformers.models.opt."):
         pairs = [("fc1", "activation_fn")]
     elif type(parent).forward is nn.Sequential.forward and "forward" not in vars(parent):
         pairs = list(itertools.pairwise(children))
-    found = [(children.get(name), children.get(following)) for name, following in pairs]
-    return [(a, b) for a, b in found if a is not None and b is not None]
+    return [
+        (layer, following)
+        for name, following in pairs
+        if (layer := children.get(name)) is not None and children.get(following) is not None
+    ]
 
 
 def fuse_relus(model: nn.Module) -> None:
     """Has layers apply the ReLU that follows them."""
     uses = _uses(model)
     for parent in list(model.modules()):
-        for layer, relu in _layers_and_next(parent):
-            alone = uses[id(layer)] == uses[id(relu)] == 1
-            takes = isinstance(layer, SLoPeLinear) and layer.activation == "none"
-            if takes and type(relu) is nn.ReLU and alone:
-                cast(SLoPeLinear, layer).activation = "relu"
-                name = next(name for name, child in parent._modules.items() if child is relu)
+        for layer, name in _layers_and_next(parent):
+            relu = parent._modules[name]
+            if (
+                isinstance(layer, SLoPeLinear)
+                and layer.activation == "none"
+                and type(relu) is nn.ReLU
+                and uses[id(layer)] == uses[id(relu)] == 1
+            ):
+                layer.activation = "relu"
                 parent._modules[name] = ReLUInProduct(relu)
 
 
 # ---- SwiGLU --------------------------------------------------------------------------------------
 
 
-class SwiGLUMLP(nn.Module):
+class SwiGLUMLP(_StandIn):
     """down_proj(gate_up_proj(x)), where gate_up_proj gives silu(gate) * up.
 
     Args:
@@ -110,57 +146,33 @@ class SwiGLUMLP(nn.Module):
     """
 
     def __init__(self, gate_up_proj: SLoPeLinear, original: nn.Module) -> None:
-        super().__init__()
-        self.gate_up_proj = gate_up_proj
-        self.down_proj = cast(nn.Module, original.down_proj)
-        _take_over(original, self)
+        down_proj = cast(nn.Module, original.down_proj)
         for name in ("gate_proj", "up_proj", "down_proj"):
             original._modules[name] = None
-        self.__dict__["original"] = original  # no child: without parameters, and not in names
+        super().__init__(original)
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
         return self.down_proj(self.gate_up_proj(x))  # type: ignore[no-any-return]
 
+    def split(self) -> nn.Module:
+        """The MLP again; an adapter becomes two with the same A."""
+        original = super().split()
+        original.gate_proj, original.up_proj = _apart(self.gate_up_proj)
+        original.down_proj = self.down_proj
+        return original
+
 
 def fuse_swiglus(model: nn.Module) -> None:
     """Makes one layer of gate and up-projection, one MLP after the other."""
     uses = _uses(model)
-    places = [
-        (parent, name)
-        for parent in model.modules()
-        for name, mlp in parent._modules.items()
-        if mlp is not None and _is_swiglu(mlp, uses)
-    ]
-    for parent, name in places:
+    for parent, name in _places(model, lambda child: _is_swiglu(child, uses)):
         mlp = cast(nn.Module, parent._modules[name])
         layers = cast(SLoPeLinear, mlp.gate_proj), cast(SLoPeLinear, mlp.up_proj)
         parent._modules[name] = SwiGLUMLP(_in_turns(*layers), mlp)
         del layers  # so that they are gone before the next
-
-
-def split_swiglus(model: nn.Module) -> nn.Module:
-    """Takes back what fuse_swiglus did; an adapter becomes two with the same A.
-
-    Returns:
-        ``model``, or its replacement if it is itself such an MLP.
-    """
-    places = [
-        (parent, name)
-        for parent in model.modules()
-        for name, mlp in parent._modules.items()
-        if isinstance(mlp, SwiGLUMLP)
-    ]
-    for parent, name in places:
-        parent._modules[name] = _split(cast(SwiGLUMLP, parent._modules[name]))
-    return _split(model) if isinstance(model, SwiGLUMLP) else model
-
-
-def _split(mlp: SwiGLUMLP) -> nn.Module:
-    original = _take_over(mlp, mlp.__dict__["original"])
-    original.gate_proj, original.up_proj = _apart(mlp.gate_up_proj)
-    original.down_proj = mlp.down_proj
-    return original
 
 
 def _is_swiglu(mlp: nn.Module, uses: Counter[int]) -> bool:

@@ -169,7 +169,7 @@ def test_fused_mlps_come_apart(device):
     tokens = torch.randint(64, (2, 8), device=device)
     expected = fused(tokens).last_hidden_state
     assert "layers.0.mlp.gate_up_proj.weight" in fused.state_dict()
-    slope.fuse.split_swiglus(fused)
+    slope.fuse.unfuse(fused)
     assert type(fused.layers[1].mlp) is type(model.layers[1].mlp)
     assert not fused.layers[1].mlp.gate_proj.bias.requires_grad
     assert not fused.layers[1].mlp.training
@@ -205,7 +205,7 @@ def test_modes_hooks_and_frozen_adapters_are_kept(device):
     mlp.gate_up_proj.lora_A.requires_grad_(False)
     state = torch.get_rng_state()
     alone = copy.deepcopy(mlp)
-    slope.fuse.split_swiglus(model)
+    slope.fuse.unfuse(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module.training for module in model.modules())
     assert not model.layers[0].mlp.up_proj.lora_A.requires_grad
