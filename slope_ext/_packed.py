@@ -38,13 +38,19 @@ class _Bytes:
         }
 
 
+def native_takes(rows: int, columns: int, dtype: torch.dtype, backend: str) -> bool:
+    """Whether the own product takes a weight [rows, columns] of a layer, on a GPU that runs it."""
+    fits = is_half(dtype) and fits_native(rows, columns) and rows * columns > 0
+    return fits and backend in ("auto", "native")
+
+
 def backend_of(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device, backend: str
 ) -> Literal["native", "cusparselt"] | None:
     """What multiplies by a weight [rows, columns] of a layer with that backend; None: cuBLAS."""
-    fits = is_half(dtype) and fits_native(rows, columns) and rows * columns > 0
     on_cuda = device.type == "cuda"
-    if backend in ("auto", "native") and on_cuda and fits and _native_runs_here(device.index or 0):
+    taken = native_takes(rows, columns, dtype, backend)
+    if on_cuda and taken and _native_runs_here(device.index or 0):
         return "native"
     if backend in ("auto", "cusparselt") and is_packable(rows, columns, dtype, device):
         return "cusparselt"

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slope_ext._check import fits_native, is_half, metadata_words
+from slope_ext import _packed
+from slope_ext._check import metadata_words
 from slope_ext.linear import SLoPeLinear
 from slope_ext.sparse_layer import SparseLayer
-
-_OWN_PRODUCT = ("auto", "native")  # backends that run it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +136,8 @@ def _buffer_bytes(model: nn.Module) -> tuple[int, int, int]:
 
 def _metadata_bytes(layer: SLoPeLinear, rows: int, columns: int) -> int:
     """Of the own product's metadata for a weight [rows, columns] of a layer, if it takes that."""
-    taken = is_half(layer.weight.dtype) and fits_native(rows, columns)
-    return 4 * metadata_words(rows, columns) if taken and layer.backend in _OWN_PRODUCT else 0
+    taken = _packed.native_takes(rows, columns, layer.weight.dtype, layer.backend)
+    return 4 * metadata_words(rows, columns) if taken else 0
 
 
 def _bytes(tensor: Tensor) -> int:
