@@ -48,6 +48,7 @@ SEQUENCES, LENGTH = 4, 2048
 TOKENS = SEQUENCES * LENGTH
 STEPS = 4  # of a timed turn
 ROUNDS = 7
+PEAKS = {"peak": False, "peak, accumulating": True}  # whether gradients of an earlier pass exist
 # Layers that are run. Those of Mistral-7B are LLaMA-3-8B's in shape.
 LAYERS = {
     "LLaMA-3-8B": 2, "OPT-66B": 1, "OPT-13B": 2, "OPT-30B": 1, "OPT-6.7B": 3, "OPT-2.7B": 4,
@@ -264,9 +265,8 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
         method = Method(name, model, how, its_rank)
         method.prepare()
         if how != "captured":
-            for kind in ("peak", "peak, accumulating"):
-                used = method.peak("accumulating" in kind) - before
-                peaks[f"{name};{how}", kind] = used
+            for kind, accumulating in PEAKS.items():
+                peaks[f"{name};{how}", kind] = method.peak(accumulating) - before
             print(f"{model};{name};{how}: {phases(method)}", flush=True)
         limits[name] = product_seconds(method.model, run)
         methods.append(method)
@@ -292,7 +292,7 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
             limit=limits[name.rpartition(";")[0]],
         )
     names = ("slope;eager", "slope;compiled", "slope;recompute;compiled")
-    for name, kind in itertools.product(names, ("peak", "peak, accumulating")):
+    for name, kind in itertools.product(names, PEAKS):
         baseline = f"dense;{name.rpartition(';')[2]}"
         yield harness.bytes_record(
             bench="train_memory",

@@ -16,10 +16,10 @@ def accumulate_in_place() -> Iterator[None]:
     """Eager backward passes in this context add to a 2:4 weight's ``.grad`` where there is one.
 
     Autograd would compute a gradient, then read it and ``.grad`` and write the sum; here the kernel
-    that compresses the gradient adds it. For a weight that is used once in
-    a pass the sums are the same bits. Weights with hooks of their
-    own are left to autograd. DistributedDataParallel and its like, whose hooks cannot be seen, must
-    not miss a gradient: leave the last pass of an accumulation, which they wait for, out::
+    that compresses the gradient adds it. For a weight that is used once in a pass the sums are the
+    same bits. Weights with hooks of their own are left to autograd. DistributedDataParallel and its
+    like, whose hooks cannot be seen, must not miss a gradient: leave the last pass of an
+    accumulation, which they wait for, out::
 
         for micro_batch in micro_batches[:-1]:
             with slope.accumulate_in_place():

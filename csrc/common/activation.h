@@ -14,4 +14,9 @@ enum class Activation : int32_t { kNone, kRelu, kSwiglu };
 
 constexpr int kGateRows = 8;
 
+// Features of y for so many rows of W.
+constexpr int64_t features_of(int64_t rows, Activation activation) {
+  return activation == Activation::kSwiglu ? rows / 2 : rows;
+}
+
 }  // namespace slope

@@ -213,7 +213,7 @@ Tensor activated(const Tensor& y, Activation activation) {
       const Tensor gate = call_op("aten::silu", "", torch::stable::select(turns, 2, 0));
       const Tensor product =
           call_op("aten::mul", "Tensor", gate, torch::stable::select(turns, 2, 1));
-      return torch::stable::reshape(product, shape_with(y, rows / 2));
+      return torch::stable::reshape(product, shape_with(y, features_of(rows, activation)));
     }
   }
   return y;
@@ -243,8 +243,7 @@ Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight
     vector = torch::stable::contiguous(*bias);
   }
   const OptionalTensor left = aligned(tail_x), right = aligned(tail_weight);
-  const int64_t features = activation == Activation::kSwiglu ? rows / 2 : rows;
-  Tensor y = empty_like_device(x, shape_with(x, features), x.scalar_type());
+  Tensor y = empty_like_device(x, shape_with(x, features_of(rows, activation)), x.scalar_type());
   const auto pointer = [](const OptionalTensor& tensor) {
     return tensor ? tensor->const_data_ptr() : nullptr;
   };

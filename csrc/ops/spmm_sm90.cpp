@@ -227,8 +227,8 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
 
   // Maps. Those of an absent tail are not used
   MapMaker maps(params.kind);
-  const int shrink = params.activation == Activation::kSwiglu ? 2 : 1;
-  const Matrix y{params.y, params.tokens, params.rows / shrink};
+  const Matrix y{params.y, params.tokens, features_of(params.rows, params.activation)};
+  const auto out_box = static_cast<int>(features_of(kSm90OutBox, params.activation));
   const int rest = tile.tokens % kSm90OutBox;
   const int x_part = sm90_x_part(tile.tokens, tile.cluster);
   SpmmSm90Args args{};
@@ -241,8 +241,8 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
     args.tail_x =
         maps.make({params.tail_x, params.tokens, params.rank}, {x_part, kSm90TailTileColumns});
   }
-  args.y = maps.make(y, {kSm90OutBox, kSm90OutBox / shrink});
-  args.y_rest = rest == 0 ? args.y : maps.make(y, {rest, kSm90OutBox / shrink});
+  args.y = maps.make(y, {kSm90OutBox, out_box});
+  args.y_rest = rest == 0 ? args.y : maps.make(y, {rest, out_box});
   if (!maps.good()) {
     return cudaErrorInvalidValue;
   }
