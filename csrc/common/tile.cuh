@@ -54,6 +54,7 @@
 #include <cuda_runtime.h>
 
 #include "common/async_copy.cuh"
+#include "common/launch.cuh"
 #include "common/rank.cuh"
 
 namespace slope {
@@ -505,8 +506,9 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
   const int64_t column0 = int64_t{blockIdx.x} * T::kColumns;
   const TileView view{row0, column0, clamp_to_int(weight.rows - row0),
                       clamp_to_int(weight.columns - column0)};
-
   const WarpSelectors selectors;
+  wait_for_previous_kernel();
+
   if constexpr (kFromDense) {
     compress_tile<kKind>(tile, weight, view, selectors);
   } else {
@@ -532,12 +534,10 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
 template <FloatKind kKind, bool kFromDense, bool kChoose, bool kWriteValues>
 cudaError_t launch_tile(const WeightParams& weight, cudaStream_t stream) {
   using T = Tile<kBytesOf<kKind>>;
-  auto* const kernel = &tile_kernel<kKind, kFromDense, kChoose, kWriteValues>;
-  static_assert(sizeof(T) <= 48 * 1024, "more needs a function attribute");
   const dim3 grid(static_cast<unsigned>((weight.columns + T::kColumns - 1) / T::kColumns),
                   static_cast<unsigned>((weight.rows + kTileRows - 1) / kTileRows));
-  kernel<<<grid, kTileThreads, sizeof(T), stream>>>(weight);
-  return cudaGetLastError();
+  return launch_kernel<&tile_kernel<kKind, kFromDense, kChoose, kWriteValues>>(
+      {grid, kTileThreads, sizeof(T)}, stream, weight);
 }
 
 // launch_tile for the type of the weight.

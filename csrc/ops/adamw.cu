@@ -165,6 +165,7 @@ __global__ void __launch_bounds__(kFlatThreads) adamw_kernel(const __grid_consta
   using Vector = Elements<kKind, Moment, kMaster, kVector>;
   const int index = tensor_of(batch, blockIdx.x);
   const AdamWTensor& tensor = batch.tensors[index];
+  wait_for_previous_kernel();
   const Step step(batch, tensor);
   if (step.skip) {
     return;
@@ -269,11 +270,13 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
   const TileView view{row0, column0, clamp_to_int(tensor.rows - row0),
                       clamp_to_int(tensor.columns - column0)};
 
+  const WarpSelectors selectors;
+  wait_for_previous_kernel();
+
   // Masks, values
   load_mask(tile, tensor.bitmask, tensor.columns, view);
   load_mask_t(tile, tensor.bitmask_t, tensor.rows, view);
   update_tile<kKind, Moment, kMaster>(tile, tensor, view, Step(batch, tensor));
-  const WarpSelectors selectors;
   wait_for_copies();
   __syncthreads();
 
@@ -332,13 +335,12 @@ cudaError_t launch(const AdamWTensor* tensors, int64_t count, const AdamWOptions
       continue;
     }
     const auto grid = static_cast<unsigned>(blocks);
-    if (options.copies) {
-      constexpr int kShared = sizeof(Tile<kBytesOf<kKind>>);
-      adamw_copy_kernel<kKind, Moment, kMaster><<<grid, kTileThreads, kShared, stream>>>(batch);
-    } else {
-      adamw_kernel<kKind, Moment, kMaster><<<grid, kFlatThreads, 0, stream>>>(batch);
-    }
-    const cudaError_t status = cudaGetLastError();
+    constexpr size_t kShared = sizeof(Tile<kBytesOf<kKind>>);
+    const cudaError_t status = options.copies
+                                   ? launch_kernel<&adamw_copy_kernel<kKind, Moment, kMaster>>(
+                                         {grid, kTileThreads, kShared}, stream, batch)
+                                   : launch_kernel<&adamw_kernel<kKind, Moment, kMaster>>(
+                                         {grid, kFlatThreads}, stream, batch);
     if (status != cudaSuccess) {
       return status;
     }

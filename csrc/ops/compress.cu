@@ -20,6 +20,7 @@
 // Preconditions, which the launcher's caller checks: as in CompressParams; every nibble of the
 // bitmask has exactly two bits. Other nibbles give unspecified values but no stray access.
 #include "common/element.cuh"
+#include "common/launch.cuh"
 #include "common/unit.cuh"
 #include "ops/compress.h"
 
@@ -57,6 +58,7 @@ __global__ void __launch_bounds__(kThreads)
                     uint2* __restrict__ values,           // [units]
                     int64_t units) {
   const int64_t first = int64_t{blockIdx.x} * (kThreads * kUnroll) + threadIdx.x;
+  wait_for_previous_kernel();
 
   using U = Unit<kBytesOf<kKind>>;
 
@@ -94,6 +96,7 @@ __global__ void __launch_bounds__(kThreads)
                       uint4* __restrict__ dense,            // [units]
                       int64_t units) {
   const int64_t first = int64_t{blockIdx.x} * (kThreads * kUnroll) + threadIdx.x;
+  wait_for_previous_kernel();
 
   // Load
   uint2 kept[kUnroll];
@@ -129,41 +132,44 @@ unsigned blocks_of(int64_t units) {
 }
 
 template <FloatKind kKind, bool kAdd>
-cudaError_t launch_kernel(const CompressParams& params, cudaStream_t stream) {
+cudaError_t launch_compress_of(const CompressParams& params, cudaStream_t stream) {
   const int64_t units = units_of(params);
-  compress_kernel<kKind, kAdd><<<blocks_of(units), kThreads, 0, stream>>>(
-      static_cast<const uint4*>(params.dense), params.bitmask, static_cast<uint2*>(params.values),
-      units);
-  return cudaGetLastError();
+  return launch_kernel<&compress_kernel<kKind, kAdd>>(
+      {blocks_of(units), kThreads}, stream, static_cast<const uint4*>(params.dense), params.bitmask,
+      static_cast<uint2*>(params.values), units);
+}
+
+template <int kElementBytes>
+cudaError_t launch_decompress_of(const CompressParams& params, cudaStream_t stream) {
+  const int64_t units = units_of(params);
+  return launch_kernel<&decompress_kernel<kElementBytes>>(
+      {blocks_of(units), kThreads}, stream, static_cast<const uint2*>(params.values),
+      params.bitmask, static_cast<uint4*>(params.dense), units);
 }
 
 }  // namespace
 
 cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream) {
   // Bits are moved: both 2-byte types are one
-  return params.element_bytes == 2 ? launch_kernel<FloatKind::kHalf, false>(params, stream)
-                                   : launch_kernel<FloatKind::kFloat, false>(params, stream);
+  return params.element_bytes == 2 ? launch_compress_of<FloatKind::kHalf, false>(params, stream)
+                                   : launch_compress_of<FloatKind::kFloat, false>(params, stream);
 }
 
 cudaError_t launch_compress_add(const CompressParams& params, FloatKind kind, cudaStream_t stream) {
   switch (kind) {
     case FloatKind::kHalf:
-      return launch_kernel<FloatKind::kHalf, true>(params, stream);
+      return launch_compress_of<FloatKind::kHalf, true>(params, stream);
     case FloatKind::kBFloat16:
-      return launch_kernel<FloatKind::kBFloat16, true>(params, stream);
+      return launch_compress_of<FloatKind::kBFloat16, true>(params, stream);
     case FloatKind::kFloat:
-      return launch_kernel<FloatKind::kFloat, true>(params, stream);
+      return launch_compress_of<FloatKind::kFloat, true>(params, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 cudaError_t launch_decompress(const CompressParams& params, cudaStream_t stream) {
-  const int64_t units = units_of(params);
-  auto* const kernel = params.element_bytes == 2 ? &decompress_kernel<2> : &decompress_kernel<4>;
-  kernel<<<blocks_of(units), kThreads, 0, stream>>>(static_cast<const uint2*>(params.values),
-                                                    params.bitmask,
-                                                    static_cast<uint4*>(params.dense), units);
-  return cudaGetLastError();
+  return params.element_bytes == 2 ? launch_decompress_of<2>(params, stream)
+                                   : launch_decompress_of<4>(params, stream);
 }
 
 }  // namespace slope

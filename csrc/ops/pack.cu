@@ -21,6 +21,7 @@
 // every nibble.
 #include <type_traits>
 
+#include "common/launch.cuh"
 #include "ops/pack.h"
 
 namespace slope {
@@ -74,6 +75,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t word = (int64_t{blockIdx.x} * kWarps + threadIdx.x / 32) * kWords;
   const int64_t row0 = int64_t{blockIdx.y} * kWarpRows;
   const int64_t row = row0 + lane / 8 * 16 + lane % 8;
+  wait_for_previous_kernel();
   if (word >= words) {
     return;
   }
@@ -92,16 +94,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <MetadataLayout kLayout>
-void launch(const PackMetadataParams& params, cudaStream_t stream) {
+template <MetadataLayout kLayout, int kWords>
+cudaError_t launch(const PackMetadataParams& params, cudaStream_t stream) {
   const int64_t words = params.columns / 32;
-  const bool wide = words % 4 == 0 && reinterpret_cast<uintptr_t>(params.bitmask) % 16 == 0;
-  auto* const kernel = wide ? &pack_metadata_kernel<kLayout, 4> : &pack_metadata_kernel<kLayout, 1>;
-  const int64_t words_per_block = kWarps * (wide ? 4 : 1);
-  const dim3 grid(static_cast<unsigned>((words + words_per_block - 1) / words_per_block),
+  constexpr int64_t kBlockWords = kWarps * kWords;
+  const dim3 grid(static_cast<unsigned>((words + kBlockWords - 1) / kBlockWords),
                   static_cast<unsigned>(params.rows / kWarpRows));
-  kernel<<<grid, kThreads, 0, stream>>>(reinterpret_cast<const uint32_t*>(params.bitmask),
-                                        static_cast<uint2*>(params.metadata), params.rows, words);
+  return launch_kernel<&pack_metadata_kernel<kLayout, kWords>>(
+      {grid, kThreads}, stream, reinterpret_cast<const uint32_t*>(params.bitmask),
+      static_cast<uint2*>(params.metadata), params.rows, words);
+}
+
+template <MetadataLayout kLayout>
+cudaError_t launch_layout(const PackMetadataParams& params, cudaStream_t stream) {
+  const bool wide =
+      params.columns % 128 == 0 && reinterpret_cast<uintptr_t>(params.bitmask) % 16 == 0;
+  return wide ? launch<kLayout, 4>(params, stream) : launch<kLayout, 1>(params, stream);
 }
 
 // ---- words of spmm_sm90 --------------------------------------------------------------------
@@ -125,6 +133,7 @@ __global__ void __launch_bounds__(kQuadThreads) pack_words_kernel(const PackWord
   const int64_t column = int64_t{blockIdx.y} * kQuadColumns + lane % 4 * 16;
   const int64_t row_bytes = params.columns / 8;
 
+  wait_for_previous_kernel();
   uint32_t words[4];
 #pragma unroll
   for (int stage = 0; stage < 4; ++stage) {
@@ -154,17 +163,13 @@ __global__ void __launch_bounds__(kQuadThreads) pack_words_kernel(const PackWord
 cudaError_t launch_pack_words(const PackWordsParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((params.rows + kWarpRows - 1) / kWarpRows),
                   static_cast<unsigned>((params.columns + kQuadColumns - 1) / kQuadColumns));
-  pack_words_kernel<<<grid, kQuadThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch_kernel<&pack_words_kernel>({grid, kQuadThreads}, stream, params);
 }
 
 cudaError_t launch_pack_metadata(const PackMetadataParams& params, cudaStream_t stream) {
-  if (params.layout == MetadataLayout::kSm90) {
-    launch<MetadataLayout::kSm90>(params, stream);
-  } else {
-    launch<MetadataLayout::kSm80>(params, stream);
-  }
-  return cudaGetLastError();
+  return params.layout == MetadataLayout::kSm90
+             ? launch_layout<MetadataLayout::kSm90>(params, stream)
+             : launch_layout<MetadataLayout::kSm80>(params, stream);
 }
 
 }  // namespace slope

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kThreads)
                  int64_t units) {
   using U = Unit<kBytesOf<kKind>>;
   const int64_t first = int64_t{blockIdx.x} * (kThreads * kUnroll) + threadIdx.x;
+  wait_for_previous_kernel();
 
   // Load
   uint4 loaded[kUnroll];
@@ -67,10 +68,9 @@ cudaError_t launch_prune(const WeightParams& weight, cudaStream_t stream) {
   const int64_t units = weight.rows * weight.columns / Unit<kBytesOf<kKind>>::kElements;
   constexpr int64_t kUnitsPerBlock = kThreads * kUnroll;
   const auto blocks = static_cast<unsigned>((units + kUnitsPerBlock - 1) / kUnitsPerBlock);
-  prune_kernel<kKind, By, kCompress>
-      <<<blocks, kThreads, 0, stream>>>(static_cast<const uint4*>(weight.dense), weight.bitmask,
-                                        static_cast<uint2*>(weight.values), units);
-  return cudaGetLastError();
+  return launch_kernel<&prune_kernel<kKind, By, kCompress>>(
+      {blocks, kThreads}, stream, static_cast<const uint4*>(weight.dense), weight.bitmask,
+      static_cast<uint2*>(weight.values), units);
 }
 
 template <template <FloatKind> typename By, bool kCompress>

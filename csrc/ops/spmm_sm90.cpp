@@ -263,7 +263,7 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
   args.raster_group = static_cast<int>(ceil_div(cut.row_tiles, ceil_div(cut.row_tiles, group)));
 
   const auto blocks = static_cast<unsigned>(cut.clusters * tile.cluster);
-  return tile.launch(args, params.kind, blocks, params.device, stream);
+  return tile.launch(args, params.kind, blocks, stream);
 }
 
 }  // namespace slope

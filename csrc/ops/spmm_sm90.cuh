@@ -38,11 +38,11 @@
 // what is beyond Y. With an odd number of atoms the last stage's second half is such zeros.
 #pragma once
 
-#include <atomic>
 #include <type_traits>
 #include <utility>
 
 #include "common/element.cuh"
+#include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "ops/spmm_sm90_args.h"
 
@@ -487,6 +487,7 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
   } else {
     ptx::cluster_sync();
   }
+  wait_for_previous_kernel();
 
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup == 0) {
@@ -509,35 +510,17 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
 
 // ---- launcher ----------------------------------------------------------------------------
 
-template <FloatKind kKind, typename T, Activation kActivation>
-cudaError_t launch_kernel(const SpmmSm90Args& args, unsigned blocks, int device,
-                          cudaStream_t stream) {
-  auto* const kernel = &spmm_sm90_kernel<kKind, T, kActivation>;
-  // The attribute is of the kernel on a device, and setting it takes longer than a launch
-  static std::atomic<uint64_t> is_set = 0;  // bit: device
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if ((is_set.load(std::memory_order_relaxed) & bit) == 0) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
-    if (status != cudaSuccess) {
-      return status;
-    }
-    is_set.fetch_or(bit, std::memory_order_relaxed);
-  }
-  kernel<<<blocks, kThreads, T::kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
-}
-
 // Each activation is a kernel of its own: a branch would be taken for every pair of sums.
 template <FloatKind kKind, typename T>
-cudaError_t launch(const SpmmSm90Args& args, unsigned blocks, int device, cudaStream_t stream) {
+cudaError_t launch(const SpmmSm90Args& args, unsigned blocks, cudaStream_t stream) {
+  const LaunchShape shape{blocks, kThreads, T::kSharedBytes};
   switch (args.activation) {
     case Activation::kNone:
-      return launch_kernel<kKind, T, Activation::kNone>(args, blocks, device, stream);
+      return launch_kernel<&spmm_sm90_kernel<kKind, T, Activation::kNone>>(shape, stream, args);
     case Activation::kRelu:
-      return launch_kernel<kKind, T, Activation::kRelu>(args, blocks, device, stream);
+      return launch_kernel<&spmm_sm90_kernel<kKind, T, Activation::kRelu>>(shape, stream, args);
     case Activation::kSwiglu:
-      return launch_kernel<kKind, T, Activation::kSwiglu>(args, blocks, device, stream);
+      return launch_kernel<&spmm_sm90_kernel<kKind, T, Activation::kSwiglu>>(shape, stream, args);
   }
   return cudaErrorInvalidValue;
 }
@@ -546,13 +529,12 @@ cudaError_t launch(const SpmmSm90Args& args, unsigned blocks, int device, cudaSt
 
 template <int kRows, int kTokens, int kStages, int kCluster>
 cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
-                                  int device, cudaStream_t stream) {
+                                  cudaStream_t stream) {
   constexpr int kBlocks = kRows / (sm90::kConsumers * kSm90BlockRows);
   using T = sm90::Tile<kBlocks, kTokens, kStages, kCluster>;
   static_assert(T::kRows == kRows);
-  return kind == FloatKind::kHalf
-             ? sm90::launch<FloatKind::kHalf, T>(args, blocks, device, stream)
-             : sm90::launch<FloatKind::kBFloat16, T>(args, blocks, device, stream);
+  return kind == FloatKind::kHalf ? sm90::launch<FloatKind::kHalf, T>(args, blocks, stream)
+                                  : sm90::launch<FloatKind::kBFloat16, T>(args, blocks, stream);
 }
 
 }  // namespace slope

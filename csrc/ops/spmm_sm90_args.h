@@ -46,9 +46,9 @@ struct SpmmSm90Args {
 };
 
 // The kernel with tiles of kRows of W x kTokens, for each block of a cluster, and a ring of
-// kStages; one file instantiates each. `device` is the current one.
+// kStages; one file instantiates each.
 template <int kRows, int kTokens, int kStages, int kCluster>
 cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
-                                  int device, cudaStream_t stream);
+                                  cudaStream_t stream);
 
 }  // namespace slope
