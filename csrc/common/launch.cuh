@@ -22,12 +22,13 @@ namespace slope {
 constexpr int kEarlyStartArch = 90;                // 10 * compute capability
 constexpr size_t kSharedBytesUnasked = 48 * 1024;  // more needs a function attribute
 
-// Lets the next kernel of the stream start once all blocks of this one have come here; returns when
-// the previous kernel has ended and what it wrote is visible.
+// Returns when the previous kernel has ended and what it wrote is visible; once all blocks of this
+// one have come here, the next may start. Not before: small kernels would queue up on the
+// multiprocessors, several deep, and crowd together where there is room left.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

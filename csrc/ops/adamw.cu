@@ -270,13 +270,13 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
   const TileView view{row0, column0, clamp_to_int(tensor.rows - row0),
                       clamp_to_int(tensor.columns - column0)};
 
-  const WarpSelectors selectors;
   wait_for_previous_kernel();
 
   // Masks, values
   load_mask(tile, tensor.bitmask, tensor.columns, view);
   load_mask_t(tile, tensor.bitmask_t, tensor.rows, view);
   update_tile<kKind, Moment, kMaster>(tile, tensor, view, Step(batch, tensor));
+  const WarpSelectors selectors;
   wait_for_copies();
   __syncthreads();
 
