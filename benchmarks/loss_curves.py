@@ -5,7 +5,7 @@
 
 A LLaMA of about 100M parameters, bf16 with fp32 masters, 200 steps of 8192 tokens of the text that
 corpus.py builds; transposed masks chosen anew every 50 steps, adapters from step 180 on. Three runs
-of slope-pretrain from the same seed, side by side:
+of slope-pretrain --deterministic from the same seed, side by side:
 
 kernels     as it is
 reference   SLOPE_EXT_FORCE_REFERENCE=1: plain PyTorch on the GPU
@@ -35,9 +35,10 @@ STEPS, EVERY = 200, 10
 BATCH, LENGTH = 8, 1024
 OPTIONS = [
     *("--model", "llama-100m", "--device", "cuda", "--dtype", "bfloat16", "--no-autocast"),
-    *("--master-weights", "--steps", str(STEPS), "--warmup-steps", "20", "--lr", "1e-3"),
+    *("--master-weights", "--deterministic", "--eval-interval", str(STEPS)),
+    *("--steps", str(STEPS), "--warmup-steps", "20", "--lr", "1e-3"),
     *("--batch-size", str(BATCH), "--seq-len", str(LENGTH), "--mask-interval", "50"),
-    *("--adapter-fraction", "0.1", "--adapter-rank", "16", "--eval-interval", str(STEPS)),
+    *("--adapter-fraction", "0.1", "--adapter-rank", "16"),
 ]
 RUNS: dict[str, list[list[str]]] = {
     "kernels": [[]],

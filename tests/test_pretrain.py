@@ -742,6 +742,18 @@ def test_dense_checkpoint_loads_into_transformers(inputs: Path, tmp_path: Path) 
 
 
 @pytest.mark.gpu
+def test_resume_is_exact_on_a_gpu(inputs: Path, tmp_path: Path) -> None:
+    """Attention's backward pass adds in any order there, unless told otherwise."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    options = ("--device", "cuda", "--dtype", "bfloat16", "--no-autocast", "--deterministic")
+    assert main(arguments(inputs, one, *options)) == 0
+    assert main(arguments(inputs, other, *options, "--stop-after", 6)) == 0
+    assert main(arguments(inputs, other, *options)) == 0
+    assert_same_run(other, one)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
 def test_gpu_trains_as_the_reference_does(inputs: Path, tmp_path: Path) -> None:
     """50 bf16 steps on the sparse tensor cores and on the CPU's references, masks re-chosen and
     adapters joining on the way: every loss equal to bf16 rounding."""

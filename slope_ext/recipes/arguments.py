@@ -34,6 +34,7 @@ DEMO: dict[str, Any] = {
 _FREE_ON_RESUME = {
     "backward_copy",
     "demo",
+    "deterministic",
     "device",
     "compile",
     "eval_batches",
@@ -255,6 +256,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep float32 copies of bfloat16 parameters in the optimizer (method slope)",
     )
     compute.add_argument("--compile", action="store_true", help="run the model by torch.compile")
+    compute.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="PyTorch's deterministic algorithms: on a GPU too, runs alike give the same bits; "
+        "slower",
+    )
 
     output = parser.add_argument_group("evaluation and output")
     output.add_argument(

@@ -7,6 +7,7 @@ The parts that concern :mod:`slope_ext` are :func:`prepare_slope` and :func:`tra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -94,6 +95,20 @@ class StopSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self.__exit__()
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Within the context, if wanted, PyTorch's deterministic algorithms, or an error for an
+    operation that has none; before the first use of cuBLAS, lest it choose its workspace."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -391,7 +406,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM.
     """
     try:
-        return pretrain(parse_arguments(argv))
+        args = parse_arguments(argv)
+        with deterministic_algorithms(args.deterministic):
+            return pretrain(args)
     except UsageError as error:
         print(f"slope-pretrain: error: {error}", file=sys.stderr)
         return 2
