@@ -9,7 +9,8 @@ dense           torch.optim.AdamW(fused=True)
 slope           every linear layer 2:4, OPT's ReLU in the product's kernel,
                 slope_ext.optim.AdamW(half_moments=True)
 slope;recompute the same with backward_copy="recompute"
-slope;r=...     the same with adapters of that rank, 1.56 % of hidden, as in the last 1 % of steps
+slope;r=...     the same with adapters of that rank, 1.56 or 6.25 % of hidden, as in the last 1 % of
+                steps
 torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposable mask chosen anew
                 in each step, products by SparseSemiStructuredTensorCUSPARSELT; eager only
 
@@ -18,6 +19,10 @@ the whole step as one CUDA graph; dense also with the optimizer's step compiled 
 which moves bytes faster than the fused kernel. The baseline is the fastest dense one of the run.
 
 train_step      time of a step; limit: the FLOPs of its products at the rates of this run
+train_rate      tokens per second through these layers
+train_mfu       the FLOPs of the dense products and of causal attention, of all methods alike, over
+                time and the dense peak of the data sheet, so that pruned ones count as done
+train_phase     forward, backward, optimizer of a compiled step; baseline: dense, compiled
 train_memory    most memory in use during a step: weights, optimizer, activations, gradients; those
                 exist in the second half of the step only, or, "accumulating", from an earlier
                 backward pass on; baseline: dense, run the same way
@@ -48,6 +53,8 @@ SEQUENCES, LENGTH = 4, 2048
 TOKENS = SEQUENCES * LENGTH
 STEPS = 4  # of a timed turn
 ROUNDS = 7
+PHASES = ("forward", "backward", "optimizer")
+PEAK_FLOPS = 989.4e12  # bf16, dense, H100 and H200 with SXM
 PEAKS = {"peak": False, "peak, accumulating": True}  # whether gradients of an earlier pass exist
 # Layers that are run. Those of Mistral-7B are LLaMA-3-8B's in shape.
 LAYERS = {
@@ -108,6 +115,17 @@ class TorchTwoFourLinear(nn.Linear):
         rows = x.reshape(-1, x.shape[-1])
         y = F.linear(rows, _Prune.apply(self.weight), self.bias)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], -1)
+
+
+def model_flops(model: Layers) -> float:
+    """FLOPs of a step of the dense model: its linear layers, and attention below the diagonal."""
+    weights = sum(
+        module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, slope_ext.SLoPeLinear))
+    )
+    attention = 2.0 * LENGTH / 2 * model.hidden * len(model.layers)  # scores, and values by them
+    return 3 * 2 * TOKENS * (weights + attention)
 
 
 def product_seconds(model: nn.Module, run: harness.Run) -> float:
@@ -206,22 +224,25 @@ class Method:
         return torch.cuda.max_memory_allocated()
 
 
-def phases(method: Method) -> str:
-    """Milliseconds of forward, backward and optimizer of one step, for reading along."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-    method.optimizer.zero_grad(set_to_none=True)
-    method.x.grad = None
-    torch.cuda._sleep(200_000_000)  # 0.1 s, so that the host is ahead of the GPU
-    events[0].record()
-    y = method.model(method.x)
-    events[1].record()
-    y.backward(method.dy)
-    events[2].record()
-    method.optimize()
-    events[3].record()
-    torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-    return "forward {:.2f}, backward {:.2f}, optimizer {:.2f} ms".format(*times)
+def time_phases(method: Method) -> dict[str, harness.Timing]:
+    """Seconds of the phases of a step."""
+    samples: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for _ in range(ROUNDS):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(PHASES) + 1)]
+        method.optimizer.zero_grad(set_to_none=True)
+        method.x.grad = None
+        torch.cuda._sleep(200_000_000)  # 0.1 s, so that the host is ahead of the GPU
+        events[0].record()
+        y = method.model(method.x)
+        events[1].record()
+        y.backward(method.dy)
+        events[2].record()
+        method.optimize()
+        events[3].record()
+        torch.cuda.synchronize()
+        for phase, pair in zip(PHASES, itertools.pairwise(events), strict=True):
+            samples[phase].append(pair[0].elapsed_time(pair[1]) / 1e3)
+    return {phase: harness.timing_of(values) for phase, values in samples.items()}
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -247,17 +268,22 @@ def time_methods(methods: list[Method]) -> dict[str, harness.Timing]:
     return {name: harness.timing_of(values) for name, values in samples.items()}
 
 
+def _rounded(value: float, relative_spread: float, digits: int) -> tuple[float, float]:
+    """A value and its spread, to so many digits."""
+    return round(value, digits), round(value * relative_spread, digits)
+
+
 def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     """Records of one model."""
     torch._dynamo.reset()
-    methods, peaks, limits = [], {}, {}
+    methods, peaks, limits, phases = [], {}, {}, {}
     hidden = Layers.hidden_of(model)
-    rank = adapter_rank(hidden)
+    ranks = (adapter_rank(hidden), hidden // 16)
     wanted: list[tuple[str, str, int | None]] = [
         *(("dense", how, None) for how in ("eager", "compiled", "compiled-optimizer", "captured")),
         *(("slope", how, None) for how in ("eager", "compiled", "captured")),
         ("slope;recompute", "compiled", None),
-        (f"slope;r={rank}", "compiled", rank),
+        *((f"slope;r={rank}", "compiled", rank) for rank in ranks),
     ]
     for name, how, its_rank in wanted:
         gc.collect()  # what earlier models left
@@ -267,7 +293,8 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
         if how != "captured":
             for kind, accumulating in PEAKS.items():
                 peaks[f"{name};{how}", kind] = method.peak(accumulating) - before
-            print(f"{model};{name};{how}: {phases(method)}", flush=True)
+        if how == "compiled":
+            phases[name] = time_phases(method)
         limits[name] = product_seconds(method.model, run)
         methods.append(method)
     try:
@@ -278,30 +305,57 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     except RuntimeError as error:
         print(f"left out: torch 2:4 ({str(error).splitlines()[0]})", flush=True)
 
+    layers = f"{model};layers={LAYERS[model]}"
+    common: dict[str, Any] = {"dtype": torch.bfloat16, "tokens": TOKENS}
     timings = time_methods(methods)
     best = min((n for n in timings if n.startswith("dense")), key=lambda n: timings[n].median)
     for name, timing in timings.items():
         yield harness.time_record(
             bench="train_step",
-            case=f"{model};layers={LAYERS[model]};{name}",
-            dtype=torch.bfloat16,
-            tokens=TOKENS,
+            case=f"{layers};{name}",
             ours=timing,
             baseline=best,
             theirs=timings[best],
             limit=limits[name.rpartition(";")[0]],
+            **common,
+        )
+    flops = model_flops(methods[0].model)
+    for name, timing in timings.items():
+        ours, theirs = ((t.median, t.iqr / t.median) for t in (timing, timings[best]))
+        for bench_name, metric, unit, work, digits in (
+            ("train_rate", "tokens per second", "/s", float(TOKENS), 0),
+            ("train_mfu", "model FLOPs utilization", "%", 100 * flops / PEAK_FLOPS, 1),
+        ):
+            yield harness.record_of(
+                bench=bench_name,
+                case=f"{layers};{name}",
+                metric=metric,
+                unit=unit,
+                ours=_rounded(work / ours[0], ours[1], digits),
+                baseline=best,
+                theirs=_rounded(work / theirs[0], theirs[1], digits),
+                ratio=round(theirs[0] / ours[0], 3),
+                **common,
+            )
+    for name, phase in itertools.product(phases, PHASES):
+        yield harness.time_record(
+            bench="train_phase",
+            case=f"{layers};{name};{phase}",
+            ours=phases[name][phase],
+            baseline="dense;compiled",
+            theirs=phases["dense"][phase],
+            **common,
         )
     names = ("slope;eager", "slope;compiled", "slope;recompute;compiled")
     for name, kind in itertools.product(names, PEAKS):
         baseline = f"dense;{name.rpartition(';')[2]}"
         yield harness.bytes_record(
             bench="train_memory",
-            case=f"{model};layers={LAYERS[model]};{name};{kind}",
-            dtype=torch.bfloat16,
-            tokens=TOKENS,
+            case=f"{layers};{name};{kind}",
             ours=peaks[name, kind],
             baseline=baseline,
             theirs=peaks[baseline, kind],
+            **common,
         )
 
 

@@ -14,7 +14,9 @@ tool       looks at                                    with
 memcheck   every kernel                                every tensor an allocation of its own
 initcheck  every kernel, in tests without a product    as above; a product's result, written by
                                                        TMA, would count as never written
-racecheck  every kernel                                shared memory
+racecheck  every kernel, but the own product where     shared memory
+           it alone is tested: ten minutes of it for
+           reports that do not count
 synccheck  every kernel                                barriers
 ========== =========================================== ============================================
 
@@ -87,7 +89,11 @@ TOOLS = [
         left_out=(*LEFT_OUT, "multiplies"),
         environment=PYTORCH_ALLOCATES_EACH,
     ),
-    Tool("racecheck"),
+    Tool(
+        "racecheck",
+        tests=tuple(family for family in (*PRODUCTS, *SELECTION) if family != "native"),
+        left_out=(*LEFT_OUT, "multiplies"),
+    ),
     Tool("synccheck"),
 ]
 
