@@ -340,7 +340,7 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     for name, phase in itertools.product(phases, PHASES):
         yield harness.time_record(
             bench="train_phase",
-            case=f"{layers};{name};{phase}",
+            case=f"{layers};{name};compiled;{phase}",
             ours=phases[name][phase],
             baseline="dense;compiled",
             theirs=phases["dense"][phase],
