@@ -742,15 +742,42 @@ def test_dense_checkpoint_loads_into_transformers(inputs: Path, tmp_path: Path) 
 
 
 @pytest.mark.gpu
-def test_resume_is_exact_on_a_gpu(inputs: Path, tmp_path: Path) -> None:
-    """Attention's backward pass adds in any order there, unless told otherwise."""
+def test_resume_is_exact_on_a_gpu(tmp_path: Path) -> None:
+    """Attention's backward pass, of so many tokens, adds in any order unless told otherwise."""
+    (tmp_path / "text").mkdir()
+    for i in range(8):
+        (tmp_path / "text" / f"{i}.txt").write_text(document(i, words=8000))
+    config = CONFIGS["llama"] | {"hidden_size": 128, "max_position_embeddings": 1024}
+    (tmp_path / "llama.json").write_text(json.dumps(config))
     one, other = tmp_path / "one", tmp_path / "other"
-    options = ("--device", "cuda", "--dtype", "bfloat16", "--no-autocast", "--deterministic")
-    assert main(arguments(inputs, one, *options)) == 0
-    assert main(arguments(inputs, other, *options, "--stop-after", 6)) == 0
-    assert main(arguments(inputs, other, *options)) == 0
+    options = ["--device", "cuda", "--dtype", "bfloat16", "--no-autocast", "--deterministic"]
+    options += ["--seq-len", "1024"]
+    assert main(arguments(tmp_path, one, *options)) == 0
+    assert main(arguments(tmp_path, other, *options, "--stop-after", 6)) == 0
+    assert main(arguments(tmp_path, other, *options)) == 0
     assert_same_run(other, one)
-    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_is_of_the_run_alone(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen = []
+
+    def note(_: object) -> int:
+        seen.append(torch.get_deterministic_debug_mode())
+        return 0
+
+    monkeypatch.setattr(pretrain, "pretrain", note)
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        assert main(arguments(inputs, tmp_path)) == 0
+        assert main(arguments(inputs, tmp_path, "--deterministic")) == 0
+        assert torch.get_deterministic_debug_mode() == 1
+    finally:
+        torch.set_deterministic_debug_mode("default")
+    assert seen == [1, 2]
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 @pytest.mark.gpu

@@ -60,6 +60,20 @@ def test_torch_stable_is_the_only_door():
             assert not [n for n in INCLUDE.findall(source.read_text()) if n.startswith("torch/")]
 
 
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
+def test_kernels_wait_for_the_kernel_before(source):
+    """Every kernel is launched to start early, and so has to wait (csrc/common/launch.cuh)."""
+    text = re.sub(r"//.*", "", source.read_text())
+    assert "<<<" not in text
+    assert not re.search(r"__ldg|ld\.global\.nc", text)
+    for kernel in text.split("__global__")[1:]:
+        head, body = kernel.split("{", 1)
+        assert "__restrict__" not in head
+        body = body[: body.index("\n}")]
+        assert body.count("  wait_for_previous_kernel();\n") == 1, head
+        assert "return" not in body[: body.index("wait_for_previous_kernel")], head
+
+
 def test_every_cuda_source_is_built():
     text = (ROOT / "CMakeLists.txt").read_text()
     for source in [*(CSRC / "ops").glob("*.cu"), *(CSRC / "ops").glob("*.cpp")]:

@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How every kernel is launched: it may start while the one before it in its stream ends
-// (programmatic dependent launch, compute capability 9 on), and waits for the end of that one
-// before it reads or writes global memory. Between two kernels there is then no gap, in which one
-// has drained and the next is on its way to the multiprocessors: about 1 us of each.
+// How every kernel is launched: its blocks may come to the multiprocessors while the kernel before
+// it in the stream ends (programmatic dependent launch, compute capability 9 on), if that one lets
+// them. Ours do; so the next one's start overlaps the last blocks of this one:
 //
 //   kernel A   | blocks ................ | last blocks |
 //   kernel B                 start, wait | blocks ................ | last blocks |
 //
-// A kernel calls wait_for_previous_kernel() in all its threads, before it touches global memory:
-// the one after it waits for its end alone, which must thus come after the end of all before.
+// All threads of a kernel call wait_for_previous_kernel() before they touch global memory or leave.
+// The wait is for the one kernel before, so a kernel that did not wait would let the next read what
+// those before it have not written yet. A kernel of another library that starts early must keep the
+// same rule, as PyTorch's and cuBLAS's do.
+//
+// What a kernel reads may thus be written while it runs, before the wait. So no load is of the
+// non-coherent kind, __ldg or by const __restrict__ pointers: the compiler may move these up across
+// the wait.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,15 +24,18 @@
 
 namespace slope {
 
-constexpr int kEarlyStartArch = 90;                // 10 * compute capability
-constexpr size_t kSharedBytesUnasked = 48 * 1024;  // more needs a function attribute
-
-// Returns when the previous kernel has ended and what it wrote is visible; once all blocks of this
-// one have come here, the next may start. Not before: small kernels would queue up on the
-// multiprocessors, several deep, and crowd together where there is room left.
+// Returns when the previous kernel has ended and what it wrote is visible.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once all blocks of this kernel have called this or left, the next kernel may start. Called after
+// the wait: before it, small kernels would queue up on the multiprocessors, several deep, and crowd
+// together where there is room left.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
@@ -35,15 +43,16 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 struct LaunchShape {
   dim3 grid;
   unsigned threads;
-  size_t shared_bytes = 0;
+  bool starts_early = true;  // if its code has the wait
 };
 
-// Launches kKernel on the current device, which may start early if its code for the device waits.
-template <auto kKernel, typename... Arguments>
-cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream,
-                          const Arguments&... arguments) {
-  // What is known of the kernel on each device; to ask takes longer than a launch
-  static std::atomic<uint64_t> is_ready = 0, starts_early = 0;  // bit: device
+// Launches kKernel on the current device, with kSharedBytes of dynamic shared memory.
+template <auto kKernel, int kSharedBytes = 0, typename... Arguments>
+[[nodiscard]] cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream,
+                                        const Arguments&... arguments) {
+  // What is known of the kernel on each device; to ask takes longer than a launch. Devices from the
+  // 64th on are asked about each time
+  static std::atomic<uint64_t> is_ready = 0, has_wait = 0;  // bit: device
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) {
@@ -53,15 +62,17 @@ cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream,
   if ((is_ready.load(std::memory_order_acquire) & bit) == 0) {
     cudaFuncAttributes attributes{};
     status = cudaFuncGetAttributes(&attributes, kKernel);
-    if (status == cudaSuccess && shape.shared_bytes > kSharedBytesUnasked) {
-      status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes));
+    if (status == cudaSuccess && kSharedBytes > 0) {
+      status =
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     }
     if (status != cudaSuccess) {
+      // A launch would say that this build has no code for the device
       return status == cudaErrorInvalidDeviceFunction ? cudaErrorNoKernelImageForDevice : status;
     }
-    if (attributes.ptxVersion >= kEarlyStartArch) {
-      starts_early.fetch_or(bit, std::memory_order_relaxed);
+    constexpr int kFirstPtxWithWait = 90;
+    if (attributes.ptxVersion >= kFirstPtxWithWait) {
+      has_wait.fetch_or(bit, std::memory_order_relaxed);
     }
     is_ready.fetch_or(bit, std::memory_order_release);
   }
@@ -69,13 +80,14 @@ cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream,
   cudaLaunchAttribute start{};
   start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   start.val.programmaticStreamSerializationAllowed = 1;
+  const bool early = shape.starts_early && (has_wait.load(std::memory_order_relaxed) & bit) != 0;
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.threads;
-  config.dynamicSmemBytes = shape.shared_bytes;
+  config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = &start;
-  config.numAttrs = (starts_early.load(std::memory_order_relaxed) & bit) != 0 ? 1 : 0;
+  config.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 

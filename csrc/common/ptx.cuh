@@ -162,11 +162,12 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ld.global.nc.v4, not kept in L1.
+// ld.global.v4, not kept in L1.
 __device__ __forceinline__ void load_once(uint32_t (&words)[4], const uint4* address) {
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(address));
+               : "l"(address)
+               : "memory");
 }
 
 // stmatrix.trans of two or four 8 x 8 matrices of 16-bit elements: lane l gives the address of

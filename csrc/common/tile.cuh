@@ -301,9 +301,8 @@ __device__ __forceinline__ void compress_tile(Tile<kBytesOf<kKind>>& tile,
     uint4 loaded[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      loaded[i] = inside && first + i * kPass < view.rows_left
-                      ? __ldg(&dense[unit + i * kPass * row_units])
-                      : uint4{0, 0, 0, 0};
+      loaded[i] = inside && first + i * kPass < view.rows_left ? dense[unit + i * kPass * row_units]
+                                                               : uint4{0, 0, 0, 0};
     }
 
     // Prune, compress, store
@@ -508,6 +507,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
                       clamp_to_int(weight.columns - column0)};
   const WarpSelectors selectors;
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   if constexpr (kFromDense) {
     compress_tile<kKind>(tile, weight, view, selectors);
@@ -536,8 +536,8 @@ cudaError_t launch_tile(const WeightParams& weight, cudaStream_t stream) {
   using T = Tile<kBytesOf<kKind>>;
   const dim3 grid(static_cast<unsigned>((weight.columns + T::kColumns - 1) / T::kColumns),
                   static_cast<unsigned>((weight.rows + kTileRows - 1) / kTileRows));
-  return launch_kernel<&tile_kernel<kKind, kFromDense, kChoose, kWriteValues>>(
-      {grid, kTileThreads, sizeof(T)}, stream, weight);
+  return launch_kernel<&tile_kernel<kKind, kFromDense, kChoose, kWriteValues>, sizeof(T)>(
+      {grid, kTileThreads}, stream, weight);
 }
 
 // launch_tile for the type of the weight.

@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(kFlatThreads) adamw_kernel(const __grid_consta
   const int index = tensor_of(batch, blockIdx.x);
   const AdamWTensor& tensor = batch.tensors[index];
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const Step step(batch, tensor);
   if (step.skip) {
     return;
@@ -271,6 +272,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
                       clamp_to_int(tensor.columns - column0)};
 
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   // Masks, values
   load_mask(tile, tensor.bitmask, tensor.columns, view);
@@ -335,12 +337,12 @@ cudaError_t launch(const AdamWTensor* tensors, int64_t count, const AdamWOptions
       continue;
     }
     const auto grid = static_cast<unsigned>(blocks);
-    constexpr size_t kShared = sizeof(Tile<kBytesOf<kKind>>);
-    const cudaError_t status = options.copies
-                                   ? launch_kernel<&adamw_copy_kernel<kKind, Moment, kMaster>>(
-                                         {grid, kTileThreads, kShared}, stream, batch)
-                                   : launch_kernel<&adamw_kernel<kKind, Moment, kMaster>>(
-                                         {grid, kFlatThreads}, stream, batch);
+    constexpr int kShared = sizeof(Tile<kBytesOf<kKind>>);
+    const cudaError_t status =
+        options.copies ? launch_kernel<&adamw_copy_kernel<kKind, Moment, kMaster>, kShared>(
+                             {grid, kTileThreads}, stream, batch)
+                       : launch_kernel<&adamw_kernel<kKind, Moment, kMaster>>({grid, kFlatThreads},
+                                                                              stream, batch);
     if (status != cudaSuccess) {
       return status;
     }

@@ -53,12 +53,13 @@ __device__ __forceinline__ uint2 add_values(uint2 a, uint2 b) {
 
 template <FloatKind kKind, bool kAdd>
 __global__ void __launch_bounds__(kThreads)
-    compress_kernel(const uint4* __restrict__ dense,      // [units]
-                    const uint8_t* __restrict__ bitmask,  // [units] or [units / 2]
-                    uint2* __restrict__ values,           // [units]
+    compress_kernel(const uint4* dense,      // [units]
+                    const uint8_t* bitmask,  // [units] or [units / 2]
+                    uint2* values,           // [units]
                     int64_t units) {
   const int64_t first = int64_t{blockIdx.x} * (kThreads * kUnroll) + threadIdx.x;
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   using U = Unit<kBytesOf<kKind>>;
 
@@ -91,12 +92,13 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int kElementBytes>
 __global__ void __launch_bounds__(kThreads)
-    decompress_kernel(const uint2* __restrict__ values,     // [units]
-                      const uint8_t* __restrict__ bitmask,  // [units] or [units / 2]
-                      uint4* __restrict__ dense,            // [units]
+    decompress_kernel(const uint2* values,     // [units]
+                      const uint8_t* bitmask,  // [units] or [units / 2]
+                      uint4* dense,            // [units]
                       int64_t units) {
   const int64_t first = int64_t{blockIdx.x} * (kThreads * kUnroll) + threadIdx.x;
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   // Load
   uint2 kept[kUnroll];

@@ -68,14 +68,15 @@ __device__ __forceinline__ int64_t place_of(int64_t rows, int64_t words, int64_t
 // kWords: words of 32 columns that a lane loads at once, 4 (16 bytes) or 1.
 template <MetadataLayout kLayout, int kWords>
 __global__ void __launch_bounds__(kThreads)
-    pack_metadata_kernel(const uint32_t* __restrict__ bitmask,  // [rows, words]
-                         uint2* __restrict__ metadata, int64_t rows, int64_t words) {
+    pack_metadata_kernel(const uint32_t* bitmask,  // [rows, words]
+                         uint2* metadata, int64_t rows, int64_t words) {
   using Vector = std::conditional_t<kWords == 4, uint4, uint32_t>;
   const int lane = threadIdx.x % 32;
   const int64_t word = (int64_t{blockIdx.x} * kWarps + threadIdx.x / 32) * kWords;
   const int64_t row0 = int64_t{blockIdx.y} * kWarpRows;
   const int64_t row = row0 + lane / 8 * 16 + lane % 8;
   wait_for_previous_kernel();
+  let_next_kernel_start();
   if (word >= words) {
     return;
   }
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(kQuadThreads) pack_words_kernel(const PackWord
   const int64_t row_bytes = params.columns / 8;
 
   wait_for_previous_kernel();
+  let_next_kernel_start();
   uint32_t words[4];
 #pragma unroll
   for (int stage = 0; stage < 4; ++stage) {

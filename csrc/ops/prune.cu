@@ -26,13 +26,14 @@ constexpr int kUnroll = 4;
 
 template <FloatKind kKind, template <FloatKind> typename By, bool kCompress>
 __global__ void __launch_bounds__(kThreads)
-    prune_kernel(const uint4* __restrict__ dense,  // [units]
-                 uint8_t* __restrict__ bitmask,    // [units] or [units / 2]
-                 uint2* __restrict__ values,       // [units] if kCompress
+    prune_kernel(const uint4* dense,  // [units]
+                 uint8_t* bitmask,    // [units] or [units / 2]
+                 uint2* values,       // [units] if kCompress
                  int64_t units) {
   using U = Unit<kBytesOf<kKind>>;
   const int64_t first = int64_t{blockIdx.x} * (kThreads * kUnroll) + threadIdx.x;
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   // Load
   uint4 loaded[kUnroll];

@@ -262,8 +262,11 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
   const int64_t group = kRasterRows / (tile.rows * tile.cluster);
   args.raster_group = static_cast<int>(ceil_div(cut.row_tiles, ceil_div(cut.row_tiles, group)));
 
+  // Blocks that start early come first to where the kernel before leaves multiprocessors idle, all
+  // to one part of the GPU; if there are many, that costs more than the start
   const auto blocks = static_cast<unsigned>(cut.clusters * tile.cluster);
-  return tile.launch(args, params.kind, blocks, stream);
+  const bool starts_early = int64_t{4} * blocks >= int64_t{3} * processors;
+  return tile.launch(args, params.kind, blocks, starts_early, stream);
 }
 
 }  // namespace slope

@@ -488,6 +488,7 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
     ptx::cluster_sync();
   }
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup == 0) {
@@ -512,15 +513,20 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
 
 // Each activation is a kernel of its own: a branch would be taken for every pair of sums.
 template <FloatKind kKind, typename T>
-cudaError_t launch(const SpmmSm90Args& args, unsigned blocks, cudaStream_t stream) {
-  const LaunchShape shape{blocks, kThreads, T::kSharedBytes};
+cudaError_t launch(const SpmmSm90Args& args, unsigned blocks, bool starts_early,
+                   cudaStream_t stream) {
+  const auto launch_as =
+      [&]<Activation kActivation>(std::integral_constant<Activation, kActivation>) {
+        return launch_kernel<&spmm_sm90_kernel<kKind, T, kActivation>, T::kSharedBytes>(
+            {blocks, kThreads, starts_early}, stream, args);
+      };
   switch (args.activation) {
     case Activation::kNone:
-      return launch_kernel<&spmm_sm90_kernel<kKind, T, Activation::kNone>>(shape, stream, args);
+      return launch_as(std::integral_constant<Activation, Activation::kNone>());
     case Activation::kRelu:
-      return launch_kernel<&spmm_sm90_kernel<kKind, T, Activation::kRelu>>(shape, stream, args);
+      return launch_as(std::integral_constant<Activation, Activation::kRelu>());
     case Activation::kSwiglu:
-      return launch_kernel<&spmm_sm90_kernel<kKind, T, Activation::kSwiglu>>(shape, stream, args);
+      return launch_as(std::integral_constant<Activation, Activation::kSwiglu>());
   }
   return cudaErrorInvalidValue;
 }
@@ -529,12 +535,13 @@ cudaError_t launch(const SpmmSm90Args& args, unsigned blocks, cudaStream_t strea
 
 template <int kRows, int kTokens, int kStages, int kCluster>
 cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
-                                  cudaStream_t stream) {
+                                  bool starts_early, cudaStream_t stream) {
   constexpr int kBlocks = kRows / (sm90::kConsumers * kSm90BlockRows);
   using T = sm90::Tile<kBlocks, kTokens, kStages, kCluster>;
   static_assert(T::kRows == kRows);
-  return kind == FloatKind::kHalf ? sm90::launch<FloatKind::kHalf, T>(args, blocks, stream)
-                                  : sm90::launch<FloatKind::kBFloat16, T>(args, blocks, stream);
+  return kind == FloatKind::kHalf
+             ? sm90::launch<FloatKind::kHalf, T>(args, blocks, starts_early, stream)
+             : sm90::launch<FloatKind::kBFloat16, T>(args, blocks, starts_early, stream);
 }
 
 }  // namespace slope

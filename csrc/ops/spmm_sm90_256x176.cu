@@ -4,5 +4,5 @@
 #include "ops/spmm_sm90.cuh"
 
 template cudaError_t slope::launch_spmm_sm90_tile<256, 176, 4, 2>(const slope::SpmmSm90Args&,
-                                                                  slope::FloatKind, unsigned,
+                                                                  slope::FloatKind, unsigned, bool,
                                                                   cudaStream_t);

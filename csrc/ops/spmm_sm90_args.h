@@ -49,6 +49,6 @@ struct SpmmSm90Args {
 // kStages; one file instantiates each.
 template <int kRows, int kTokens, int kStages, int kCluster>
 cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
-                                  cudaStream_t stream);
+                                  bool starts_early, cudaStream_t stream);
 
 }  // namespace slope
