@@ -22,7 +22,8 @@ train_step      time of a step; limit: the FLOPs of its products at the rates of
 train_rate      tokens per second through these layers
 train_mfu       the FLOPs of the dense products and of causal attention, of all methods alike, over
                 time and the dense peak of the data sheet, so that pruned ones count as done
-train_phase     forward, backward, optimizer of a compiled step; baseline: dense, compiled
+train_phase     forward, backward, optimizer of compiled steps in a row; baseline: dense, optimizer
+                compiled too
 train_memory    most memory in use during a step: weights, optimizer, activations, gradients; those
                 exist in the second half of the step only, or, "accumulating", from an earlier
                 backward pass on; baseline: dense, run the same way
@@ -54,7 +55,7 @@ TOKENS = SEQUENCES * LENGTH
 STEPS = 4  # of a timed turn
 ROUNDS = 7
 PHASES = ("forward", "backward", "optimizer")
-PEAK_FLOPS = 989.4e12  # bf16, dense, H100 and H200 with SXM
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # bf16, dense, SXM
 PEAKS = {"peak": False, "peak, accumulating": True}  # whether gradients of an earlier pass exist
 # Layers that are run. Those of Mistral-7B are LLaMA-3-8B's in shape.
 LAYERS = {
@@ -119,12 +120,9 @@ class TorchTwoFourLinear(nn.Linear):
 
 def model_flops(model: Layers) -> float:
     """FLOPs of a step of the dense model: its linear layers, and attention below the diagonal."""
-    weights = sum(
-        module.in_features * module.out_features
-        for module in model.modules()
-        if isinstance(module, (nn.Linear, slope_ext.SLoPeLinear))
-    )
-    attention = 2.0 * LENGTH / 2 * model.hidden * len(model.layers)  # scores, and values by them
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = sum(module.in_features * module.out_features for module in linears)
+    attention = 2 * LENGTH / 2 * model.hidden * len(model.layers)  # scores, and values by them
     return 3 * 2 * TOKENS * (weights + attention)
 
 
@@ -225,24 +223,27 @@ class Method:
 
 
 def time_phases(method: Method) -> dict[str, harness.Timing]:
-    """Seconds of the phases of a step."""
-    samples: dict[str, list[float]] = {phase: [] for phase in PHASES}
-    for _ in range(ROUNDS):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(PHASES) + 1)]
+    """Seconds of the phases of a step, of many in a row."""
+    marks = [
+        [torch.cuda.Event(enable_timing=True) for _ in range(len(PHASES) + 1)]
+        for _ in range(STEPS * (1 + ROUNDS))
+    ]
+    for start, forward, backward, end in marks:
+        start.record()
         method.optimizer.zero_grad(set_to_none=True)
         method.x.grad = None
-        torch.cuda._sleep(200_000_000)  # 0.1 s, so that the host is ahead of the GPU
-        events[0].record()
         y = method.model(method.x)
-        events[1].record()
+        forward.record()
         y.backward(method.dy)
-        events[2].record()
+        backward.record()
         method.optimize()
-        events[3].record()
-        torch.cuda.synchronize()
-        for phase, pair in zip(PHASES, itertools.pairwise(events), strict=True):
-            samples[phase].append(pair[0].elapsed_time(pair[1]) / 1e3)
-    return {phase: harness.timing_of(values) for phase, values in samples.items()}
+        end.record()
+    torch.cuda.synchronize()
+    ends = [list(itertools.pairwise(events)) for events in marks[STEPS:]]
+    return {
+        phase: harness.timing_of([pairs[i][0].elapsed_time(pairs[i][1]) / 1e3 for pairs in ends])
+        for i, phase in enumerate(PHASES)
+    }
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -293,8 +294,8 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
         if how != "captured":
             for kind, accumulating in PEAKS.items():
                 peaks[f"{name};{how}", kind] = method.peak(accumulating) - before
-        if how == "compiled":
-            phases[name] = time_phases(method)
+        if how in ("compiled", "compiled-optimizer"):
+            phases[f"{name};{how}"] = time_phases(method)
         limits[name] = product_seconds(method.model, run)
         methods.append(method)
     try:
@@ -319,13 +320,13 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
             limit=limits[name.rpartition(";")[0]],
             **common,
         )
-    flops = model_flops(methods[0].model)
+    rates = [("train_rate", "tokens per second", "/s", float(TOKENS), 0)]
+    if peak := PEAK_FLOPS.get(torch.cuda.get_device_name()):
+        work_of_peak = 100 * model_flops(methods[0].model) / peak
+        rates.append(("train_mfu", "model FLOPs utilization", "%", work_of_peak, 1))
     for name, timing in timings.items():
         ours, theirs = ((t.median, t.iqr / t.median) for t in (timing, timings[best]))
-        for bench_name, metric, unit, work, digits in (
-            ("train_rate", "tokens per second", "/s", float(TOKENS), 0),
-            ("train_mfu", "model FLOPs utilization", "%", 100 * flops / PEAK_FLOPS, 1),
-        ):
+        for bench_name, metric, unit, work, digits in rates:
             yield harness.record_of(
                 bench=bench_name,
                 case=f"{layers};{name}",
@@ -340,10 +341,10 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     for name, phase in itertools.product(phases, PHASES):
         yield harness.time_record(
             bench="train_phase",
-            case=f"{layers};{name};compiled;{phase}",
+            case=f"{layers};{name};{phase}",
             ours=phases[name][phase],
-            baseline="dense;compiled",
-            theirs=phases["dense"][phase],
+            baseline="dense;compiled-optimizer",
+            theirs=phases["dense;compiled-optimizer"][phase],
             **common,
         )
     names = ("slope;eager", "slope;compiled", "slope;recompute;compiled")

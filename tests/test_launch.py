@@ -14,6 +14,7 @@ OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay":
 
 def chain(weight, x, settle):
     """Ops of which each reads what the one before it wrote; ``settle`` is called between them."""
+    rows, columns = weight.shape
     values, bitmask = ops.prune_compress(weight)
     settle()
     dense = ops.decompress(values, bitmask)
@@ -22,12 +23,12 @@ def chain(weight, x, settle):
     settle()
     bitmask_t = ops.prune_transposed(again, bitmask)
     settle()
-    values_t = ops.transpose_values(again, bitmask, bitmask_t)
+    values_t = again.new_empty(columns, rows // 2)
+    ops.transpose_values(again, bitmask, bitmask_t, values_t)
     settle()
     ops.double_prune_(again, bitmask, bitmask_t, values_t)
     results = [values, bitmask, dense, again, bitmask_t, values_t]
     if torch.cuda.get_device_capability() == HOPPER:
-        rows, columns = weight.shape
         metadata = torch.empty(metadata_words(rows, columns), dtype=torch.int32, device=CUDA)
         metadata_t = torch.empty(metadata_words(columns, rows), dtype=torch.int32, device=CUDA)
         settle()
