@@ -14,10 +14,10 @@ from slope_ext import _library
 from slope_ext._check import ACTIVATIONS
 from slope_ext.ops.spmm import Activation
 
-# rows of W x tokens; kTiles of csrc/ops/spmm_sm90.cpp
+# rows of W, tokens, segments of W's columns; kTiles of csrc/ops/spmm_sm90.cpp
 TILES = [
-    *((256, 192), (256, 176), (256, 168), (256, 160), (256, 152), (256, 128)),
-    *((128, 256), (128, 128)),
+    *((256, 192, 1), (256, 176, 1), (256, 168, 1), (256, 160, 1), (256, 152, 1), (256, 128, 1)),
+    *((128, 256, 1), (128, 128, 1), (128, 128, 2), (128, 128, 4)),
 ]
 
 

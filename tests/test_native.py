@@ -123,11 +123,15 @@ def activate(activation, exact, sums):
     return (silu * up).flatten(-2), off.flatten(-2)
 
 
-def check_tile(tile, row_tiles, rests, rank, activation):
+def tile_name(tile):
+    return "{}x{}_k{}".format(*TILES[tile])
+
+
+def check_tile(tile, row_tiles, rests, rank, activation, columns=288):
     """Operands amid NaN, the result amid a sentinel."""
     skip_unless_it_runs()
-    tile_rows, tile_tokens = TILES[tile]
-    rows, columns = row_tiles * tile_rows - (32 if activation == "swiglu" else 24), 288
+    tile_rows, tile_tokens, _ = TILES[tile]
+    rows = row_tiles * tile_rows - (32 if activation == "swiglu" else 24)
     o = Operands(rows, columns, torch.bfloat16, CUDA)
     words = with_words(o)
     features = rows // 2 if activation == "swiglu" else rows
@@ -151,7 +155,7 @@ def check_tile(tile, row_tiles, rests, rank, activation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda i: "{}x{}".format(*TILES[i]))
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_name)
 @pytest.mark.parametrize("row_tiles", [1, 3, 70], ids=["one", "three", "many_rows_of_tiles"])
 @pytest.mark.parametrize(
     ("rank", "activation"), [(0, "none"), (40, "none"), (40, "relu"), (0, "swiglu"), (40, "swiglu")]
@@ -163,10 +167,28 @@ def test_every_tile_with_every_rest(tile, row_tiles, rank, activation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [2, 7], ids=lambda i: "{}x{}".format(*TILES[i]))
+@pytest.mark.parametrize("tile", [2, 7], ids=tile_name)
 @pytest.mark.parametrize("activation", ["none", "swiglu"])
 def test_blocks_with_several_tiles(tile, activation):
     check_tile(tile, 70, (65,), 40, activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [8, 9], ids=tile_name)
+@pytest.mark.parametrize("columns", [32, 256, 512, 1184, 2048])
+def test_segments_of_any_length(tile, columns):
+    """Some without a column, some of which one ends with W."""
+    check_tile(tile, 2, (1, 63, 64, 100, 0), 24, "none", columns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [8, 9], ids=tile_name)
+def test_segments_add_up_in_one_order(tile):
+    skip_unless_it_runs()
+    o = Operands(1024, 4096, torch.bfloat16, CUDA)
+    words, x = with_words(o), o.randn(40, 4096)
+    runs = [spmm_sm90(x, o.values, words, o.randn(40, 1024), tile=tile) for _ in range(20)]
+    assert all(torch.equal(run, runs[0]) for run in runs)
 
 
 @pytest.mark.gpu

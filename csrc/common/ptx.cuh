@@ -74,6 +74,34 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// ---- shared memory of a cluster --------------------------------------------------------------
+
+// mapa: where block `block` of the cluster has what this block has at `shared`.
+__device__ __forceinline__ uint32_t address_in(uint32_t shared, int block) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(block));
+  return address;
+}
+
+// ld.shared::cluster.v4, of any block; after a cluster_sync that follows the store.
+__device__ __forceinline__ float4 load_from_cluster(uint32_t address) {
+  float4 four;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+               : "r"(address)
+               : "memory");
+  return four;
+}
+
+// st.shared.v4, into this block's.
+__device__ __forceinline__ void store_shared(uint32_t address, float4 four) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(four.x), "f"(four.y),
+               "f"(four.z), "f"(four.w)
+               : "memory");
+}
+
+// ---- barriers --------------------------------------------------------------------------------
+
 // bar.sync of some of the block's threads; id 0 is __syncthreads.
 template <int kThreads>
 __device__ __forceinline__ void named_barrier_sync(int id) {

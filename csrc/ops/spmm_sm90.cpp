@@ -15,21 +15,26 @@ namespace slope {
 namespace {
 
 struct Tile {
-  int rows, tokens, cluster;
+  int rows, tokens, cluster, segments;
   double stage_us;  // of a stage, with all blocks at work
-  double next_us;   // what a further tile of a block adds beside its stages
-  decltype(&launch_spmm_sm90_tile<256, 192, 4, 2>) launch;
+  double next_us;   // what a further tile of a block adds beside its stages; of segments: their sum
+  decltype(&launch_spmm_sm90_tile<256, 192, 4, 2, 1>) launch;
 };
 
-template <int kRows, int kTokens, int kStages, int kCluster>
+template <int kRows, int kTokens, int kStages, int kCluster, int kSegments = 1>
 constexpr Tile tile_of(double stage_us, double next_us) {
-  return {kRows,    kTokens, kCluster,
-          stage_us, next_us, &launch_spmm_sm90_tile<kRows, kTokens, kStages, kCluster>};
+  return {kRows,
+          kTokens,
+          kCluster,
+          kSegments,
+          stage_us,
+          next_us,
+          &launch_spmm_sm90_tile<kRows, kTokens, kStages, kCluster, kSegments>};
 }
 
 // Times by a fit to products of 32 shapes with 64 to 8192 tokens on an H200, in bursts and at the
 // power limit; what counts is which tile has the least.
-constexpr std::array<Tile, 8> kTiles{{
+constexpr std::array<Tile, 10> kTiles{{
     tile_of<256, 192, 4, 2>(0.667, 5.4),
     tile_of<256, 176, 4, 2>(0.615, 5.2),
     tile_of<256, 168, 4, 2>(0.612, 3.8),
@@ -38,6 +43,8 @@ constexpr std::array<Tile, 8> kTiles{{
     tile_of<256, 128, 5, 2>(0.488, 3.2),
     tile_of<128, 256, 4, 2>(0.470, 2.3),
     tile_of<128, 128, 6, 1>(0.302, 3.7),
+    tile_of<128, 128, 6, 1, 2>(0.302, 3.0),
+    tile_of<128, 128, 6, 1, 4>(0.302, 3.0),
 }};
 
 constexpr int kElementBytes = 2;
@@ -59,13 +66,18 @@ Cut cut_of(int index, const SpmmSm90Params& params, int processors) {
   const Tile& tile = kTiles[index];
   const int64_t row_tiles = ceil_div(params.rows, int64_t{tile.rows} * tile.cluster);
   const int64_t token_tiles = ceil_div(params.tokens, tile.tokens);
-  const int64_t clusters = std::min<int64_t>(row_tiles * token_tiles, processors / tile.cluster);
-  const int64_t stages =
-      ceil_div(params.columns, kSm90TileColumns) + ceil_div(params.rank, kSm90TailTileColumns);
+  const int64_t at_once = processors / (tile.cluster * tile.segments);
+  const int64_t columns = ceil_div(params.columns, kSm90QuadColumns * tile.segments) *
+                          kSm90QuadColumns;  // of a segment, or more
+  const int64_t stages = ceil_div(std::min(columns, params.columns), kSm90TileColumns) +
+                         ceil_div(params.rank, kSm90TailTileColumns);
   // Every cluster takes as many tiles, one after the other, as the busiest has to
-  const auto rounds = static_cast<double>(ceil_div(row_tiles * token_tiles, clusters));
-  const double time =
-      rounds * static_cast<double>(stages) * tile.stage_us + (rounds - 1) * tile.next_us;
+  const auto rounds = static_cast<double>(ceil_div(row_tiles * token_tiles, at_once));
+  const double sums = tile.segments > 1 ? rounds : rounds - 1;
+  const double time = rounds * static_cast<double>(stages) * tile.stage_us + sums * tile.next_us;
+  // Those with segments take one tile
+  const int64_t clusters =
+      tile.segments > 1 ? row_tiles * token_tiles : std::min(row_tiles * token_tiles, at_once);
   return {index, row_tiles, token_tiles, clusters, time};
 }
 
@@ -221,7 +233,8 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
   }
   const Cut cut = choose_cut(params, processors);
   const Tile& tile = kTiles[cut.tile];
-  if (cut.row_tiles * cut.token_tiles > std::numeric_limits<int32_t>::max() - processors) {
+  if (cut.row_tiles * cut.token_tiles * tile.segments >
+      std::numeric_limits<int32_t>::max() - processors) {
     return cudaErrorInvalidValue;
   }
 
@@ -264,7 +277,7 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
 
   // Blocks that start early come first to where the kernel before leaves multiprocessors idle, all
   // to one part of the GPU; if there are many, that costs more than the start
-  const auto blocks = static_cast<unsigned>(cut.clusters * tile.cluster);
+  const auto blocks = static_cast<unsigned>(cut.clusters * tile.cluster * tile.segments);
   const bool starts_early = int64_t{4} * blocks >= int64_t{3} * processors;
   return tile.launch(args, params.kind, blocks, starts_early, stream);
 }

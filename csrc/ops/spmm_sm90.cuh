@@ -6,7 +6,7 @@
 // To the tensor cores W is the left operand, wgmma.mma_async.sp m64nNk32, so a tile of Y lies
 // transposed in the accumulators: rows are features of Y (rows of W), columns are tokens.
 //
-// Ownership. One block for each multiprocessor. Blocks, or clusters of two, one below the other,
+// Ownership. A block for each multiprocessor. Blocks, or clusters of two, one below the other,
 // take tiles of Y in turns, a block kRows features x kTokens tokens. It has three warpgroups:
 //
 //   warpgroup 0       one thread of it fills the ring by TMA; the rest is idle
@@ -24,6 +24,16 @@
 //            | x    kTokens x 64, 128-byte swizzle |
 //
 // Metadata goes from global memory to registers, four stages ahead: see Metadata.
+//
+// Segments. Where tiles are too few for the multiprocessors, W's columns are cut into two or four
+// segments: a block each, a cluster for a tile. Each block multiplies its own; then it leaves the
+// sums that others store where its ring was, reads from their shared memory those that it stores,
+// and adds them, so that they are always added in the same order:
+//
+//                   two segments            four segments
+//                   tokens 0 .. 127         tokens 0 .. 63     64 .. 127
+//   rows  0 ..  63  block 0 stores          block 0            block 1
+//   rows 64 .. 127  block 1                 block 2            block 3
 //
 // Output. 64 rows of W x 64 tokens at a time: bias, activation, conversion, stmatrix.trans into one
 // of four buffers of 8 KB (a token a row, 128-byte swizzle), TMA store. The ring fills meanwhile. A
@@ -74,13 +84,16 @@ constexpr int kSharedAlignment = 1024;  // of the 128-byte swizzle
 constexpr int kMaxSharedBytes = 227 * 1024;
 
 // kBlocks: m64 accumulators of a consumer. kTokens: N of the wgmma. kCluster: blocks, one below the
-// other, that share tiles of X.
-template <int kBlocks_, int kTokens_, int kStages_, int kCluster_>
+// other, that share tiles of X. kSegments: of W's columns; those of a tile are done by as many
+// blocks, a cluster, which then add up their sums.
+template <int kBlocks_, int kTokens_, int kStages_, int kCluster_, int kSegments_>
 struct Tile {
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kStages = kStages_;
   static constexpr int kCluster = kCluster_;
+  static constexpr int kSegments = kSegments_;
+  static constexpr int kClusterBlocks = kCluster * kSegments;
   static constexpr int kXPart = sm90_x_part(kTokens, kCluster);  // that a block loads for all
   static constexpr int kRows = kConsumers * kBlocks * kSm90BlockRows;
   static constexpr int kOutChunks = (kTokens + kSm90OutBox - 1) / kSm90OutBox;
@@ -101,6 +114,11 @@ struct Tile {
   static_assert(kXBytes % kSharedAlignment == 0 && kValueBytes % kSharedAlignment == 0);
   static_assert(kTokens % 8 == 0 && kSharedBytes <= kMaxSharedBytes);
   static_assert(kBlocks * kTokens / 2 + 40 <= kConsumerRegisters);
+
+  // Sums of segments lie where the ring was, 64 rows x 64 tokens together
+  static_assert(kSegments == 1 || (kCluster == 1 && kBlocks == 1 && kRestTokens == 0));
+  static_assert(kSegments == 1 || kSegments == kConsumers || kSegments == kConsumers * kOutChunks);
+  static_assert(kSegments == 1 || kRows * kTokens * 4 <= kOut);
 };
 
 // ---- metadata ----------------------------------------------------------------------------
@@ -130,6 +148,35 @@ struct Metadata {
 template <typename T>
 __device__ __forceinline__ int block_of_cluster() {
   return T::kCluster == 1 ? 0 : blockIdx.x % T::kCluster;
+}
+
+// Which segment of W's columns this block does.
+template <typename T>
+__device__ __forceinline__ int segment_of() {
+  return T::kSegments == 1 ? 0 : blockIdx.x % T::kSegments;
+}
+
+// Stages along W's columns, of which segments have whole quads: the first, and the one after the
+// last. Not kept: without segments they are zero and an argument.
+template <typename T>
+__device__ __forceinline__ int first_stage(const SpmmSm90Args& args, int segment) {
+  return min(static_cast<int>(int64_t{args.quads} * segment / T::kSegments) * kQuad, args.k_tiles);
+}
+
+template <typename T>
+__device__ __forceinline__ int first_stage(const SpmmSm90Args& args) {
+  return T::kSegments == 1 ? 0 : first_stage<T>(args, segment_of<T>());
+}
+
+template <typename T>
+__device__ __forceinline__ int end_stage(const SpmmSm90Args& args) {
+  return T::kSegments == 1 ? args.k_tiles : first_stage<T>(args, segment_of<T>() + 1);
+}
+
+// Stages of the tail: those of the last segment.
+template <typename T>
+__device__ __forceinline__ int tail_stages(const SpmmSm90Args& args) {
+  return segment_of<T>() == T::kSegments - 1 ? args.tail_tiles : 0;
 }
 
 struct TilePlace {
@@ -189,11 +236,11 @@ __device__ __forceinline__ void load_x(uint32_t x, const CUtensorMap* map, int c
 template <typename T>
 __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t shared) {
   Ring<T> ring{shared};
-  const int clusters = gridDim.x / T::kCluster;
+  const int clusters = gridDim.x / T::kClusterBlocks;
   const int tiles = args.row_tiles * args.token_tiles;
-  for (int tile = blockIdx.x / T::kCluster; tile < tiles; tile += clusters) {
+  for (int tile = blockIdx.x / T::kClusterBlocks; tile < tiles; tile += clusters) {
     const TilePlace place = place_of<T>(args, tile);
-    for (int k_tile = 0; k_tile < args.k_tiles; ++k_tile) {
+    for (int k_tile = first_stage<T>(args); k_tile < end_stage<T>(args); ++k_tile) {
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
       const uint32_t full = ring.full(ring.stage);
       ptx::barrier_arrive_expect(full, T::kStageBytes);
@@ -201,7 +248,7 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
       load_x<T, kXRowBytes>(ring.x(), &args.x, k_tile * kSm90TileColumns, place.token, full);
       ring.advance();
     }
-    for (int k_tile = 0; k_tile < args.tail_tiles; ++k_tile) {
+    for (int k_tile = 0; k_tile < tail_stages<T>(args); ++k_tile) {
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
       const uint32_t full = ring.full(ring.stage);
       const int column = k_tile * kSm90TailTileColumns;
@@ -209,6 +256,54 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
       ptx::tma_load(ring.values(), &args.tail_weight, column, place.row, full);
       load_x<T, kTailRowBytes>(ring.x(), &args.tail_x, column, place.token, full);
       ring.advance();
+    }
+  }
+}
+
+// ---- segments ----------------------------------------------------------------------------
+
+// Whether this block stores a chunk of 64 tokens of a consumer's 64 rows: it alone of its cluster.
+template <typename T>
+__device__ __forceinline__ bool stores(int consumer, int chunk) {
+  constexpr int kChunks = T::kSegments / kConsumers;  // that are of different blocks
+  if constexpr (T::kSegments == 1) {
+    return true;
+  } else {
+    return consumer * kChunks + chunk % kChunks == segment_of<T>();
+  }
+}
+
+// Adds up the segments of a tile with `tokens` tokens. A block leaves in its shared memory what
+// others store, in float4s of a thread's sums, one of each octet of tokens; and adds to its own
+// what they left, in the order of the segments. By both consumers; a cluster_sync is in it.
+template <typename T>
+__device__ __forceinline__ void add_segments(float (&sums)[T::kTokens / 2], int tokens,
+                                             uint32_t shared, int consumer, int thread) {
+  constexpr int kChunkOctets = kSm90OutBox / 8;
+  const auto visit = [&](bool stored_here, auto visit_octet) {
+#pragma unroll
+    for (int octet = 0; octet < T::kTokens / 8; ++octet) {
+      if (octet * 8 < tokens && stores<T>(consumer, octet / kChunkOctets) == stored_here) {
+        const int place = (consumer * (T::kTokens / 8) + octet) * kWarpgroup + thread;
+        visit_octet(sums + octet * 4, shared + place * static_cast<uint32_t>(sizeof(float4)));
+      }
+    }
+  };
+
+  ptx::named_barrier_sync<kConsumers * kWarpgroup>(1 + kConsumers);  // the ring is read to its end
+  visit(false, [](const float* four, uint32_t address) {
+    ptx::store_shared(address, {four[0], four[1], four[2], four[3]});
+  });
+  ptx::cluster_sync();
+  for (int segment = 0; segment < T::kSegments; ++segment) {
+    if (segment != segment_of<T>()) {
+      visit(true, [&](float* four, uint32_t address) {
+        const float4 other = ptx::load_from_cluster(ptx::address_in(address, segment));
+        four[0] += other.x;
+        four[1] += other.y;
+        four[2] += other.z;
+        four[3] += other.w;
+      });
     }
   }
 }
@@ -295,7 +390,7 @@ __device__ __forceinline__ void store_block(const SpmmSm90Args& args,
 #pragma unroll
   for (int chunk = 0; chunk < T::kOutChunks; ++chunk) {
     const int token = first_token + chunk * kSm90OutBox;
-    if (row >= args.rows || token >= args.tokens) {
+    if (row >= args.rows || token >= args.tokens || !stores<T>(consumer, chunk)) {
       if (thread == 0) {
         ptx::tma_store_commit();  // of nothing: every chunk has a group, which is what is waited
                                   // for
@@ -356,16 +451,16 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
     }
   };
 
-  const int clusters = gridDim.x / T::kCluster;
+  const int clusters = gridDim.x / T::kClusterBlocks;
   const int tiles = args.row_tiles * args.token_tiles;
   int row_block = 0;
   const auto begin = [&](int tile) {
     row_block = place_of<T>(args, tile).row / kSm90BlockRows + consumer * kBlocks;
-    metadata[0].load(args, row_block, 0, thread);
+    metadata[0].load(args, row_block, first_stage<T>(args) / kQuad, thread);
   };
-  begin(blockIdx.x / T::kCluster);
-  for (int tile = blockIdx.x / T::kCluster; tile < tiles; tile += clusters) {
-    int k_tile = 0;
+  begin(blockIdx.x / T::kClusterBlocks);
+  for (int tile = blockIdx.x / T::kClusterBlocks; tile < tiles; tile += clusters) {
+    int k_tile = first_stage<T>(args);
     int previous = 0;  // stage whose wgmma may be under way
 
     // Sparse part, by pairs of quads; false after the last stage
@@ -380,12 +475,12 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
       for (int i = 0; i < kBlocks; ++i) {
         const uint64_t values = values_block(i);
         const uint32_t word = words.word[i][kInQuad];
-        Wgmma::template sparse<0>(sums[i], values, x, word, k_tile != 0);
+        Wgmma::template sparse<0>(sums[i], values, x, word, k_tile != first_stage<T>(args));
         Wgmma::template sparse<1>(sums[i], values + kValueStep, x + kXStep, word, 1);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
-      if (k_tile != 0) {
+      if (k_tile != first_stage<T>(args)) {
         release(previous);
       }
       // Loads are issued after the wait, so that no word changes that a multiplication may yet take
@@ -394,17 +489,24 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
       }
       previous = ring.stage;
       ring.advance();
-      return ++k_tile < args.k_tiles;
+      return ++k_tile < end_stage<T>(args);
     };
     const auto multiply_pair = [&]<int... kStage>(std::integer_sequence<int, kStage...>) {
       return (... && multiply(std::integral_constant<int, kStage>{}));
     };
-    while (multiply_pair(std::make_integer_sequence<int, 2 * kQuad>{})) {
+    if (T::kSegments == 1 || first_stage<T>(args) < end_stage<T>(args)) {
+      while (multiply_pair(std::make_integer_sequence<int, 2 * kQuad>{})) {
+      }
+    } else {  // W has fewer quads than segments
+#pragma unroll
+      for (float& sum : sums[0]) {
+        sum = 0.0f;
+      }
     }
 
     // Tail
 #pragma unroll 1
-    for (int tail_tile = 0; tail_tile < args.tail_tiles; ++tail_tile) {
+    for (int tail_tile = 0; tail_tile < tail_stages<T>(args); ++tail_tile) {
       ptx::barrier_wait(ring.full(ring.stage), ring.round);
       const uint64_t x = ptx::matrix_descriptor<kTailRowBytes>(ring.x());
       ptx::wgmma_fence();
@@ -433,6 +535,9 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
 
     // Output. The place is computed anew: the sums leave no registers to keep it in
     const TilePlace place = place_of<T>(args, tile);
+    if constexpr (T::kSegments > 1) {
+      add_segments<T>(sums[0], args.tokens - place.token, shared, consumer, thread);
+    }
     if (thread == 0) {
       ptx::tma_store_wait_read<0>();  // of the tile before
     }
@@ -463,7 +568,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
 // ---- kernel ------------------------------------------------------------------------------
 
 template <FloatKind kKind, typename T, Activation kActivation>
-__global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
+__global__ void __cluster_dims__(T::kClusterBlocks) __launch_bounds__(kThreads, 1)
     spmm_sm90_kernel(const __grid_constant__ SpmmSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint8_t dynamic_shared[];
@@ -482,7 +587,7 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
     ptx::prefetch_map(&args.x);
     ptx::prefetch_map(&args.y);
   }
-  if constexpr (T::kCluster == 1) {
+  if constexpr (T::kClusterBlocks == 1) {
     __syncthreads();
   } else {
     ptx::cluster_sync();
@@ -496,13 +601,17 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
       produce<T>(args, shared);
     }
+    if constexpr (T::kSegments > 1) {
+      __syncwarp();
+      ptx::cluster_sync();  // that of add_segments
+    }
   } else {
     ptx::take_registers<kConsumerRegisters>();
     consume<kKind, T, kActivation>(args, shared, warpgroup - 1, threadIdx.x % kWarpgroup);
   }
-  if constexpr (T::kCluster > 1) {
+  if constexpr (T::kClusterBlocks > 1) {
     __syncwarp();
-    ptx::cluster_sync();  // no block leaves while another writes to it
+    ptx::cluster_sync();  // no block leaves while another writes to it, or reads from it
   }
 #else
   __trap();  // the launcher checks the device
@@ -533,11 +642,11 @@ cudaError_t launch(const SpmmSm90Args& args, unsigned blocks, bool starts_early,
 
 }  // namespace sm90
 
-template <int kRows, int kTokens, int kStages, int kCluster>
+template <int kRows, int kTokens, int kStages, int kCluster, int kSegments>
 cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
                                   bool starts_early, cudaStream_t stream) {
   constexpr int kBlocks = kRows / (sm90::kConsumers * kSm90BlockRows);
-  using T = sm90::Tile<kBlocks, kTokens, kStages, kCluster>;
+  using T = sm90::Tile<kBlocks, kTokens, kStages, kCluster, kSegments>;
   static_assert(T::kRows == kRows);
   return kind == FloatKind::kHalf
              ? sm90::launch<FloatKind::kHalf, T>(args, blocks, starts_early, stream)

@@ -47,7 +47,7 @@ struct SpmmSm90Args {
 
 // The kernel with tiles of kRows of W x kTokens, for each block of a cluster, and a ring of
 // kStages; one file instantiates each.
-template <int kRows, int kTokens, int kStages, int kCluster>
+template <int kRows, int kTokens, int kStages, int kCluster, int kSegments>
 cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
                                   bool starts_early, cudaStream_t stream);
 
