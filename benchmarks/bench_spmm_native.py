@@ -32,7 +32,7 @@ from slope_ext import SLoPeLinear, plan_cache
 from slope_ext._spmm_sm90 import spmm_sm90
 from slope_ext.ops.spmm import Backend
 
-TOKENS = [*MOST, 512, 1024, 16384]
+TOKENS = [*MOST, 64, 128, 512, 1024, 16384]
 REGIMES = {"burst": harness.BURST, "sustained": harness.SUSTAINED}
 
 

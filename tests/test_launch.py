@@ -4,11 +4,10 @@
 import pytest
 import torch
 
-from slope_ext import ops
+from slope_ext import _packed, ops
 from slope_ext._check import metadata_words
 
 CUDA = torch.device("cuda")
-HOPPER = (9, 0)
 OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -28,7 +27,7 @@ def chain(weight, x, settle):
     settle()
     ops.double_prune_(again, bitmask, bitmask_t, values_t)
     results = [values, bitmask, dense, again, bitmask_t, values_t]
-    if torch.cuda.get_device_capability() == HOPPER:
+    if _packed._native_runs_here(0):
         metadata = torch.empty(metadata_words(rows, columns), dtype=torch.int32, device=CUDA)
         metadata_t = torch.empty(metadata_words(columns, rows), dtype=torch.int32, device=CUDA)
         settle()

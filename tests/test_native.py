@@ -2,6 +2,8 @@
 """The own sparse product for sm_90: its metadata, its results, and layers that run on it."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ CUDA = torch.device("cuda")
 HALF = [torch.bfloat16, torch.float16]
 # Whole tiles; odd numbers of stages, of blocks of 64 rows, of groups of 8 rows; one stage.
 SHAPES = [(256, 256), (64, 32), (1088, 96), (200, 1056), (8, 544), (320, 160), (4104, 288)]
+SHAPES += [(1000, 2048)]  # few tiles of many columns: in segments
+SEGMENTED = [i for i, (_, _, segments) in enumerate(TILES) if segments > 1]
 WORD_SHAPES = [(64, 256), (64, 32), (8, 96), (136, 320), (200, 544)]
 
 
@@ -48,6 +52,12 @@ def test_words_are_those_of_the_drawing(shape, device):
         row, group = 64 * b + 16 * (lane // 32) + lane % 32 // 4, 64 * q + 16 * s + 4 * (lane % 4)
         nibbles = [nibble(row + 8 * half, group + i) for half in range(2) for i in range(4)]
         assert found[b, q, lane, s] == sum(n << 4 * i for i, n in enumerate(nibbles))
+
+
+def test_tiles_are_those_of_the_source():
+    source = Path(__file__).parent.parent / "csrc" / "ops" / "spmm_sm90.cpp"
+    found = re.findall(r"^    tile_of<(\d+), (\d+), \d, \d(?:, (\d))?>", source.read_text(), re.M)
+    assert [(int(r), int(t), int(k or 1)) for r, t, k in found] == TILES
 
 
 def skip_unless_it_runs():
@@ -174,18 +184,18 @@ def test_blocks_with_several_tiles(tile, activation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [8, 9], ids=tile_name)
-@pytest.mark.parametrize("columns", [32, 256, 512, 1184, 2048])
+@pytest.mark.parametrize("tile", SEGMENTED, ids=tile_name)
+@pytest.mark.parametrize("columns", [32, 256, 512, 768, 1184, 2048])
 def test_segments_of_any_length(tile, columns):
     """Some without a column, some of which one ends with W."""
     check_tile(tile, 2, (1, 63, 64, 100, 0), 24, "none", columns)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [8, 9], ids=tile_name)
+@pytest.mark.parametrize("tile", SEGMENTED, ids=tile_name)
 def test_segments_add_up_in_one_order(tile):
     skip_unless_it_runs()
-    o = Operands(1024, 4096, torch.bfloat16, CUDA)
+    o = Operands(1024, 4096, torch.float16, CUDA)  # bf16 would hide most other orders
     words, x = with_words(o), o.randn(40, 4096)
     runs = [spmm_sm90(x, o.values, words, o.randn(40, 1024), tile=tile) for _ in range(20)]
     assert all(torch.equal(run, runs[0]) for run in runs)

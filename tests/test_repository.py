@@ -62,7 +62,7 @@ def test_torch_stable_is_the_only_door():
 
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
 def test_kernels_wait_for_the_kernel_before(source):
-    """Every kernel is launched to start early, and so has to wait (csrc/common/launch.cuh)."""
+    """A kernel may be launched to start early, and so has to wait (csrc/common/launch.cuh)."""
     text = re.sub(r"//.*", "", source.read_text())
     assert "<<<" not in text
     assert not re.search(r"__ldg|ld\.global\.nc", text)
@@ -70,7 +70,8 @@ def test_kernels_wait_for_the_kernel_before(source):
         head, body = kernel.split("{", 1)
         assert "__restrict__" not in head
         body = body[: body.index("\n}")]
-        assert body.count("  wait_for_previous_kernel();\n") == 1, head
+        waits = "  wait_for_previous_kernel();\n  let_next_kernel_start();\n"
+        assert body.count(waits) == 1, head
         assert "return" not in body[: body.index("wait_for_previous_kernel")], head
 
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How every kernel is launched: its blocks may come to the multiprocessors while the kernel before
-// it in the stream ends (programmatic dependent launch, compute capability 9 on), if that one lets
-// them. Ours do; so the next one's start overlaps the last blocks of this one:
+// How kernels are launched. Unless its launcher says otherwise, blocks of a kernel may come to the
+// multiprocessors while the kernel before it in the stream ends (programmatic dependent launch,
+// compute capability 9 on), if that one lets them. Ours do; so the next one's start overlaps the
+// last blocks of this one:
 //
 //   kernel A   | blocks ................ | last blocks |
 //   kernel B                 start, wait | blocks ................ | last blocks |

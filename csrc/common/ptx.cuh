@@ -199,8 +199,7 @@ __device__ __forceinline__ void give_registers() {
 __device__ __forceinline__ void load_once(uint32_t (&words)[4], const uint4* address) {
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(address)
-               : "memory");
+               : "l"(address));
 }
 
 // stmatrix.trans of two or four 8 x 8 matrices of 16-bit elements: lane l gives the address of

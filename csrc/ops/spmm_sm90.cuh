@@ -6,8 +6,9 @@
 // To the tensor cores W is the left operand, wgmma.mma_async.sp m64nNk32, so a tile of Y lies
 // transposed in the accumulators: rows are features of Y (rows of W), columns are tokens.
 //
-// Ownership. A block for each multiprocessor. Blocks, or clusters of two, one below the other,
-// take tiles of Y in turns, a block kRows features x kTokens tokens. It has three warpgroups:
+// Ownership. Without segments a block for each multiprocessor: blocks, or clusters of two, one
+// below the other, take tiles of Y in turns, a block kRows features x kTokens tokens. It has three
+// warpgroups:
 //
 //   warpgroup 0       one thread of it fills the ring by TMA; the rest is idle
 //   warpgroups 1, 2   kBlocks times 64 features each, all tokens of the tile; warp w of one has
@@ -44,8 +45,9 @@
 // clocks of the tensor cores; 16 KB of values, 2 KB of metadata and 24 KB of x in.
 //
 // Preconditions, which the launcher checks: as in SpmmSm90Params, columns > 0, tokens > 0, rows >
-// 0. Sizes need not be multiples of the tile: TMA reads zeros beyond the operands and leaves out
-// what is beyond Y. With an odd number of atoms the last stage's second half is such zeros.
+// 0; with segments as many clusters as tiles. Sizes need not be multiples of the tile: TMA reads
+// zeros beyond the operands and leaves out what is beyond Y. With an odd number of atoms the last
+// stage's second half is such zeros.
 #pragma once
 
 #include <type_traits>
@@ -67,9 +69,11 @@ static_assert(kSteps == 2, "the two selectors of a metadata word");
 constexpr int kQuad = kSm90QuadColumns / kSm90TileColumns;  // stages whose metadata stands together
 static_assert(kQuad == 4, "words of a 16-byte load");
 
-// 65536 registers: 128 * 24 + 256 * 240 = 64512
-constexpr int kProducerRegisters = 24;
-constexpr int kConsumerRegisters = 240;
+// 65536 registers: 128 * 24 + 256 * 240 = 64512, with segments 128 * 56 + 256 * 224 = 64512
+template <int kSegments>
+constexpr int kProducerRegisters = kSegments == 1 ? 24 : 56;
+template <int kSegments>
+constexpr int kConsumerRegisters = kSegments == 1 ? 240 : 224;
 
 constexpr int kElementBytes = 2;
 constexpr int kValueRowBytes = kSm90TileColumns / 2 * kElementBytes;  // 64
@@ -114,7 +118,7 @@ struct Tile {
   static constexpr int kSharedBytes = kEmpty + kStages * 8 + kSharedAlignment;
   static_assert(kXBytes % kSharedAlignment == 0 && kValueBytes % kSharedAlignment == 0);
   static_assert(kTokens % 8 == 0 && kSharedBytes <= kMaxSharedBytes);
-  static_assert(kBlocks * kTokens / 2 + 40 <= kConsumerRegisters);
+  static_assert(kBlocks * kTokens / 2 + 40 <= kConsumerRegisters<kSegments>);
 
   // Sums of segments lie where the ring was, 64 rows x 64 tokens together
   static_assert(kSegments == 1 || (kCluster == 1 && kBlocks == 1 && kRestTokens == 0));
@@ -131,10 +135,11 @@ template <int kBlocks>
 struct Metadata {
   uint32_t word[kBlocks][kQuad];
 
-  // Starts the loads of quad `quad` of blocks `block` on. Blocks beyond W read the last; quads
-  // beyond it read nothing, since they are not used.
-  __device__ __forceinline__ void load(const SpmmSm90Args& args, int block, int quad, int thread) {
-    if (quad < args.quads) {
+  // Starts the loads of quad `quad` of blocks `block` on. Blocks beyond W read the last; quads from
+  // `quads` on, which are not used, read nothing.
+  __device__ __forceinline__ void load(const SpmmSm90Args& args, int block, int quad, int quads,
+                                       int thread) {
+    if (quad < quads) {
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         const int64_t place = int64_t{min(block + i, args.row_blocks - 1)} * args.quads + quad;
@@ -147,8 +152,9 @@ struct Metadata {
 // Fetches the words of quad `quad` of a tile's rows into L2. With few tokens all is waiting for
 // memory, and four stages are no longer than a read of it takes.
 template <typename T>
-__device__ __forceinline__ void prefetch_metadata(const SpmmSm90Args& args, int row, int quad) {
-  if (quad < args.quads) {
+__device__ __forceinline__ void prefetch_metadata(const SpmmSm90Args& args, int row, int quad,
+                                                  int quads) {
+  if (quad < quads) {
 #pragma unroll
     for (int i = 0; i < T::kRows / kSm90BlockRows; ++i) {
       const int block = min(row / kSm90BlockRows + i, args.row_blocks - 1);
@@ -171,28 +177,45 @@ __device__ __forceinline__ int segment_of() {
   return T::kSegments == 1 ? 0 : blockIdx.x % T::kSegments;
 }
 
-// Stages along W's columns, of which segments have whole quads: the first, and the one after the
-// last. Not kept: without segments they are zero and an argument.
-template <typename T>
-__device__ __forceinline__ int first_stage(const SpmmSm90Args& args, int segment) {
-  return min(static_cast<int>(int64_t{args.quads} * segment / T::kSegments) * kQuad, args.k_tiles);
-}
+// The stages of a block: along W's columns from first() to end(), of which segments have whole
+// quads, the last ones fewer or none; and of the tail, which is the last segment's.
+template <int kSegments>
+class Stages {
+ public:
+  __device__ __forceinline__ explicit Stages(const SpmmSm90Args& args)
+      : first_(stage_of(args, segment())),
+        end_(stage_of(args, segment() + 1)),
+        tail_(segment() == kSegments - 1 ? args.tail_tiles : 0) {}
 
-template <typename T>
-__device__ __forceinline__ int first_stage(const SpmmSm90Args& args) {
-  return T::kSegments == 1 ? 0 : first_stage<T>(args, segment_of<T>());
-}
+  __device__ __forceinline__ int first() const { return first_; }
+  __device__ __forceinline__ int end() const { return end_; }
+  __device__ __forceinline__ int tail() const { return tail_; }
+  __device__ __forceinline__ int quads() const { return (end_ + kQuad - 1) / kQuad; }
 
-template <typename T>
-__device__ __forceinline__ int end_stage(const SpmmSm90Args& args) {
-  return T::kSegments == 1 ? args.k_tiles : first_stage<T>(args, segment_of<T>() + 1);
-}
+ private:
+  __device__ __forceinline__ static int segment() { return blockIdx.x % kSegments; }
+  __device__ __forceinline__ static int stage_of(const SpmmSm90Args& args, int segment) {
+    const int64_t quad = (int64_t{args.quads} * segment + kSegments - 1) / kSegments;
+    return min(static_cast<int>(quad) * kQuad, args.k_tiles);
+  }
 
-// Stages of the tail: those of the last segment.
-template <typename T>
-__device__ __forceinline__ int tail_stages(const SpmmSm90Args& args) {
-  return segment_of<T>() == T::kSegments - 1 ? args.tail_tiles : 0;
-}
+  int first_, end_, tail_;
+};
+
+// Without segments they are arguments: the sums leave no registers to keep them in.
+template <>
+class Stages<1> {
+ public:
+  __device__ __forceinline__ explicit Stages(const SpmmSm90Args& args) : args_(args) {}
+
+  __device__ __forceinline__ int first() const { return 0; }
+  __device__ __forceinline__ int end() const { return args_.k_tiles; }
+  __device__ __forceinline__ int tail() const { return args_.tail_tiles; }
+  __device__ __forceinline__ int quads() const { return args_.quads; }
+
+ private:
+  const SpmmSm90Args& args_;
+};
 
 struct TilePlace {
   int row, token;  // this block's first
@@ -251,14 +274,15 @@ __device__ __forceinline__ void load_x(uint32_t x, const CUtensorMap* map, int c
 template <typename T>
 __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t shared) {
   Ring<T> ring{shared};
+  const Stages<T::kSegments> stages(args);
   const int clusters = gridDim.x / T::kClusterBlocks;
   const int tiles = args.row_tiles * args.token_tiles;
   for (int tile = blockIdx.x / T::kClusterBlocks; tile < tiles; tile += clusters) {
     const TilePlace place = place_of<T>(args, tile);
-    for (int k_tile = first_stage<T>(args); k_tile < end_stage<T>(args); ++k_tile) {
+    for (int k_tile = stages.first(); k_tile < stages.end(); ++k_tile) {
       if constexpr (T::kPrefetches) {
         if (k_tile % kQuad == 0) {
-          prefetch_metadata<T>(args, place.row, k_tile / kQuad + 1);
+          prefetch_metadata<T>(args, place.row, k_tile / kQuad + 1, stages.quads());
         }
       }
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
@@ -268,7 +292,7 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
       load_x<T, kXRowBytes>(ring.x(), &args.x, k_tile * kSm90TileColumns, place.token, full);
       ring.advance();
     }
-    for (int k_tile = 0; k_tile < tail_stages<T>(args); ++k_tile) {
+    for (int k_tile = 0; k_tile < stages.tail(); ++k_tile) {
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
       const uint32_t full = ring.full(ring.stage);
       const int column = k_tile * kSm90TailTileColumns;
@@ -294,36 +318,54 @@ __device__ __forceinline__ bool stores(int consumer, int chunk) {
 }
 
 // Adds up the segments of a tile with `tokens` tokens. A block leaves in its shared memory what
-// others store, in float4s of a thread's sums, one of each octet of tokens; and adds to its own
-// what they left, in the order of the segments. By both consumers; a cluster_sync is in it.
+// others store, an octet of tokens of a thread in a float4; and adds to its own what they left, in
+// the order of the segments. By both consumers; a cluster_sync is in it.
 template <typename T>
 __device__ __forceinline__ void add_segments(float (&sums)[T::kTokens / 2], int tokens,
                                              uint32_t shared, int consumer, int thread) {
-  constexpr int kChunkOctets = kSm90OutBox / 8;
-  const auto visit = [&](bool stored_here, auto visit_octet) {
-#pragma unroll
-    for (int octet = 0; octet < T::kTokens / 8; ++octet) {
-      if (octet * 8 < tokens && stores<T>(consumer, octet / kChunkOctets) == stored_here) {
-        const int place = (consumer * (T::kTokens / 8) + octet) * kWarpgroup + thread;
-        visit_octet(sums + octet * 4, shared + place * static_cast<uint32_t>(sizeof(float4)));
-      }
-    }
+  constexpr int kOctets = kSm90OutBox / 8;  // of a chunk
+  constexpr uint32_t kOctetBytes = kWarpgroup * sizeof(float4);
+  const auto place_of_chunk = [&](int chunk) {
+    return shared + (consumer * T::kOutChunks + chunk) * kOctets * kOctetBytes +
+           thread * static_cast<uint32_t>(sizeof(float4));
   };
 
   ptx::named_barrier_sync<kConsumers * kWarpgroup>(1 + kConsumers);  // the ring is read to its end
-  visit(false, [](const float* four, uint32_t address) {
-    ptx::store_shared(address, {four[0], four[1], four[2], four[3]});
-  });
+#pragma unroll
+  for (int chunk = 0; chunk < T::kOutChunks; ++chunk) {
+    if (chunk * kSm90OutBox < tokens && !stores<T>(consumer, chunk)) {
+      const uint32_t place = place_of_chunk(chunk);
+#pragma unroll
+      for (int i = 0; i < kOctets; ++i) {
+        const float* const four = sums + (chunk * kOctets + i) * 4;
+        ptx::store_shared(place + i * kOctetBytes, {four[0], four[1], four[2], four[3]});
+      }
+    }
+  }
   ptx::cluster_sync();
-  for (int segment = 0; segment < T::kSegments; ++segment) {
-    if (segment != segment_of<T>()) {
-      visit(true, [&](float* four, uint32_t address) {
-        const float4 other = ptx::load_from_cluster(ptx::address_in(address, segment));
-        four[0] += other.x;
-        four[1] += other.y;
-        four[2] += other.z;
-        four[3] += other.w;
-      });
+#pragma unroll
+  for (int chunk = 0; chunk < T::kOutChunks; ++chunk) {
+    if (chunk * kSm90OutBox < tokens && stores<T>(consumer, chunk)) {
+#pragma unroll 1
+      for (int segment = 0; segment < T::kSegments; ++segment) {
+        if (segment == segment_of<T>()) {
+          continue;
+        }
+        const uint32_t place = ptx::address_in(place_of_chunk(chunk), segment);
+        float4 others[kOctets];
+#pragma unroll
+        for (int i = 0; i < kOctets; ++i) {
+          others[i] = ptx::load_from_cluster(place + i * kOctetBytes);
+        }
+#pragma unroll
+        for (int i = 0; i < kOctets; ++i) {
+          float* const four = sums + (chunk * kOctets + i) * 4;
+          four[0] += others[i].x;
+          four[1] += others[i].y;
+          four[2] += others[i].z;
+          four[3] += others[i].w;
+        }
+      }
     }
   }
 }
@@ -461,6 +503,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
     return ptx::matrix_descriptor<kValueRowBytes>(ring.values() + values_of_consumer +
                                                   i * kSm90BlockRows * kValueRowBytes);
   };
+  constexpr int kNone = -1;
   const auto release = [&](int stage) {
     if constexpr (T::kCluster == 1) {
       if (thread == 0) {
@@ -471,17 +514,24 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
     }
   };
 
+  const Stages<T::kSegments> stages(args);
   const int clusters = gridDim.x / T::kClusterBlocks;
   const int tiles = args.row_tiles * args.token_tiles;
   int row_block = 0;
   const auto begin = [&](int tile) {
     row_block = place_of<T>(args, tile).row / kSm90BlockRows + consumer * kBlocks;
-    metadata[0].load(args, row_block, first_stage<T>(args) / kQuad, thread);
+    metadata[0].load(args, row_block, stages.first() / kQuad, stages.quads(), thread);
   };
   begin(blockIdx.x / T::kClusterBlocks);
   for (int tile = blockIdx.x / T::kClusterBlocks; tile < tiles; tile += clusters) {
-    int k_tile = first_stage<T>(args);
-    int previous = 0;  // stage whose wgmma may be under way
+    int k_tile = stages.first();
+    int previous = T::kSegments == 1 ? 0 : kNone;  // stage whose wgmma may be under way
+
+    const auto release_previous = [&] {
+      if (T::kSegments == 1 || previous != kNone) {
+        release(previous);
+      }
+    };
 
     // Sparse part, by pairs of quads; false after the last stage
     const auto multiply = [&]<int kStage>(std::integral_constant<int, kStage>) {
@@ -495,38 +545,40 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
       for (int i = 0; i < kBlocks; ++i) {
         const uint64_t values = values_block(i);
         const uint32_t word = words.word[i][kInQuad];
-        Wgmma::template sparse<0>(sums[i], values, x, word, k_tile != first_stage<T>(args));
+        Wgmma::template sparse<0>(sums[i], values, x, word,
+                                  T::kSegments > 1 || k_tile != stages.first());
         Wgmma::template sparse<1>(sums[i], values + kValueStep, x + kXStep, word, 1);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
-      if (k_tile != first_stage<T>(args)) {
+      if (k_tile != stages.first()) {
         release(previous);
       }
       // Loads are issued after the wait, so that no word changes that a multiplication may yet take
       if constexpr (kInQuad == 0) {
-        other.load(args, row_block, k_tile / kQuad + 1, thread);
+        other.load(args, row_block, k_tile / kQuad + 1, stages.quads(), thread);
       }
       previous = ring.stage;
       ring.advance();
-      return ++k_tile < end_stage<T>(args);
+      return ++k_tile < stages.end();
     };
     const auto multiply_pair = [&]<int... kStage>(std::integer_sequence<int, kStage...>) {
       return (... && multiply(std::integral_constant<int, kStage>{}));
     };
-    if (T::kSegments == 1 || first_stage<T>(args) < end_stage<T>(args)) {
-      while (multiply_pair(std::make_integer_sequence<int, 2 * kQuad>{})) {
-      }
-    } else {  // W has fewer quads than segments
+    if constexpr (T::kSegments > 1) {  // may have no stage
 #pragma unroll
       for (float& sum : sums[0]) {
         sum = 0.0f;
       }
     }
+    if (T::kSegments == 1 || stages.first() < stages.end()) {
+      while (multiply_pair(std::make_integer_sequence<int, 2 * kQuad>{})) {
+      }
+    }
 
     // Tail
 #pragma unroll 1
-    for (int tail_tile = 0; tail_tile < tail_stages<T>(args); ++tail_tile) {
+    for (int tail_tile = 0; tail_tile < stages.tail(); ++tail_tile) {
       ptx::barrier_wait(ring.full(ring.stage), ring.round);
       const uint64_t x = ptx::matrix_descriptor<kTailRowBytes>(ring.x());
       ptx::wgmma_fence();
@@ -538,13 +590,13 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
-      release(previous);
+      release_previous();
       previous = ring.stage;
       ring.advance();
     }
 
     ptx::wgmma_wait<0>();
-    release(previous);
+    release_previous();
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       ptx::wgmma_keep_after(sums[i]);
@@ -617,7 +669,7 @@ __global__ void __cluster_dims__(T::kClusterBlocks) __launch_bounds__(kThreads, 
 
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup == 0) {
-    ptx::give_registers<kProducerRegisters>();
+    ptx::give_registers<kProducerRegisters<T::kSegments>>();
     if (threadIdx.x == 0) {
       produce<T>(args, shared);
     }
@@ -626,7 +678,7 @@ __global__ void __cluster_dims__(T::kClusterBlocks) __launch_bounds__(kThreads, 
       ptx::cluster_sync();  // that of add_segments
     }
   } else {
-    ptx::take_registers<kConsumerRegisters>();
+    ptx::take_registers<kConsumerRegisters<T::kSegments>>();
     consume<kKind, T, kActivation>(args, shared, warpgroup - 1, threadIdx.x % kWarpgroup);
   }
   if constexpr (T::kClusterBlocks > 1) {
@@ -639,6 +691,9 @@ __global__ void __cluster_dims__(T::kClusterBlocks) __launch_bounds__(kThreads, 
 }
 
 // ---- launcher ----------------------------------------------------------------------------
+
+template <int kRows, int kTokens, int kStages, int kCluster, int kSegments>
+using TileOf = Tile<kRows / (kConsumers * kSm90BlockRows), kTokens, kStages, kCluster, kSegments>;
 
 // Each activation is a kernel of its own: a branch would be taken for every pair of sums.
 template <FloatKind kKind, typename T>
@@ -663,14 +718,36 @@ cudaError_t launch(const SpmmSm90Args& args, unsigned blocks, bool starts_early,
 }  // namespace sm90
 
 template <int kRows, int kTokens, int kStages, int kCluster, int kSegments>
-cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
-                                  bool starts_early, cudaStream_t stream) {
-  constexpr int kBlocks = kRows / (sm90::kConsumers * kSm90BlockRows);
-  using T = sm90::Tile<kBlocks, kTokens, kStages, kCluster, kSegments>;
-  static_assert(T::kRows == kRows);
+cudaError_t SpmmSm90Tile<kRows, kTokens, kStages, kCluster, kSegments>::launch(
+    const SpmmSm90Args& args, FloatKind kind, unsigned blocks, bool starts_early,
+    cudaStream_t stream) {
+  using T = sm90::TileOf<kRows, kTokens, kStages, kCluster, kSegments>;
   return kind == FloatKind::kHalf
              ? sm90::launch<FloatKind::kHalf, T>(args, blocks, starts_early, stream)
              : sm90::launch<FloatKind::kBFloat16, T>(args, blocks, starts_early, stream);
+}
+
+template <int kRows, int kTokens, int kStages, int kCluster, int kSegments>
+int SpmmSm90Tile<kRows, kTokens, kStages, kCluster, kSegments>::clusters_at_once() {
+  using T = sm90::TileOf<kRows, kTokens, kStages, kCluster, kSegments>;
+  auto* const kernel = &sm90::spmm_sm90_kernel<FloatKind::kBFloat16, T, Activation::kNone>;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {T::kClusterBlocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = T::kClusterBlocks;
+  config.blockDim = sm90::kThreads;
+  config.dynamicSmemBytes = T::kSharedBytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const bool known = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          T::kSharedBytes) == cudaSuccess &&
+                     cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+  if (!known) {
+    (void)cudaGetLastError();  // asking is no call that failed
+  }
+  return known ? clusters : 0;
 }
 
 }  // namespace slope

@@ -46,9 +46,14 @@ struct SpmmSm90Args {
 };
 
 // The kernel with tiles of kRows of W x kTokens, for each block of a cluster, and a ring of
-// kStages; one file instantiates each.
+// kStages; kSegments of W's columns. One file instantiates each.
 template <int kRows, int kTokens, int kStages, int kCluster, int kSegments>
-cudaError_t launch_spmm_sm90_tile(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
-                                  bool starts_early, cudaStream_t stream);
+struct SpmmSm90Tile {
+  static cudaError_t launch(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
+                            bool starts_early, cudaStream_t stream);
+
+  // Clusters that the current device can run at the same time; 0 if that is unknown.
+  static int clusters_at_once();
+};
 
 }  // namespace slope
