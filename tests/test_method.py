@@ -129,6 +129,7 @@ def _ddp_worker(rank, data, folder):
     assert id(model.module[0].weight_t) not in broadcast, "each rank derives its own"
     _ddp_train(model, [batch.chunk(2)[rank] for batch in data])
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    dist.barrier()  # gloo's threads of a rank that leaves first may abort it
     dist.destroy_process_group()
 
 
@@ -149,6 +150,7 @@ def _adapter_worker(rank, data, folder):
         ddp(batch.chunk(2)[rank]).square().mean().backward()
         optimizer.step()
     torch.save(model.state_dict(), f"{folder}/lora{rank}.pt")
+    dist.barrier()  # as above
     dist.destroy_process_group()
 
 
