@@ -100,15 +100,20 @@ class StopSignal:
 @contextlib.contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Within the context, if wanted, PyTorch's deterministic algorithms, or an error for an
-    operation that has none; before the first use of cuBLAS, lest it choose its workspace."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    operation that has none. For cuBLAS, unless it was used before, by its environment variable."""
+    if not wanted:
+        yield
+        return
+    mode = torch.get_deterministic_debug_mode()
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_deterministic_debug_mode("error")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(mode)
+        if workspace is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 # ------------------------------------------------------------------------------------------------
