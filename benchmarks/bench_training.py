@@ -54,7 +54,7 @@ TOKENS = SEQUENCES * LENGTH
 STEPS = 4  # of a timed turn
 ROUNDS = 7
 PHASES = ("forward", "backward", "optimizer")
-PEAK_FLOPS = 989.4e12  # bf16, dense, H100 and H200 with SXM
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # bf16, dense, SXM
 PEAKS = {"peak": False, "peak, accumulating": True}  # whether gradients of an earlier pass exist
 # Layers that are run. Those of Mistral-7B are LLaMA-3-8B's in shape.
 LAYERS = {
@@ -119,12 +119,9 @@ class TorchTwoFourLinear(nn.Linear):
 
 def model_flops(model: Layers) -> float:
     """FLOPs of a step of the dense model: its linear layers, and attention below the diagonal."""
-    weights = sum(
-        module.in_features * module.out_features
-        for module in model.modules()
-        if isinstance(module, (nn.Linear, slope_ext.SLoPeLinear))
-    )
-    attention = 2.0 * LENGTH / 2 * model.hidden * len(model.layers)  # scores, and values by them
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = sum(module.in_features * module.out_features for module in linears)
+    attention = 2 * LENGTH / 2 * model.hidden * len(model.layers)  # scores, and values by them
     return 3 * 2 * TOKENS * (weights + attention)
 
 
@@ -319,13 +316,13 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
             limit=limits[name.rpartition(";")[0]],
             **common,
         )
-    flops = model_flops(methods[0].model)
+    rates = [("train_rate", "tokens per second", "/s", float(TOKENS), 0)]
+    if peak := PEAK_FLOPS.get(torch.cuda.get_device_name()):
+        work_of_peak = 100 * model_flops(methods[0].model) / peak
+        rates.append(("train_mfu", "model FLOPs utilization", "%", work_of_peak, 1))
     for name, timing in timings.items():
         ours, theirs = ((t.median, t.iqr / t.median) for t in (timing, timings[best]))
-        for bench_name, metric, unit, work, digits in (
-            ("train_rate", "tokens per second", "/s", float(TOKENS), 0),
-            ("train_mfu", "model FLOPs utilization", "%", 100 * flops / PEAK_FLOPS, 1),
-        ):
+        for bench_name, metric, unit, work, digits in rates:
             yield harness.record_of(
                 bench=bench_name,
                 case=f"{layers};{name}",
