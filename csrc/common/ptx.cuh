@@ -146,11 +146,6 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtens
       : "memory");
 }
 
-// cp.async.bulk.prefetch.L2: multiples of 16 bytes.
-__device__ __forceinline__ void prefetch_to_l2(const void* address, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
-}
-
 // cp.async.bulk.tensor.2d, shared -> global, into the thread's open bulk group.
 __device__ __forceinline__ void tma_store(uint32_t shared, const CUtensorMap* map, int column,
                                           int row) {

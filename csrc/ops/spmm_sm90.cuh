@@ -97,7 +97,6 @@ struct Tile {
   static constexpr int kStages = kStages_;
   static constexpr int kCluster = kCluster_;
   static constexpr int kSegments = kSegments_;
-  static constexpr bool kPrefetches = kTokens <= 128 && kBlocks == 1;  // metadata into L2
   static constexpr int kClusterBlocks = kCluster * kSegments;
   static constexpr int kXPart = sm90_x_part(kTokens, kCluster);  // that a block loads for all
   static constexpr int kRows = kConsumers * kBlocks * kSm90BlockRows;
@@ -148,21 +147,6 @@ struct Metadata {
     }
   }
 };
-
-// Fetches the words of quad `quad` of a tile's rows into L2. With few tokens all is waiting for
-// memory, and four stages are no longer than a read of it takes.
-template <typename T>
-__device__ __forceinline__ void prefetch_metadata(const SpmmSm90Args& args, int row, int quad,
-                                                  int quads) {
-  if (quad < quads) {
-#pragma unroll
-    for (int i = 0; i < T::kRows / kSm90BlockRows; ++i) {
-      const int block = min(row / kSm90BlockRows + i, args.row_blocks - 1);
-      ptx::prefetch_to_l2(args.metadata + (int64_t{block} * args.quads + quad) * kWarpgroup,
-                          kWarpgroup * sizeof(uint4));
-    }
-  }
-}
 
 // ---- order of tiles, ring ----------------------------------------------------------------
 
@@ -280,11 +264,6 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
   for (int tile = blockIdx.x / T::kClusterBlocks; tile < tiles; tile += clusters) {
     const TilePlace place = place_of<T>(args, tile);
     for (int k_tile = stages.first(); k_tile < stages.end(); ++k_tile) {
-      if constexpr (T::kPrefetches) {
-        if (k_tile % kQuad == 0) {
-          prefetch_metadata<T>(args, place.row, k_tile / kQuad + 1, stages.quads());
-        }
-      }
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
       const uint32_t full = ring.full(ring.stage);
       ptx::barrier_arrive_expect(full, T::kStageBytes);
