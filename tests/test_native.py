@@ -137,8 +137,8 @@ def tile_name(tile):
     return "{}x{}_k{}".format(*TILES[tile])
 
 
-def check_tile(tile, row_tiles, rests, rank, activation, columns=288):
-    """Operands amid NaN, the result amid a sentinel."""
+def check_tile(tile, row_tiles, rests, rank, activation, columns=288, token_tiles=2):
+    """Operands amid NaN, the result amid a sentinel; ``token_tiles`` whole tiles and each rest."""
     skip_unless_it_runs()
     tile_rows, tile_tokens, _ = TILES[tile]
     rows = row_tiles * tile_rows - (32 if activation == "swiglu" else 24)
@@ -146,7 +146,7 @@ def check_tile(tile, row_tiles, rests, rank, activation, columns=288):
     words = with_words(o)
     features = rows // 2 if activation == "swiglu" else rows
     for rest in rests:
-        tokens = 2 * tile_tokens + rest
+        tokens = token_tiles * tile_tokens + rest
         tensors = [between(tokens, columns, float("nan")), between(tokens, rank, float("nan"))]
         tensors += [between(rows, rank, float("nan")), between(tokens, features, 12345.0)]
         (x, _), (left, _), (right, _), (y, whole) = tensors
@@ -177,10 +177,19 @@ def test_every_tile_with_every_rest(tile, row_tiles, rank, activation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [2, 7], ids=tile_name)
+@pytest.mark.parametrize("tile", [2, 6, 7], ids=tile_name)
+@pytest.mark.parametrize("columns", [32, 256, 544, 1056])
+def test_blocks_with_several_tiles(tile, columns):
+    """One quad of metadata or more, odd and even, the last whole or not."""
+    check_tile(tile, 70, (65,), 40, "none", columns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_name)
 @pytest.mark.parametrize("activation", ["none", "swiglu"])
-def test_blocks_with_several_tiles(tile, activation):
-    check_tile(tile, 70, (65,), 40, activation)
+def test_fewer_tokens_than_a_tile_has(tile, activation):
+    """Of a tile's X only the tokens that there are are loaded."""
+    check_tile(tile, 3, (1, 7, 8, 9, 63, 65, 100), 40, activation, columns=544, token_tiles=0)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ namespace {
 struct Tile {
   int rows, tokens, cluster, segments;
   double stage_us;  // of a stage, with all blocks at work
-  double next_us;   // what a further tile of a block adds beside its stages
+  double next_us;   // what a further tile of a block adds beside its stages, without segments
   double sum_us;    // to add up segments
   decltype(&SpmmSm90Tile<256, 192, 4, 2, 1>::launch) launch;
   decltype(&SpmmSm90Tile<256, 192, 4, 2, 1>::clusters_at_once) clusters_at_once;
@@ -31,20 +31,21 @@ constexpr Tile tile_of(double stage_us, double next_us, double sum_us = 0.0) {
           sum_us,    &Kernel::launch, &Kernel::clusters_at_once};
 }
 
-// Times by a fit to products of 32 shapes with 64 to 8192 tokens on an H200, in bursts and at the
+// Times by a fit to products of 16 shapes with 1 to 8192 tokens on an H200, in bursts and at the
 // power limit; what counts is which tile has the least.
 constexpr std::array<Tile, 10> kTiles{{
-    tile_of<256, 192, 4, 2>(0.667, 5.4),
-    tile_of<256, 176, 4, 2>(0.615, 5.2),
-    tile_of<256, 168, 4, 2>(0.612, 3.8),
-    tile_of<256, 160, 4, 2>(0.586, 3.6),
-    tile_of<256, 152, 4, 2>(0.563, 3.6),
-    tile_of<256, 128, 5, 2>(0.488, 3.2),
-    tile_of<128, 256, 4, 2>(0.470, 2.3),
-    tile_of<128, 128, 6, 1>(0.302, 3.7),
-    tile_of<128, 128, 6, 1, 2>(0.302, 3.7, 3.0),
-    tile_of<128, 128, 6, 1, 4>(0.302, 3.7, 3.0),
+    tile_of<256, 192, 4, 2>(0.661, 2.3),
+    tile_of<256, 176, 4, 2>(0.619, 2.0),
+    tile_of<256, 168, 4, 2>(0.583, 3.1),
+    tile_of<256, 160, 4, 2>(0.555, 2.7),
+    tile_of<256, 152, 4, 2>(0.542, 2.8),
+    tile_of<256, 128, 5, 2>(0.464, 2.4),
+    tile_of<128, 256, 4, 2>(0.435, 2.9),
+    tile_of<128, 128, 6, 1>(0.264, 1.6),
+    tile_of<128, 128, 6, 1, 2>(0.254, 0.0, 1.2),
+    tile_of<128, 128, 6, 1, 4>(0.260, 0.0, 2.4),
 }};
+constexpr double kLateStartUs = 1.4;  // of a kernel that waits for the one before it to end
 
 constexpr int kElementBytes = 2;
 constexpr int kDevices = 64;       // that are remembered
@@ -169,31 +170,45 @@ struct Cut {
   int tile;
   int64_t row_tiles, token_tiles;  // those of a cluster are one
   int64_t clusters;                // 0: the device cannot run them
-  double time;
+  bool starts_early;
+  double time;  // infinite where another tile does better in any case
 };
 
+// Blocks that start early come first to multiprocessors that the kernel before leaves idle. Where
+// these are enough for all, or few, the start is hidden; else the blocks crowd in one part of the
+// GPU and share the way to L2, which takes up to 35 % longer.
+bool may_start_early(int64_t blocks, int processors) {
+  return 2 * blocks <= processors || 4 * blocks >= 3 * int64_t{processors};
+}
+
 Cut cut_of(int index, const SpmmSm90Params& params, int processors) {
+  constexpr double kNever = std::numeric_limits<double>::infinity();
   const Tile& tile = kTiles[index];
   const int64_t row_tiles = ceil_div(params.rows, int64_t{tile.rows} * tile.cluster);
   const int64_t token_tiles = ceil_div(params.tokens, tile.tokens);
   const int64_t tiles = row_tiles * token_tiles;
   const int64_t at_once = clusters_at_once(index, params.device, processors);
   if (at_once == 0) {
-    return {index, row_tiles, token_tiles, 0, std::numeric_limits<double>::infinity()};
+    return {index, row_tiles, token_tiles, 0, false, kNever};
   }
+  // Every cluster takes as many tiles, one after the other, as the busiest has to. Those with
+  // segments take one
+  const bool in_segments = tile.segments > 1;
+  const auto rounds = static_cast<double>(ceil_div(tiles, at_once));
+  const int64_t clusters = in_segments ? tiles : std::min(tiles, at_once);
+  const bool early = may_start_early(clusters * tile.cluster * tile.segments, processors);
+  if (in_segments && rounds > 1.0) {
+    return {index, row_tiles, token_tiles, clusters, early, kNever};
+  }
+
   const int64_t k_tiles = ceil_div(params.columns, kSm90TileColumns);
   const int64_t quads = ceil_div(params.columns, kSm90QuadColumns);
-  const int64_t longest = tile.segments == 1  // of a block, along W's columns
-                              ? k_tiles
-                              : std::min(k_tiles, ceil_div(quads, tile.segments) *
-                                                      (kSm90QuadColumns / kSm90TileColumns));
-  const auto stages = static_cast<double>(longest + ceil_div(params.rank, kSm90TailTileColumns));
-  // Every cluster takes as many tiles, one after the other, as the busiest has to. Those with
-  // segments take one; their blocks come one after the other
-  const auto rounds = static_cast<double>(ceil_div(tiles, at_once));
-  const double time = rounds * (stages * tile.stage_us + tile.sum_us) + (rounds - 1) * tile.next_us;
-  return {index, row_tiles, token_tiles, tile.segments == 1 ? std::min(tiles, at_once) : tiles,
-          time};
+  const int64_t segment = ceil_div(quads, tile.segments) * (kSm90QuadColumns / kSm90TileColumns);
+  const auto stages = static_cast<double>((in_segments ? std::min(k_tiles, segment) : k_tiles) +
+                                          ceil_div(params.rank, kSm90TailTileColumns));
+  const double time = rounds * (stages * tile.stage_us + tile.sum_us) +
+                      (rounds - 1) * tile.next_us + (early ? 0.0 : kLateStartUs);
+  return {index, row_tiles, token_tiles, clusters, early, time};
 }
 
 Cut choose_cut(const SpmmSm90Params& params, int processors) {
@@ -269,20 +284,28 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
 
   // Maps. Those of an absent tail are not used
   MapMaker maps(params.kind);
+  SpmmSm90Args args{};
+  const auto make_pair = [&](CUtensorMap(&pair)[2], const Matrix& matrix, Box whole, int cut_rows) {
+    pair[0] = maps.make(matrix, whole);
+    pair[1] = cut_rows == 0 ? pair[0] : maps.make(matrix, {cut_rows, whole.columns});
+  };
+  const auto cut_rows = static_cast<int>(params.rows % tile.rows);
+  const auto cut_tokens = static_cast<int>(params.tokens % tile.tokens);
+  const int x_part = sm90_x_part(tile.tokens, tile.cluster);
+  const int cut_x_part = sm90_x_part(cut_tokens, tile.cluster);
+  make_pair(args.values, {params.values, params.rows, params.columns / 2},
+            {tile.rows, kSm90TileColumns / 2}, cut_rows);
+  make_pair(args.x, {params.x, params.tokens, params.columns}, {x_part, kSm90TileColumns},
+            cut_x_part);
+  if (params.rank > 0) {
+    make_pair(args.tail_weight, {params.tail_weight, params.rows, params.rank},
+              {tile.rows, kSm90TailTileColumns}, cut_rows);
+    make_pair(args.tail_x, {params.tail_x, params.tokens, params.rank},
+              {x_part, kSm90TailTileColumns}, cut_x_part);
+  }
   const Matrix y{params.y, params.tokens, features_of(params.rows, params.activation)};
   const auto out_box = static_cast<int>(features_of(kSm90OutBox, params.activation));
   const int rest = tile.tokens % kSm90OutBox;
-  const int x_part = sm90_x_part(tile.tokens, tile.cluster);
-  SpmmSm90Args args{};
-  args.values = maps.make({params.values, params.rows, params.columns / 2},
-                          {tile.rows, kSm90TileColumns / 2});
-  args.x = maps.make({params.x, params.tokens, params.columns}, {x_part, kSm90TileColumns});
-  if (params.rank > 0) {
-    args.tail_weight = maps.make({params.tail_weight, params.rows, params.rank},
-                                 {tile.rows, kSm90TailTileColumns});
-    args.tail_x =
-        maps.make({params.tail_x, params.tokens, params.rank}, {x_part, kSm90TailTileColumns});
-  }
   args.y = maps.make(y, {kSm90OutBox, out_box});
   args.y_rest = rest == 0 ? args.y : maps.make(y, {rest, out_box});
   if (!maps.good()) {
@@ -300,16 +323,16 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
   args.tail_tiles = static_cast<int>(ceil_div(params.rank, kSm90TailTileColumns));
   args.row_tiles = static_cast<int>(cut.row_tiles);
   args.token_tiles = static_cast<int>(cut.token_tiles);
-  // Groups of equal height
-  const int64_t group = kRasterRows / (tile.rows * tile.cluster);
-  args.raster_group = static_cast<int>(ceil_div(cut.row_tiles, ceil_div(cut.row_tiles, group)));
+  // Groups of equal height, but for what is left over
+  const int64_t most = kRasterRows / (tile.rows * tile.cluster);
+  const int64_t height = ceil_div(cut.row_tiles, ceil_div(cut.row_tiles, most));
+  const int64_t last = cut.row_tiles - (ceil_div(cut.row_tiles, height) - 1) * height;
+  args.group_tiles = make_divisor(static_cast<uint32_t>(height * cut.token_tiles));
+  args.group_height = make_divisor(static_cast<uint32_t>(height));
+  args.last_height = make_divisor(static_cast<uint32_t>(last));
 
-  // Blocks that start early come first to multiprocessors that the kernel before leaves idle, all
-  // to one part of the GPU, where they share the way to L2. With 80 of 132 at work that costs 9 %,
-  // with 108 nothing
   const auto blocks = static_cast<unsigned>(cut.clusters * tile.cluster * tile.segments);
-  const bool starts_early = int64_t{4} * blocks >= int64_t{3} * processors;
-  return tile.launch(args, params.kind, blocks, starts_early, stream);
+  return tile.launch(args, params.kind, blocks, cut.starts_early, stream);
 }
 
 }  // namespace slope

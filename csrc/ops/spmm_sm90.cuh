@@ -24,7 +24,8 @@
 //            | values kRows x 32, 64-byte swizzle  |
 //            | x    kTokens x 64, 128-byte swizzle |
 //
-// Metadata goes from global memory to registers, four stages ahead: see Metadata.
+// Metadata goes from global memory to registers, four stages ahead, before a tile ends already for
+// the next one: see Metadata.
 //
 // Segments. Where tiles are too few for the multiprocessors, W's columns are cut into two or four
 // segments: a block each, a cluster for a tile. Each block multiplies its own; then it leaves the
@@ -36,18 +37,21 @@
 //   rows  0 ..  63  block 0 stores          block 0            block 1
 //   rows 64 .. 127  block 1                 block 2            block 3
 //
-// Output. 64 rows of W x 64 tokens at a time: bias, activation, conversion, stmatrix.trans into one
-// of four buffers of 8 KB (a token a row, 128-byte swizzle), TMA store. The ring fills meanwhile. A
-// thread holds rows g and g + 8 of W: with SwiGLU a gate and its partner. They make one feature, so
-// that a token is a row of 64 bytes, with 64-byte swizzle.
+// Output. By chunks of 64 rows of W x 64 tokens: bias, activation, conversion, stmatrix.trans into
+// one of four buffers of 8 KB (a token a row, 128-byte swizzle), TMA store; two chunks at a time,
+// so that barriers are few. The ring fills meanwhile. A thread holds rows g and g + 8 of W: with
+// SwiGLU a gate and its partner. They make one feature, so that a token is a row of 64 bytes, with
+// 64-byte swizzle.
 //
 // Work of a stage with tile 256 x 192: 2 * 256 * 192 * 64 = 6.3 MFLOP of the dense product, in 768
-// clocks of the tensor cores; 16 KB of values, 2 KB of metadata and 24 KB of x in.
+// clocks of the tensor cores; 16 KB of values, 2 KB of metadata and 24 KB of x in. Each of its
+// eight wgmma reads 2 KB of values and 12 KB of x from shared memory, at 128 bytes a clock: 896
+// clocks.
 //
 // Preconditions, which the launcher checks: as in SpmmSm90Params, columns > 0, tokens > 0, rows >
-// 0; with segments as many clusters as tiles. Sizes need not be multiples of the tile: TMA reads
-// zeros beyond the operands and leaves out what is beyond Y. With an odd number of atoms the last
-// stage's second half is such zeros.
+// 0; with segments as many clusters as tiles. Sizes need not be multiples of the tile: beyond the
+// rows and the tokens nothing is loaded (Loads), beyond the columns TMA reads zeros, and it leaves
+// out what is beyond Y. With an odd number of atoms the last stage's second half is such zeros.
 #pragma once
 
 #include <type_traits>
@@ -84,6 +88,7 @@ constexpr int kOutRowBytes = kSm90OutBox * kElementBytes;  // 128
 constexpr int kGatedRowBytes = kOutRowBytes / 2;
 constexpr int kOutBytes = kSm90OutBox * kOutRowBytes;
 constexpr int kOutBuffers = 4;          // of each consumer
+constexpr int kOutTogether = 2;         // chunks that are written, then stored, together
 constexpr int kSharedAlignment = 1024;  // of the 128-byte swizzle
 constexpr int kMaxSharedBytes = 227 * 1024;
 
@@ -98,7 +103,6 @@ struct Tile {
   static constexpr int kCluster = kCluster_;
   static constexpr int kSegments = kSegments_;
   static constexpr int kClusterBlocks = kCluster * kSegments;
-  static constexpr int kXPart = sm90_x_part(kTokens, kCluster);  // that a block loads for all
   static constexpr int kRows = kConsumers * kBlocks * kSm90BlockRows;
   static constexpr int kOutChunks = (kTokens + kSm90OutBox - 1) / kSm90OutBox;
   static constexpr int kRestTokens = kTokens % kSm90OutBox;  // of the last chunk, 0: whole
@@ -106,9 +110,6 @@ struct Tile {
   // Shared memory, from the first multiple of kSharedAlignment
   static constexpr int kValueBytes = kRows * kValueRowBytes;
   static constexpr int kXBytes = kTokens * kXRowBytes;
-  static constexpr int kLoadedTokens = kCluster * kXPart;  // those of two parts count twice
-  static constexpr int kStageBytes = kRows * kValueRowBytes + kLoadedTokens * kXRowBytes;
-  static constexpr int kTailBytes = (kRows + kLoadedTokens) * kTailRowBytes;
   static constexpr int kX = 0;
   static constexpr int kValues = kX + kStages * kXBytes;
   static constexpr int kOut = kValues + kStages * kValueBytes;
@@ -134,16 +135,12 @@ template <int kBlocks>
 struct Metadata {
   uint32_t word[kBlocks][kQuad];
 
-  // Starts the loads of quad `quad` of blocks `block` on. Blocks beyond W read the last; quads from
-  // `quads` on, which are not used, read nothing.
-  __device__ __forceinline__ void load(const SpmmSm90Args& args, int block, int quad, int quads,
-                                       int thread) {
-    if (quad < quads) {
+  // Starts the loads of quad `quad` of blocks `block` on. Blocks beyond W read the last.
+  __device__ __forceinline__ void load(const SpmmSm90Args& args, int block, int quad, int thread) {
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        const int64_t place = int64_t{min(block + i, args.row_blocks - 1)} * args.quads + quad;
-        ptx::load_once(word[i], args.metadata + place * kWarpgroup + thread);
-      }
+    for (int i = 0; i < kBlocks; ++i) {
+      const int64_t place = int64_t{min(block + i, args.row_blocks - 1)} * args.quads + quad;
+      ptx::load_once(word[i], args.metadata + place * kWarpgroup + thread);
     }
   }
 };
@@ -205,18 +202,19 @@ struct TilePlace {
   int row, token;  // this block's first
 };
 
-// The tiles of a cluster, one under the other, count as one here. Groups of raster_group along
-// features; in one, features before tokens. Clusters that run at the same time then share tiles of
-// W and of X in L2.
+// The tiles of a cluster, one under the other, count as one here. They go in groups along features;
+// in one, features before tokens. Clusters that run at the same time then share tiles of W and of X
+// in L2.
 template <typename T>
 __device__ __forceinline__ TilePlace place_of(const SpmmSm90Args& args, int tile) {
-  const int group_tiles = args.raster_group * args.token_tiles;
-  const int group = tile / group_tiles;
-  const int in_group = tile - group * group_tiles;
-  const int first = group * args.raster_group;
-  const int height = min(args.raster_group, args.row_tiles - first);
-  const int row_tile = (first + in_group % height) * T::kCluster + block_of_cluster<T>();
-  return {row_tile * T::kRows, in_group / height * T::kTokens};
+  const int group = divide(tile, args.group_tiles);
+  const int in_group = tile - group * static_cast<int>(args.group_tiles.value);
+  const int first = group * static_cast<int>(args.group_height.value);
+  const bool last = first + static_cast<int>(args.group_height.value) >= args.row_tiles;
+  const Divisor& height = last ? args.last_height : args.group_height;
+  const int token_tile = divide(in_group, height);
+  const int row_tile = first + in_group - token_tile * static_cast<int>(height.value);
+  return {(row_tile * T::kCluster + block_of_cluster<T>()) * T::kRows, token_tile * T::kTokens};
 }
 
 template <typename T>
@@ -241,19 +239,53 @@ struct Ring {
 
 // ---- producer ----------------------------------------------------------------------------
 
-// Tokens `token` on of X or of the tail's X, rows of kRowBytes: this block's part, to all blocks.
-// The last part ends with the tile, so that it may repeat rows of the one before.
-template <typename T, int kRowBytes>
-__device__ __forceinline__ void load_x(uint32_t x, const CUtensorMap* map, int column, int token,
-                                       uint32_t full) {
-  if constexpr (T::kCluster == 1) {
-    ptx::tma_load(x, map, column, token, full);
-  } else {
-    const int first = min(block_of_cluster<T>() * T::kXPart, T::kTokens - T::kXPart);
-    ptx::tma_load_multicast(x + first * kRowBytes, map, column, token + first, full,
-                            (1 << T::kCluster) - 1);
+// What stages of a tile load of W and X, or of the tail's factors: the rows of W and the tokens
+// that there are. What wgmma reads beyond them is what was there before, and goes to sums that are
+// not stored.
+template <typename T, bool kIsTail>
+class Loads {
+  static constexpr int kWeightBytes = kIsTail ? kTailRowBytes : kValueRowBytes;  // of a row
+  static constexpr int kXBytes = kIsTail ? kTailRowBytes : kXRowBytes;
+
+ public:
+  __device__ __forceinline__ Loads(const SpmmSm90Args& args, TilePlace place) {
+    const int rows = max(0, min(T::kRows, args.rows - place.row));
+    const int tokens = min(T::kTokens, (args.tokens - place.token + 7) / 8 * 8);
+    const int part = sm90_x_part(tokens, T::kCluster);
+    const bool cuts_w = rows < T::kRows, cuts_x = tokens < T::kTokens;
+    weight_ = kIsTail ? &args.tail_weight[cuts_w] : &args.values[cuts_w];
+    x_ = kIsTail ? &args.tail_x[cuts_x] : &args.x[cuts_x];
+    row_ = rows > 0 ? place.row : kNone;
+    // This block's part of the tokens, which goes to all of the cluster. The last part ends with
+    // the tokens, so that it may repeat some of the one before
+    first_ = T::kCluster == 1 ? 0 : min(block_of_cluster<T>() * part, tokens - part);
+    token_ = place.token + first_;
+    bytes_ = rows * kWeightBytes + T::kCluster * part * kXBytes;
   }
-}
+
+  // A stage, from these columns on.
+  __device__ __forceinline__ void load(const Ring<T>& ring, int weight_column, int x_column) const {
+    const uint32_t full = ring.full(ring.stage);
+    ptx::barrier_arrive_expect(full, bytes_);
+    if (row_ != kNone) {
+      ptx::tma_load(ring.values(), weight_, weight_column, row_, full);
+    }
+    if constexpr (T::kCluster == 1) {
+      ptx::tma_load(ring.x(), x_, x_column, token_, full);
+    } else {
+      ptx::tma_load_multicast(ring.x() + first_ * kXBytes, x_, x_column, token_, full,
+                              (1 << T::kCluster) - 1);
+    }
+  }
+
+ private:
+  static constexpr int kNone = -1;
+
+  const CUtensorMap *weight_, *x_;
+  int row_, token_;
+  int first_;  // token of the tile that this block loads
+  int bytes_;  // that a block's stage gets
+};
 
 template <typename T>
 __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t shared) {
@@ -263,21 +295,16 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
   const int tiles = args.row_tiles * args.token_tiles;
   for (int tile = blockIdx.x / T::kClusterBlocks; tile < tiles; tile += clusters) {
     const TilePlace place = place_of<T>(args, tile);
+    const Loads<T, false> loads(args, place);
     for (int k_tile = stages.first(); k_tile < stages.end(); ++k_tile) {
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
-      const uint32_t full = ring.full(ring.stage);
-      ptx::barrier_arrive_expect(full, T::kStageBytes);
-      ptx::tma_load(ring.values(), &args.values, k_tile * (kSm90TileColumns / 2), place.row, full);
-      load_x<T, kXRowBytes>(ring.x(), &args.x, k_tile * kSm90TileColumns, place.token, full);
+      loads.load(ring, k_tile * (kSm90TileColumns / 2), k_tile * kSm90TileColumns);
       ring.advance();
     }
+    const Loads<T, true> tail_loads(args, place);
     for (int k_tile = 0; k_tile < stages.tail(); ++k_tile) {
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
-      const uint32_t full = ring.full(ring.stage);
-      const int column = k_tile * kSm90TailTileColumns;
-      ptx::barrier_arrive_expect(full, T::kTailBytes);
-      ptx::tma_load(ring.values(), &args.tail_weight, column, place.row, full);
-      load_x<T, kTailRowBytes>(ring.x(), &args.tail_x, column, place.token, full);
+      tail_loads.load(ring, k_tile * kSm90TailTileColumns, k_tile * kSm90TailTileColumns);
       ring.advance();
     }
   }
@@ -420,43 +447,79 @@ __device__ __forceinline__ void write_gated_chunk(uint32_t out, const float* sum
   }
 }
 
-// Rows `row` to `row` + 63 of W with a tile's tokens. `sums` is one m64 accumulator; this thread's
-// two rows have `bias`. Stores before it in this tile: kFirst.
-template <FloatKind kKind, typename T, Activation kActivation, int kFirst>
-__device__ __forceinline__ void store_block(const SpmmSm90Args& args,
-                                            const float (&sums)[T::kTokens / 2],
-                                            const float (&bias)[2], int row, int first_token,
-                                            uint32_t buffers, int consumer, int thread) {
+// A consumer's part of a tile, from `place` on, by chunks: those of its first 64 rows, then those
+// of its second.
+template <FloatKind kKind, typename T, Activation kActivation>
+__device__ __forceinline__ void store_sums(const SpmmSm90Args& args,
+                                           const float (&sums)[T::kBlocks][T::kTokens / 2],
+                                           TilePlace place, uint32_t buffers, int consumer,
+                                           int thread) {
   constexpr bool kGated = kActivation == Activation::kSwiglu;
+  constexpr int kChunks = T::kBlocks * T::kOutChunks;
+  static_assert(kChunks % kOutTogether == 0 && kOutBuffers % kOutTogether == 0);
+  const auto row_of = [&](int chunk) { return place.row + chunk / T::kOutChunks * kSm90BlockRows; };
+  const auto token_of = [&](int chunk) {
+    return place.token + chunk % T::kOutChunks * kSm90OutBox;
+  };
+  const auto is_stored = [&](int chunk) {
+    return row_of(chunk) < args.rows && token_of(chunk) < args.tokens &&
+           stores<T>(consumer, chunk % T::kOutChunks);
+  };
+
+  float bias[T::kBlocks][2] = {};  // of this thread's two rows
+  if (args.bias != nullptr) {
+    const auto* const biases = static_cast<const typename ElementOf<kKind>::Type*>(args.bias);
 #pragma unroll
-  for (int chunk = 0; chunk < T::kOutChunks; ++chunk) {
-    const int token = first_token + chunk * kSm90OutBox;
-    if (row >= args.rows || token >= args.tokens || !stores<T>(consumer, chunk)) {
+    for (int i = 0; i < 2 * T::kBlocks; ++i) {
+      const int row =
+          place.row + i / 2 * kSm90BlockRows + thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8;
+      bias[i / 2][i % 2] = row < args.rows ? static_cast<float>(biases[row]) : 0.0f;
+    }
+  }
+
+#pragma unroll
+  for (int first = 0; first < kChunks; first += kOutTogether) {
+    // The buffers are free once the stores of the tile before, or of this, have read them
+    const bool is_used = first + kOutTogether > kOutBuffers;
+    if (first == 0 || is_used) {
       if (thread == 0) {
-        ptx::tma_store_commit();  // of nothing: every chunk has a group, which is what is waited
-                                  // for
+        if (is_used) {
+          ptx::tma_store_wait_read<kOutBuffers / kOutTogether - 1>();
+        } else {
+          ptx::tma_store_wait_read<0>();
+        }
       }
-      continue;
+      ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
     }
-    constexpr int kChunkOctets = kSm90OutBox / 8;
-    const int octets = min(kChunkOctets, T::kTokens / 8 - chunk * kChunkOctets);
-    const uint32_t out = buffers + (kFirst + chunk) % kOutBuffers * kOutBytes;
-    if (thread == 0) {
-      ptx::tma_store_wait_read<kOutBuffers - 1>();
-    }
-    ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
-    const float* const chunk_sums = sums + chunk * kChunkOctets * 4;
-    if constexpr (kGated) {
-      write_gated_chunk<kKind>(out, chunk_sums, octets, bias, thread);
-    } else {
-      write_chunk<kKind, kActivation == Activation::kRelu>(out, chunk_sums, octets, bias, thread);
+
+    const auto buffer_of = [&](int chunk) { return buffers + chunk % kOutBuffers * kOutBytes; };
+#pragma unroll
+    for (int chunk = first; chunk < first + kOutTogether; ++chunk) {
+      constexpr int kChunkOctets = kSm90OutBox / 8;
+      const int i = chunk / T::kOutChunks;
+      const int octet = chunk % T::kOutChunks * kChunkOctets;
+      const int octets = min(kChunkOctets, T::kTokens / 8 - octet);
+      if (is_stored(chunk)) {
+        if constexpr (kGated) {
+          write_gated_chunk<kKind>(buffer_of(chunk), sums[i] + octet * 4, octets, bias[i], thread);
+        } else {
+          write_chunk<kKind, kActivation == Activation::kRelu>(
+              buffer_of(chunk), sums[i] + octet * 4, octets, bias[i], thread);
+        }
+      }
     }
     ptx::fence_async_shared();
     ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
     if (thread == 0) {
-      const bool rest = T::kRestTokens != 0 && chunk == T::kOutChunks - 1;
-      ptx::tma_store(out, rest ? &args.y_rest : &args.y, kGated ? row / 2 : row, token);
-      ptx::tma_store_commit();
+#pragma unroll
+      for (int chunk = first; chunk < first + kOutTogether; ++chunk) {
+        if (is_stored(chunk)) {
+          const bool is_rest = T::kRestTokens != 0 && chunk % T::kOutChunks == T::kOutChunks - 1;
+          ptx::tma_store(buffer_of(chunk), is_rest ? &args.y_rest : &args.y,
+                         kGated ? row_of(chunk) / 2 : row_of(chunk), token_of(chunk));
+        }
+      }
+      ptx::tma_store_commit();  // of nothing too: groups are counted
     }
   }
 }
@@ -496,12 +559,14 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
   const Stages<T::kSegments> stages(args);
   const int clusters = gridDim.x / T::kClusterBlocks;
   const int tiles = args.row_tiles * args.token_tiles;
-  int row_block = 0;
-  const auto begin = [&](int tile) {
-    row_block = place_of<T>(args, tile).row / kSm90BlockRows + consumer * kBlocks;
-    metadata[0].load(args, row_block, stages.first() / kQuad, stages.quads(), thread);
+  const auto row_block_of = [&](int tile) {
+    return place_of<T>(args, tile).row / kSm90BlockRows + consumer * kBlocks;
   };
-  begin(blockIdx.x / T::kClusterBlocks);
+  const int first_quad = stages.first() / kQuad;
+  int row_block = row_block_of(blockIdx.x / T::kClusterBlocks);
+  if (first_quad < stages.quads()) {
+    metadata[0].load(args, row_block, first_quad, thread);
+  }
   for (int tile = blockIdx.x / T::kClusterBlocks; tile < tiles; tile += clusters) {
     int k_tile = stages.first();
     int previous = T::kSegments == 1 ? 0 : kNone;  // stage whose wgmma may be under way
@@ -533,9 +598,17 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
       if (k_tile != stages.first()) {
         release(previous);
       }
-      // Loads are issued after the wait, so that no word changes that a multiplication may yet take
+      // The next quad, in the end the next tile's first: a load that is under way when the sums are
+      // written to shared memory would be waited for there. After the wait, so that no word changes
+      // that a multiplication may yet take
       if constexpr (kInQuad == 0) {
-        other.load(args, row_block, k_tile / kQuad + 1, stages.quads(), thread);
+        const int quad = k_tile / kQuad + 1;
+        if (quad < stages.quads()) {
+          other.load(args, row_block, quad, thread);
+        } else if (tile + clusters < tiles) {
+          row_block = row_block_of(tile + clusters);
+          other.load(args, row_block, first_quad, thread);
+        }
       }
       previous = ring.stage;
       ring.advance();
@@ -580,35 +653,15 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
     for (int i = 0; i < kBlocks; ++i) {
       ptx::wgmma_keep_after(sums[i]);
     }
-    if (tile + clusters < tiles) {
-      begin(tile + clusters);
-    }
-
     // Output. The place is computed anew: the sums leave no registers to keep it in
     const TilePlace place = place_of<T>(args, tile);
     if constexpr (T::kSegments > 1) {
       add_segments<T>(sums[0], args.tokens - place.token, shared, consumer, thread);
     }
-    if (thread == 0) {
-      ptx::tma_store_wait_read<0>();  // of the tile before
-    }
-    const auto store = [&]<int i>(std::integral_constant<int, i>) {
-      const int row = place.row + (consumer * kBlocks + i) * kSm90BlockRows;
-      float bias[2] = {};
-      if (args.bias != nullptr) {
-        const auto* const biases = static_cast<const typename ElementOf<kKind>::Type*>(args.bias);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int feature = row + thread / 32 * 16 + thread % 32 / 4 + half * 8;
-          bias[half] = feature < args.rows ? static_cast<float>(biases[feature]) : 0.0f;
-        }
-      }
-      store_block<kKind, T, kActivation, i * T::kOutChunks>(args, sums[i], bias, row, place.token,
-                                                            buffers, consumer, thread);
-    };
-    store(std::integral_constant<int, 0>{});
-    if constexpr (kBlocks == 2) {
-      store(std::integral_constant<int, 1>{});
+    const int row = place.row + consumer * kBlocks * kSm90BlockRows;
+    store_sums<kKind, T, kActivation>(args, sums, {row, place.token}, buffers, consumer, thread);
+    if ((stages.quads() - first_quad) % 2 != 0) {
+      metadata[0] = metadata[1];  // a tile starts with these
     }
   }
   if (thread == 0) {
@@ -634,8 +687,8 @@ __global__ void __cluster_dims__(T::kClusterBlocks) __launch_bounds__(kThreads, 
       ptx::barrier_init(ring.empty(stage), kConsumers * T::kCluster);
     }
     ptx::fence_barrier_init();
-    ptx::prefetch_map(&args.values);
-    ptx::prefetch_map(&args.x);
+    ptx::prefetch_map(&args.values[0]);
+    ptx::prefetch_map(&args.x[0]);
     ptx::prefetch_map(&args.y);
   }
   if constexpr (T::kClusterBlocks == 1) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/divisor.h"
 #include "common/weight.h"
 
 namespace slope {
@@ -20,28 +21,32 @@ constexpr int kSm90QuadColumns = 256;     // of W whose metadata a thread loads 
 constexpr int kSm90TailTileColumns = 32;  // of the tail's factors in a stage
 constexpr int kSm90OutBox = 64;           // rows of W, and at most so many tokens, in a store
 
-// Tokens of a tile of X that each block of a cluster loads: whole swizzle patterns of eight.
-constexpr int sm90_x_part(int tokens, int cluster) {
+// Tokens that each block of a cluster loads of a tile with `tokens`: whole swizzle patterns of
+// eight.
+__host__ __device__ constexpr int sm90_x_part(int tokens, int cluster) {
   return (tokens + 8 * cluster - 1) / (8 * cluster) * 8;
 }
 
 struct SpmmSm90Args {
-  CUtensorMap values;       // box [tile rows, 32], 64-byte swizzle
-  CUtensorMap x;            // box [sm90_x_part, 64], 128-byte swizzle
-  CUtensorMap tail_weight;  // box [tile rows, 32], 64-byte swizzle
-  CUtensorMap tail_x;       // box [sm90_x_part, 32], 64-byte swizzle
-  CUtensorMap y;            // box [64, 64], 128-byte swizzle; SwiGLU: [64, 32], 64-byte swizzle
-  CUtensorMap y_rest;       // as y, but of tile tokens % 64
-  const uint4* metadata;    // [row blocks, quads, 128]
-  const void* bias;         // [rows] or nullptr
+  // [0] for tiles that lie within the operand, [1] for those that its end cuts, whose box ends with
+  // it: rows that there are not take longer to load than rows that there are
+  CUtensorMap values[2];       // box [tile rows, 32], 64-byte swizzle
+  CUtensorMap x[2];            // box [sm90_x_part, 64], 128-byte swizzle
+  CUtensorMap tail_weight[2];  // box [tile rows, 32], 64-byte swizzle
+  CUtensorMap tail_x[2];       // box [sm90_x_part, 32], 64-byte swizzle
+  CUtensorMap y;               // box [64, 64], 128-byte swizzle; SwiGLU: [64, 32], 64-byte swizzle
+  CUtensorMap y_rest;          // as y, but of tile tokens % 64
+  const uint4* metadata;       // [row blocks, quads, 128]
+  const void* bias;            // [rows] or nullptr
   int rows, tokens;
-  int quads;         // of 256 columns
-  int row_blocks;    // of 64
-  int k_tiles;       // along W's columns
-  int tail_tiles;    // along the rank
-  int row_tiles;     // along Y's features; those of a cluster are one
-  int token_tiles;   // along Y's tokens
-  int raster_group;  // tiles along features that go together, for L2
+  int quads;        // of 256 columns
+  int row_blocks;   // of 64
+  int k_tiles;      // along W's columns
+  int tail_tiles;   // along the rank
+  int row_tiles;    // along Y's features; those of a cluster are one
+  int token_tiles;  // along Y's tokens
+  // Tiles go in groups along features, for L2; the last group may be lower than the others
+  Divisor group_tiles, group_height, last_height;
   Activation activation;
 };
 

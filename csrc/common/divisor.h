@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Division on the GPU by a number that the host knows: a multiplication, an addition and a shift in
+// place of the tens of instructions of a general one. Granlund and Montgomery, "Division by
+// invariant integers using multiplication", 1994, figure 4.1.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace slope {
+
+struct Divisor {
+  uint32_t value;
+  uint32_t multiplier;  // floor(2^32 (2^shift - value) / value) + 1
+  uint32_t shift;       // the least with 2^shift >= value
+};
+
+// 1 <= value < 2^31
+constexpr Divisor make_divisor(uint32_t value) {
+  uint32_t shift = 0;
+  while ((uint32_t{1} << shift) < value) {
+    ++shift;
+  }
+  const uint64_t rest = (uint64_t{1} << shift) - value;
+  return {value, static_cast<uint32_t>((rest << 32) / value + 1), shift};
+}
+
+#ifdef __CUDACC__
+// number / divisor.value, 0 <= number < 2^31
+__device__ __forceinline__ int divide(int number, const Divisor& divisor) {
+  return static_cast<int>((__umulhi(number, divisor.multiplier) + number) >> divisor.shift);
+}
+#endif
+
+}  // namespace slope
