@@ -178,18 +178,18 @@ def test_every_tile_with_every_rest(tile, row_tiles, rank, activation):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", [2, 6, 7], ids=tile_name)
-@pytest.mark.parametrize("columns", [32, 256, 544, 1056])
+@pytest.mark.parametrize("columns", [32, 256, 512, 544, 1024])
 def test_blocks_with_several_tiles(tile, columns):
-    """One quad of metadata or more, odd and even, the last whole or not."""
-    check_tile(tile, 70, (65,), 40, "none", columns)
+    """Three and more; 256 columns, whose metadata comes together, once to four times."""
+    check_tile(tile, 70, (65,), 40, "none", columns, token_tiles=6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_name)
 @pytest.mark.parametrize("activation", ["none", "swiglu"])
 def test_fewer_tokens_than_a_tile_has(tile, activation):
-    """Of a tile's X only the tokens that there are are loaded."""
-    check_tile(tile, 3, (1, 7, 8, 9, 63, 65, 100), 40, activation, columns=544, token_tiles=0)
+    tokens = (1, 7, 8, 9, 63, 65, 100, TILES[tile][1] - 8, TILES[tile][1] - 1)
+    check_tile(tile, 3, tokens, 40, activation, columns=544, token_tiles=0)
 
 
 @pytest.mark.gpu

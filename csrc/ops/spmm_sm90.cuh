@@ -49,8 +49,8 @@
 // clocks.
 //
 // Preconditions, which the launcher checks: as in SpmmSm90Params, columns > 0, tokens > 0, rows >
-// 0; with segments as many clusters as tiles. Sizes need not be multiples of the tile: beyond the
-// rows and the tokens nothing is loaded (Loads), beyond the columns TMA reads zeros, and it leaves
+// 0; with segments as many clusters as tiles. Sizes need not be multiples of the tile: of rows and
+// tokens only what there is is loaded (Loads), beyond the columns TMA reads zeros, and it leaves
 // out what is beyond Y. With an odd number of atoms the last stage's second half is such zeros.
 #pragma once
 
@@ -239,9 +239,9 @@ struct Ring {
 
 // ---- producer ----------------------------------------------------------------------------
 
-// What stages of a tile load of W and X, or of the tail's factors: the rows of W and the tokens
-// that there are. What wgmma reads beyond them is what was there before, and goes to sums that are
-// not stored.
+// What stages of a tile load of W and X, or of the tail's factors: the rows of W that there are,
+// and the tokens, to whole swizzle patterns of eight for each block. What wgmma reads beyond them
+// is what was there before, and goes to sums that are not stored.
 template <typename T, bool kIsTail>
 class Loads {
   static constexpr int kWeightBytes = kIsTail ? kTailRowBytes : kValueRowBytes;  // of a row
@@ -605,7 +605,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
         const int quad = k_tile / kQuad + 1;
         if (quad < stages.quads()) {
           other.load(args, row_block, quad, thread);
-        } else if (tile + clusters < tiles) {
+        } else if (T::kSegments == 1 && tile + clusters < tiles) {
           row_block = row_block_of(tile + clusters);
           other.load(args, row_block, first_quad, thread);
         }
@@ -660,7 +660,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
     }
     const int row = place.row + consumer * kBlocks * kSm90BlockRows;
     store_sums<kKind, T, kActivation>(args, sums, {row, place.token}, buffers, consumer, thread);
-    if ((stages.quads() - first_quad) % 2 != 0) {
+    if (T::kSegments == 1 && (stages.quads() - first_quad) % 2 != 0) {
       metadata[0] = metadata[1];  // a tile starts with these
     }
   }
@@ -687,8 +687,8 @@ __global__ void __cluster_dims__(T::kClusterBlocks) __launch_bounds__(kThreads, 
       ptx::barrier_init(ring.empty(stage), kConsumers * T::kCluster);
     }
     ptx::fence_barrier_init();
-    ptx::prefetch_map(&args.values[0]);
-    ptx::prefetch_map(&args.x[0]);
+    ptx::prefetch_map(&args.values[args.rows < T::kRows]);
+    ptx::prefetch_map(&args.x[args.tokens <= T::kTokens - 8]);
     ptx::prefetch_map(&args.y);
   }
   if constexpr (T::kClusterBlocks == 1) {

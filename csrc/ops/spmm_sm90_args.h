@@ -28,8 +28,8 @@ __host__ __device__ constexpr int sm90_x_part(int tokens, int cluster) {
 }
 
 struct SpmmSm90Args {
-  // [0] for tiles that lie within the operand, [1] for those that its end cuts, whose box ends with
-  // it: rows that there are not take longer to load than rows that there are
+  // [0] for tiles that lie within the operand, [1] for those that its end cuts, with as few rows as
+  // they need: TMA takes longer over a row out of bounds than over one that exists
   CUtensorMap values[2];       // box [tile rows, 32], 64-byte swizzle
   CUtensorMap x[2];            // box [sm90_x_part, 64], 128-byte swizzle
   CUtensorMap tail_weight[2];  // box [tile rows, 32], 64-byte swizzle
