@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear and input_grad against cuBLAS, torch's own 2:4 layer and the best algorithm of a sweep.
 
-Plans are tuned ahead, as training does it in its first steps; what a plan or a call costs the host
-is in bench_host_overhead.py and bench_first_call.py.
+On the backend that "auto" takes: the own product on Hopper, plans elsewhere, which are then tuned
+ahead, as training does it in its first steps. What a plan or a call costs the host is in
+bench_host_overhead.py and bench_first_call.py.
 
 linear_forward           F.linear with the dense weight; a SparseSemiStructuredTensor (algorithm 0);
                          torch._cslt_sparse_mm with what torch._cslt_sparse_mm_search found, in bf16
                          with 2048 tokens and more: elsewhere that search may end in an "illegal
                          instruction" (cuSPARSELt 0.8.0), which takes the process with it
-linear_forward_vs_best_id  the fastest of the three best candidates of a sweep by hand, each timed
-                         as the others are, without what a call of the op adds (bar shapes only)
+linear_forward_vs_best_id  the fastest of the three best candidates of a sweep of cuSPARSELt's
+                         algorithms by hand, each timed as the others are, without what a call of
+                         the op adds (bar shapes only)
 linear_forward_vs_halves two layers of half the rows, one after the other: a wide weight cut into
                          squarer ones, as the paper proposes (bar shapes with out > 2 in only)
 linear_backward_input    dY @ W with the dense weight (bar shapes only)
@@ -98,7 +100,11 @@ def forward_cases(
 
 
 def hand_swept_cases(layers: list[SLoPeLinear], xs: list[Tensor]) -> dict[str, harness.Case]:
-    """The best algorithms of a sweep, each as a bare launch of its plan."""
+    """The best algorithms of a sweep, each as a bare launch of its plan with the same weights."""
+    layers = [
+        SLoPeLinear.from_dense(layer.dense_weight().detach(), backend="cusparselt")
+        for layer in layers
+    ]
     tokens, out_features = xs[0].shape[0], layers[0].out_features
     y = xs[0].new_empty(tokens, out_features)
     problem = _C.SpmmProblem(
