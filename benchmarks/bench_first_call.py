@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first call of a new shape: what making a plan costs, and what tuning it costs.
+"""The first call of a new shape: by "auto", by a plan that is made, by a plan that is tuned.
 
 Wall time from an idle GPU until it is idle again, of calls with token counts that were never used
 before, around the one that the case names; median and interquartile range over them. Libraries are
-warm: the same weight was multiplied with other token counts first, by both. ``plan`` makes a plan
-with the default algorithm (policy "off"), ``tune`` sweeps the algorithms first (policy
-"on_first_use"; the table is forgotten between calls, since these counts share an entry). Baseline:
-F.linear with the dense weight and the same token counts, also for the first time.
+warm: the same weight was multiplied with other token counts first, by both. Baseline: F.linear with
+the dense weight and the same token counts, also for the first time.
+
+auto   what a layer does by itself: on Hopper the own product, which makes nothing ready, elsewhere
+       as ``plan``
+plan   a plan of cuSPARSELt is made, with the default algorithm (policy "off")
+tune   the algorithms are swept first (policy "on_first_use"; the table is forgotten between calls,
+       since these counts share an entry)
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor
 import harness
 from model_shapes import BAR_SHAPES, Shape
 from slope_ext import SLoPeLinear, plan_cache
+from slope_ext.ops.spmm import Backend
 
 TOKENS = [64, 8192]
 CALLS = 12
@@ -40,14 +45,16 @@ def first_calls(linear: Callable[[Tensor], Tensor], xs: list[Tensor]) -> harness
 def bench_shape(shape: Shape, tokens: int) -> Iterator[harness.Record]:
     """Records of one weight [out, in] in bf16."""
     dense = torch.randn(*shape, device="cuda").bfloat16()
-    layer = SLoPeLinear.from_dense(dense)
-    counts = range(tokens, tokens + 2 * CALLS * STEP, STEP)
-    xs = [torch.randn(count, shape[1], device="cuda").bfloat16() for count in counts]
-    cases: list[tuple[str, plan_cache.Policy, list[Tensor]]] = [
-        ("plan", "off", xs[:CALLS]),
-        ("tune", "on_first_use", xs[CALLS:]),
+    cases: list[tuple[str, Backend, plan_cache.Policy]] = [
+        ("auto", "auto", "off"),
+        ("plan", "cusparselt", "off"),
+        ("tune", "cusparselt", "on_first_use"),
     ]
-    for case, policy, inputs in cases:
+    counts = range(tokens, tokens + len(cases) * CALLS * STEP, STEP)
+    xs = [torch.randn(count, shape[1], device="cuda").bfloat16() for count in counts]
+    for i, (case, backend, policy) in enumerate(cases):
+        layer = SLoPeLinear.from_dense(dense, backend=backend)
+        inputs = xs[i * CALLS : (i + 1) * CALLS]
         plan_cache.set_policy(policy)
         yield harness.time_record(
             bench="first_call",

@@ -14,7 +14,8 @@ linear_forward_vs_best_id  the fastest of the three best candidates of a sweep o
                          the op adds (bar shapes only)
 linear_forward_vs_halves two layers of half the rows, one after the other: a wide weight cut into
                          squarer ones, as the paper proposes (bar shapes with out > 2 in only)
-linear_backward_input    dY @ W with the dense weight (bar shapes only)
+linear_backward_input    dY @ W with the dense weight (bar shapes only). In a captured call, as all
+                         are here, input_grad transposes the values into the backward copy first
 
 A full run times the bar shapes with every token count in bf16 and with 2048 and 8192 tokens in
 fp16, and the other layers of the models in model_shapes.py with 2048 and 8192 tokens in bf16.
@@ -199,7 +200,7 @@ def bench_halves(
 def bench_input_grad(
     shape: model_shapes.Shape, dtype: torch.dtype, tokens: int, run: harness.Run
 ) -> list[harness.Record]:
-    """Record of linear_backward_input; the backward copies are up to date, as within a step."""
+    """Record of linear_backward_input."""
     moved, limit = sparse_limit(shape, dtype, tokens, run)
     sets = harness.buffer_sets(int(moved))
     layers = make_layers(shape, dtype, sets)
