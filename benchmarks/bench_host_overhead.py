@@ -2,6 +2,7 @@
 """Host time of warm calls: how long the Python thread is busy with one, the GPU never the bound.
 
 op             torch.ops.slope.linear with the layer's operand, forward only
+plan op        the same with the operand of a layer that runs by a cuSPARSELt plan
 layer          SLoPeLinear.forward
 layer;backward forward, and backward into x and the weight
 
@@ -34,8 +35,9 @@ def bench_dtype(dtype: torch.dtype) -> Iterator[harness.Record]:
     """Records of one type."""
     dense = torch.randn(SIZE, SIZE, device="cuda").to(dtype).requires_grad_()
     layer = SLoPeLinear.from_dense(dense)
-    plan_cache.tune(layer, tokens=[TOKENS])
-    operand = layer.operand()
+    by_plan = SLoPeLinear.from_dense(dense.detach(), backend="cusparselt")
+    plan_cache.tune(by_plan, tokens=[TOKENS])
+    operand, plan_operand = layer.operand(), by_plan.operand()
     x = torch.randn(TOKENS, SIZE, device="cuda").to(dtype)
     dy = torch.randn_like(x)
     two_of_four = layer.dense_weight().detach()
@@ -58,9 +60,11 @@ def bench_dtype(dtype: torch.dtype) -> Iterator[harness.Record]:
     for mode, context in MODES.items():
         with context():
             op = harness.host_time(lambda: torch.ops.slope.linear(x, *operand))
+            plan_op = harness.host_time(lambda: torch.ops.slope.linear(x, *plan_operand))
             whole = harness.host_time(lambda: layer(x))
             linear = harness.host_time(lambda: F.linear(x, dense))
         yield record(f"op;{mode}", op, "F.linear", linear)
+        yield record(f"plan op;{mode}", plan_op, "F.linear", linear)
         yield record(f"layer;{mode}", whole, "F.linear", linear)
         if mode == "no_grad":  # torch's cost the host most of a millisecond: smaller batches
             with torch.no_grad():

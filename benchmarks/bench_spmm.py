@@ -12,8 +12,9 @@ linear_forward           F.linear with the dense weight; a SparseSemiStructuredT
 linear_forward_vs_best_id  the fastest of the three best candidates of a sweep of cuSPARSELt's
                          algorithms by hand, each timed as the others are, without what a call of
                          the op adds (bar shapes only)
-linear_forward_vs_halves two layers of half the rows, one after the other: a wide weight cut into
-                         squarer ones, as the paper proposes (bar shapes with out > 2 in only)
+linear_forward_vs_halves by plans, against two layers of half the rows, one after the other: a wide
+                         weight cut into squarer ones, as the paper proposes (bar shapes with out >
+                         2 in only)
 linear_backward_input    dY @ W with the dense weight (bar shapes only). In a captured call, as all
                          are here, input_grad transposes the values into the backward copy first
 
@@ -38,6 +39,7 @@ import harness
 import model_shapes
 from model_shapes import BAR_SHAPES
 from slope_ext import _C, SLoPeLinear, plan_cache
+from slope_ext.ops.spmm import Backend
 
 DTYPES = [torch.bfloat16, torch.float16]
 TOKENS = [2048, 8192, 8, 64, 512, 16384]
@@ -59,11 +61,12 @@ OPERAND = (
 )
 
 
-def make_layers(shape: model_shapes.Shape, dtype: torch.dtype, count: int) -> list[SLoPeLinear]:
+def make_layers(
+    shape: model_shapes.Shape, dtype: torch.dtype, count: int, backend: Backend = "auto"
+) -> list[SLoPeLinear]:
     """Layers of one shape with random weights."""
-    return [
-        SLoPeLinear.from_dense(torch.randn(*shape, device="cuda").to(dtype)) for _ in range(count)
-    ]
+    weights = (torch.randn(*shape, device="cuda").to(dtype) for _ in range(count))
+    return [SLoPeLinear.from_dense(weight, backend=backend) for weight in weights]
 
 
 def sparse_limit(
@@ -173,8 +176,9 @@ def bench_halves(
     out_features, in_features = shape
     moved, limit = sparse_limit(shape, dtype, tokens, run)
     sets = harness.buffer_sets(int(moved))
-    whole = make_layers(shape, dtype, sets)
-    halves = [make_layers((out_features // 2, in_features), dtype, 2) for _ in range(sets)]
+    half = (out_features // 2, in_features)
+    whole = make_layers(shape, dtype, sets, "cusparselt")
+    halves = [make_layers(half, dtype, 2, "cusparselt") for _ in range(sets)]
     xs = [torch.randn(tokens, in_features, device="cuda").to(dtype) for _ in range(sets)]
     for layer in (whole[0], halves[0][0]):
         plan_cache.tune(layer, tokens=[tokens], backward=False)
@@ -182,7 +186,7 @@ def bench_halves(
         {
             "ours": lambda i: torch.ops.slope.linear(xs[i], *whole[i].operand()),
             "two halves of the rows": lambda i: [
-                torch.ops.slope.linear(xs[i], *half.operand()) for half in halves[i]
+                torch.ops.slope.linear(xs[i], *layer.operand()) for layer in halves[i]
             ],
         },
         sets,

@@ -11,7 +11,8 @@ spmm_native_fused
                 Gate and up-projection of LLaMA-3-8B's MLP with SwiGLU in the kernel; their product
                 alone; two products and a pass of SwiGLU that torch.compile makes, 2:4 and dense
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
-                epilogue adds the dense low-rank product; the own kernel without an adapter
+                epilogue adds the dense low-rank product; a plan, and the own kernel, with
+                addmm_ of the low-rank product after it; the own kernel without an adapter
 
 Limit: as in bench_spmm.py, the low-rank products included.
 """
@@ -54,6 +55,16 @@ def lowrank(xs: list[Tensor], operands: list[Any], a: Tensor, b: Tensor) -> harn
     def case(i: int) -> Any:
         values, bitmask, *rest = operands[i]
         return torch.ops.slope.linear_lowrank(xs[i], values, bitmask, a, b, 1.0, *rest)
+
+    return case
+
+
+def unfused(xs: list[Tensor], operands: list[Any], a: Tensor, b: Tensor) -> harness.Case:
+    """The product of buffer set i, to which the low-rank product is added."""
+
+    def case(i: int) -> Tensor:
+        y: Tensor = torch.ops.slope.linear(xs[i], *operands[i])
+        return y.addmm_(F.linear(xs[i], a), b.t())
 
     return case
 
@@ -134,6 +145,8 @@ def bench_shape(
             {
                 "ours": lowrank(xs, operands["own"], a, b[rank]),
                 "plan with beta = 1": lowrank(xs, operands["plan"], a, b[rank]),
+                "plan, then addmm_": unfused(xs, operands["plan"], a, b[rank]),
+                "own, then addmm_": unfused(xs, operands["own"], a, b[rank]),
                 "without adapter": cases["ours"],
             },
             sets,
