@@ -44,7 +44,7 @@ from gpu_report import ROOT, source_hash
 REPORT = ROOT / "tests" / "sanitizer_report.json"
 # Families, the longest first
 OWN_PRODUCT = "native"
-PRODUCTS = ("spmm", "lowrank", "packed_layer", "weight_grad")
+PRODUCTS = ("spmm", "lowrank", "packed_layer", "weight_grad", "linear", "launch")
 SELECTION = ("adamw", "compress", "prune", "transpose", "pack")
 # Large shapes; what is slow, needs the caching allocator, or runs no kernel of ours ("reference").
 LEFT_OUT = (

@@ -3,15 +3,18 @@
 
     PYTHONPATH=. python scripts/stress.py [--calls 100000] [--out tests/stress_report.json]
 
-Each call takes a shape, a token count and an op at random; its result is compared on the GPU with
-one computed beforehand in fp64. Memory is looked at after each fifth of the calls. Exit code 1 if a
-result is wrong, device memory grew after the first fifth, or host memory after the second (by then
-every plan is made), by more than the allocators' own granularity.
+Each call takes a layer, a token count and an op at random; its result is compared on the GPU with
+one computed beforehand, products in fp64. Layers are of every shape, in bf16 and fp16, by the own
+product and by plans where these take them, else by what "auto" takes. Memory is looked at after
+each fifth of the calls. Exit code 1 if a result is wrong, device memory grew after the first fifth,
+or host memory after the second (by then every plan is made), by more than the allocators' own
+granularity.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import random
@@ -19,13 +22,16 @@ import resource
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
+from gpu_report import source_hash
 from torch import Tensor
 
 import slope_ext as slope
 from slope_ext import ops, plan_cache
+from slope_ext.ops.spmm import Backend
 
 SHAPES = [(128, 192), (256, 256), (64, 512), (512, 64), (320, 96), (80, 48), (1536, 2048)]
 TOKENS = [1, 7, 8, 16, 33, 64, 100, 256]
@@ -49,8 +55,8 @@ class Expected:
 class Case:
     """A layer, inputs for the largest token count, and what must come out."""
 
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        self.layer = slope.SLoPeLinear(columns, rows, device="cuda", dtype=dtype)
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, backend: Backend) -> None:
+        self.layer = slope.SLoPeLinear(columns, rows, device="cuda", dtype=dtype, backend=backend)
         self.layer.add_adapter(8, scale=0.5)
         torch.nn.init.normal_(self.layer.lora_B, std=0.1)
         self.layer.requires_grad_(False)
@@ -65,6 +71,9 @@ class Case:
         self.y_lowrank = Expected((y + low_rank).to(dtype))
         self.dx = Expected((dy @ layer.backward_weight().double()).to(dtype))
         self.dw = {n: Expected(self._weight_grad(dy[:n], x[:n])) for n in TOKENS}
+        self.dense = layer.dense_weight()
+        # Of this weight, whose masks need not be the layer's, since its zeros are ties
+        self.pruned = ops.prune_compress_transposed(self.dense)
         assert layer.weight_t is not None
         self.values_t = layer.weight_t.clone()
         self.packed = ops.pack(layer.weight, layer.weight_bitmask)
@@ -82,11 +91,28 @@ class Case:
         if op == "linear_lowrank":
             return self.y_lowrank.misses(layer(x))
         if op == "input_grad":
-            mask_t = layer.weight_t_bitmask
-            dx = ops.input_grad(dy, *weight, mask_t, layer.weight_t, layer.weight_t_metadata)
+            dx = ops.input_grad(
+                dy,
+                *weight,
+                layer.weight_t_bitmask,
+                layer.weight_t,
+                layer.weight_t_metadata,
+                backend=layer.backend,
+            )
             return self.dx.misses(dx)
         if op == "weight_grad":
             return self.dw[tokens].misses(ops.weight_grad(dy, x, layer.weight_bitmask))
+        if op == "decompress":
+            return (ops.decompress(*weight) != self.dense).any()
+        if op == "prune_compress":
+            return differ(ops.prune_compress(self.dense), self.pruned[:2])
+        if op == "prune_compress_transposed":
+            return differ(ops.prune_compress_transposed(self.dense), self.pruned)
+        if op == "double_prune_":
+            values, bitmask, values_t, bitmask_t = self.pruned
+            found = torch.empty_like(bitmask_t), torch.empty_like(values_t)
+            ops.double_prune_(values, bitmask, *found)
+            return differ(found, (bitmask_t, values_t))
         if op == "transpose_values":
             out = torch.empty_like(self.values_t)
             ops.transpose_values(*weight, layer.weight_t_bitmask, out)
@@ -95,7 +121,30 @@ class Case:
         return (ops.pack(*weight) != self.packed).any()
 
 
-OPS = ("linear", "linear_lowrank", "input_grad", "weight_grad", "transpose_values", "pack")
+OPS = (
+    *("linear", "linear_lowrank", "input_grad", "weight_grad", "transpose_values", "pack"),
+    *("decompress", "prune_compress", "prune_compress_transposed", "double_prune_"),
+)
+
+
+def differ(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Tensor:
+    """Whether any of some tensors is not what it should be."""
+    pairs = zip(found, expected, strict=True)
+    return torch.stack([(ours != theirs).any() for ours, theirs in pairs]).any()
+
+
+def make_cases() -> list[Case]:
+    """All layers; a backend that does not take a shape is left out."""
+    cases = []
+    for shape in SHAPES:
+        for dtype in (torch.bfloat16, torch.float16):
+            kinds: tuple[Backend, ...] = ("native", "cusparselt")
+            taken = []
+            for backend in kinds:
+                with contextlib.suppress(RuntimeError):
+                    taken.append(Case(*shape, dtype, backend))
+            cases += taken or [Case(*shape, dtype, "auto")]
+    return cases
 
 
 class Worker(threading.Thread):
@@ -141,7 +190,7 @@ def main() -> int:
     arguments = parser.parse_args()
     plan_cache.set_policy("off")
     torch.manual_seed(0)
-    cases = [Case(*shape, dtype) for shape in SHAPES for dtype in (torch.bfloat16, torch.float16)]
+    cases = make_cases()
 
     start = time.perf_counter()
     phase = threading.Barrier(3)
@@ -160,6 +209,7 @@ def main() -> int:
     result = {
         "calls": sum(sum(worker.counts.values()) for worker in workers),
         "by_op": {op: sum(worker.counts[op] for worker in workers) for op in OPS},
+        "layers": dict(Counter(case.layer.backend for case in cases)),
         "wrong": wrong,
         "device_growth_bytes": device,
         "host_peak_growth_bytes": host,
@@ -168,6 +218,7 @@ def main() -> int:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
+        "sources": source_hash(),
     }
     print(json.dumps(result))
     if arguments.out:

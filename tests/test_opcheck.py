@@ -10,10 +10,10 @@ from slope_ext import _library, ops
 from slope_ext._check import metadata_bytes, metadata_words
 
 
-def samples(device):
+def samples(device, dtype=torch.float32):
     """op name -> list of (args, kwargs)."""
-    o = Operands(16, 32, torch.float32, device)
-    x, dy = o.randn(2, 3, 32), o.randn(2, 3, 16)
+    o = Operands(32, 64, dtype, device)
+    x, dy = o.randn(2, 3, 64), o.randn(2, 3, 32)
     weight = (o.values, o.bitmask)
     copy = (o.bitmask_t, o.values_t)
     trained = (o.values.clone().requires_grad_(), o.bitmask)
@@ -25,7 +25,8 @@ def samples(device):
     torch.ops.slope.transpose_values(*weight, o.bitmask_t, fresh)
 
     # On CUDA what is packed is what the sparse tensor cores take.
-    packable = (o.values.half() if device != "cpu" else o.values, o.bitmask)
+    fp16 = dtype == torch.float32 and device != "cpu"
+    packable = (o.values.half() if fp16 else o.values, o.bitmask)
     metadata = metadata_bytes(*o.dense.shape, torch.device(device))
     words = torch.zeros(metadata_words(*o.dense.shape), dtype=torch.int32, device=device)
 
@@ -78,9 +79,10 @@ def samples(device):
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bf16: sparse products
 @pytest.mark.parametrize("name", _library.OPS)
-def test_opcheck(name, device):
-    for args, kwargs in samples(device)[name]:
+def test_opcheck(name, dtype, device):
+    for args, kwargs in samples(device, dtype)[name]:
         results = opcheck(getattr(torch.ops.slope, name).default, args, kwargs)
         assert set(results.values()) == {"SUCCESS"}
 
