@@ -97,9 +97,10 @@ def _case(op: Callable[..., Any], operands: Sequence[tuple[torch.Tensor, ...]]) 
 
 
 def bench(run: harness.Run) -> Iterator[harness.Record]:
-    """Records of every shape, in bf16."""
+    """Records of every shape."""
     for rows, columns in run.first(harness.WEIGHT_SHAPES, 3):
-        yield from bench_shape(rows, columns, torch.bfloat16, run)
+        for dtype in run.first([torch.bfloat16, torch.float16], 1):
+            yield from bench_shape(rows, columns, dtype, run)
 
 
 if __name__ == "__main__":

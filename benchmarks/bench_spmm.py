@@ -18,8 +18,8 @@ linear_forward_vs_halves by plans, against two layers of half the rows, one afte
 linear_backward_input    dY @ W with the dense weight (bar shapes only). In a captured call, as all
                          are here, input_grad transposes the values into the backward copy first
 
-A full run times the bar shapes with every token count in bf16 and with 2048 and 8192 tokens in
-fp16, and the other layers of the models in model_shapes.py with 2048 and 8192 tokens in bf16.
+A full run times the bar shapes with every token count, and the other layers of the models in
+model_shapes.py with 2048 and 8192 tokens; in bf16 and fp16.
 
 Limit: the longer of the bytes that must move (values, metadata, X, Y) over the copy bandwidth, and
 out * in * tokens FLOP, half of the dense product's, over the rate of an 8192^3 dense bf16 product;
@@ -42,7 +42,7 @@ from slope_ext import _C, SLoPeLinear, plan_cache
 from slope_ext.ops.spmm import Backend
 
 DTYPES = [torch.bfloat16, torch.float16]
-TOKENS = [2048, 8192, 8, 64, 512, 16384]
+TOKENS = [2048, 8192, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384]
 MOST = TOKENS[:2]  # of a quick run, of fp16, of other shapes
 BEST_IDS = 3
 TORCH_LINEAR = "SparseSemiStructuredTensor"
@@ -240,11 +240,11 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
         (shape, dtype, tokens)
         for dtype in run.first(DTYPES, 1)
         for shape in BAR_SHAPES
-        for tokens in (run.first(TOKENS, 2) if dtype == torch.bfloat16 else MOST)
+        for tokens in run.first(TOKENS, 2)
     ]
     if not run.quick:
         others = [shape for shape in model_shapes.users() if shape not in BAR_SHAPES]
-        cases += [(shape, torch.bfloat16, tokens) for shape in others for tokens in MOST]
+        cases += [(shape, dtype, tokens) for shape in others for dtype in DTYPES for tokens in MOST]
     for shape, dtype, tokens in run.own(cases):
         yield from bench_forward(shape, dtype, tokens, run)
         if shape in BAR_SHAPES:

@@ -147,20 +147,23 @@ class Chart:
         return [r for r in found if self.wants(r)]
 
 
-def draw_speedup(axes: Any, records: list[RawRecord]) -> None:
-    """Speedup over the dense product against tokens, a line for each weight."""
-    for case in dict.fromkeys(r["case"] for r in records):
-        line = sorted((r["tokens"], r["ratio"]) for r in records if r["case"] == case)
-        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=case)
-    tokens = sorted({r["tokens"] for r in records})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(tokens, [str(count) for count in tokens])
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("speedup over cuBLAS")
-    axes.set_ylim(bottom=0)
-    axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
-    axes.set_title("2:4 forward product", loc="left")
-    axes.legend(title="out x in", frameon=False, ncols=2, loc="lower right")
+def draw_speedup(panels: Any, records: list[RawRecord]) -> None:
+    """Speedup of the product against tokens, a line for each weight: over cuBLAS, over plans."""
+    kinds = ("linear_forward", "linear_forward_vs_best_id")
+    titles = ("2:4 product, speedup over cuBLAS", "over the best algorithm of cuSPARSELt")
+    for axes, bench, title in zip(panels, kinds, titles, strict=True):
+        found = [r for r in records if r["bench"] == bench]
+        for case in dict.fromkeys(r["case"] for r in found):
+            line = sorted((r["tokens"], r["ratio"]) for r in found if r["case"] == case)
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=case)
+        tokens = sorted({r["tokens"] for r in found})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(tokens, [str(count) for count in tokens], rotation=45)
+        axes.set_xlabel("tokens")
+        axes.set_ylim(bottom=0)
+        axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
+        axes.set_title(title, loc="left", fontsize=10)
+    panels[0].legend(title="out x in", frameon=False, ncols=2, loc="lower right", fontsize=8)
 
 
 def draw_limits(axes: Any, records: list[RawRecord]) -> None:
@@ -267,10 +270,16 @@ CHARTS = [
     Chart(
         "speedup",
         ("spmm",),
-        lambda r: (r["bench"], r["baseline"], r["dtype"])
-        == ("linear_forward", "F.linear", "bfloat16")
-        and r["case"] in BAR_CASES,
+        lambda r: (
+            (
+                r["bench"] == "linear_forward_vs_best_id"
+                or (r["bench"], r["baseline"]) == ("linear_forward", "F.linear")
+            )
+            and r["dtype"] == "bfloat16"
+            and r["case"] in BAR_CASES
+        ),
         draw_speedup,
+        panels=2,
     ),
     Chart(
         "limits",
