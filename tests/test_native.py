@@ -22,6 +22,7 @@ HALF = [torch.bfloat16, torch.float16]
 SHAPES = [(256, 256), (64, 32), (1088, 96), (200, 1056), (8, 544), (320, 160), (4104, 288)]
 SHAPES += [(1000, 2048)]  # few tiles of many columns: in segments
 SEGMENTED = [i for i, (_, _, segments) in enumerate(TILES) if segments > 1]
+RANKS = [1, 8, 12, 33, 64, 144, 256]
 WORD_SHAPES = [(64, 256), (64, 32), (8, 96), (136, 320), (200, 544)]
 
 
@@ -241,10 +242,11 @@ def test_swiglu_of_extreme_gates(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rank", [1, 8, 12, 33, 64, 144, 256])
-def test_linear_lowrank(rank):
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("rank", RANKS)
+def test_linear_lowrank(rank, dtype):
     skip_unless_it_runs()
-    o = Operands(320, 544, torch.bfloat16, CUDA)
+    o = Operands(320, 544, dtype, CUDA)
     x, a, b = o.randn(77, 544), o.randn(rank, 544) / 24, o.randn(320, rank)
     y, t = torch.ops.slope.linear_lowrank(
         x, o.values, o.bitmask, a, b, 0.5, o.bias, backend="native"
@@ -254,6 +256,24 @@ def test_linear_lowrank(rank):
     exact = F.linear(x.double(), o.dense.double(), o.bias.double()) + F.linear(scaled, b.double())
     sums = F.linear(x.double().abs(), o.dense.double().abs(), o.bias.double().abs())
     assert_rounded(y, exact, sums + F.linear(scaled.abs(), b.double().abs()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("rank", RANKS)
+def test_input_grad_lowrank(rank, dtype):
+    skip_unless_it_runs()
+    o = Operands(320, 544, dtype, CUDA)
+    ops.transpose_values(o.values, o.bitmask, o.bitmask_t, o.values_t)
+    dy, a, b = o.randn(77, 320), o.randn(rank, 544), o.randn(320, rank) / 18
+    dx, dt = ops.input_grad_lowrank(
+        dy, o.values, o.bitmask, o.bitmask_t, a, b, 0.5, o.values_t, backend="native"
+    )
+    assert torch.equal(dt, dy @ b)
+    factors = [(dy.double(), ops.decompress(o.values_t, o.bitmask_t).double())]
+    factors += [(0.5 * dt.double(), a.double().t())]
+    exact = sum(F.linear(*pair) for pair in factors)
+    assert_rounded(dx, exact, sum(F.linear(*(f.abs() for f in pair)) for pair in factors))
 
 
 @pytest.mark.gpu
@@ -267,11 +287,12 @@ def test_results_are_the_same_bits_every_time():
 
 
 @pytest.mark.gpu
-def test_nan_and_infinity_reach_what_keeps_their_column():
+@pytest.mark.parametrize("dtype", HALF)
+def test_nan_and_infinity_reach_what_keeps_their_column(dtype):
     """Other tokens never; other features of the token neither, unlike in a dense product, whose
     zeros times NaN are NaN."""
     skip_unless_it_runs()
-    o = Operands(192, 256, torch.float16, CUDA, bias=False)
+    o = Operands(192, 256, dtype, CUDA, bias=False)
     x = o.randn(40, 256)
     x[3, 17], x[21, 200] = float("nan"), float("inf")
     y = ops.linear(x, o.values, o.bitmask, backend="native")
@@ -280,6 +301,21 @@ def test_nan_and_infinity_reach_what_keeps_their_column():
     assert torch.equal(~y[21].isfinite(), kept[:, 200])
     others = [i for i in range(40) if i not in (3, 21)]
     assert y[others].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+def test_nan_of_a_tail_and_of_a_bias(dtype):
+    """A token's in the tail reaches all of the token; a feature's, all of the feature."""
+    skip_unless_it_runs()
+    o = Operands(192, 256, dtype, CUDA)
+    words, y = with_words(o), o.randn(40, 192)
+    x, left, right = o.randn(40, 256), o.randn(40, 16), o.randn(192, 16)
+    left[7, 3], right[100, 5], o.bias[50] = float("nan"), float("nan"), float("nan")
+    spmm_sm90(x, o.values, words, y, tail=(left, right), bias=o.bias)
+    expected = torch.zeros(40, 192, dtype=torch.bool, device=CUDA)
+    expected[7], expected[:, 100], expected[:, 50] = True, True, True
+    assert torch.equal(y.isnan(), expected)
 
 
 @pytest.mark.gpu
