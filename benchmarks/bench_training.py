@@ -204,7 +204,7 @@ class Method:
         torch.cuda.synchronize()
         if self.how == "captured":
             graph = torch.cuda.CUDAGraph()
-            with slope_ext.trust_backward_copies(), torch.cuda.graph(graph):
+            with torch.cuda.graph(graph):
                 self.model(self.x).backward(self.dy)
                 self.optimize()
             self.run = graph.replay

@@ -8,7 +8,6 @@ opt = slope.optim.AdamW(model.parameters(), lr=3e-4)    # or any torch optimizer
 """
 
 from slope_ext import ops, optim, plan_cache
-from slope_ext._backward_copy import trust_backward_copies
 from slope_ext._library import is_available
 from slope_ext._version import __version__
 from slope_ext.accumulation import accumulate_in_place
@@ -40,6 +39,5 @@ __all__ = [
     "sac_save_list",
     "to_dense",
     "transposed_masks",
-    "trust_backward_copies",
     "update_transposed_masks",
 ]

@@ -9,8 +9,6 @@ decides whether it is stale.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -39,7 +37,7 @@ def follow(
 
     ``bitmask_t`` is re-chosen if a layer follows ``bitmask`` with it and that changed; a mask that
     no layer owns is taken as it is. While a CUDA graph is captured the values are always written,
-    since its replays run after changes that no host code sees; unless the capture trusts them.
+    since its replays run after changes that no host code sees.
 
     A layer that is used twice in a forward pass has its copy saved twice for backward, and the
     first backward refreshes it. To autograd that is no change: the copy says nothing that values
@@ -58,7 +56,7 @@ def follow(
         mark(values_t, *sources)
         if metadata_t is not None:
             _freshness.mark_stale(metadata_t)  # no version counter told it
-    elif not _is_up_to_date(values_t, *sources):
+    elif is_capturing(values) or not _freshness.is_fresh(values_t, *sources):
         with _unseen():
             torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
         mark(values_t, *sources)
@@ -91,94 +89,9 @@ def follow_metadata(bitmask: Tensor, metadata: Tensor) -> bool:
 def mark(derived: Tensor, *sources: Tensor) -> None:
     """Records that ``derived`` was computed from ``sources``; captured, it is not yet."""
     if is_capturing(derived):
-        if _trust is not None:
-            _trust.renewed[_storage_of(derived)] = _freshness.stamp(derived, *sources)
         _freshness.mark_stale(derived)  # nothing was computed yet
     else:
         _freshness.mark_fresh(derived, *sources)
-
-
-def _is_up_to_date(derived: Tensor, *sources: Tensor) -> bool:
-    if not is_capturing(derived):
-        return _freshness.is_fresh(derived, *sources)
-    return _trust is not None and _trust.takes(derived, *sources)
-
-
-# ---- captures that trust the copies --------------------------------------------------------------
-
-
-_TRUSTED = "_slope_trusted"
-
-
-def _storage_of(derived: Tensor) -> int:
-    return derived.untyped_storage().data_ptr()
-
-
-class _Trust:
-    """What a capture took as it is, and what it writes anew."""
-
-    def __init__(self) -> None:
-        self.taken: dict[int, tuple[Tensor, ...]] = {}
-        self.renewed: dict[int, _freshness.Stamp] = {}
-
-    def holds(self, derived: Tensor, *sources: Tensor) -> bool:
-        """Whether a copy is up to date at this point of the graph, in every replay."""
-        stamp = _freshness.stamp(derived, *sources)
-        return self.renewed.get(_storage_of(derived)) == stamp or _freshness.is_fresh(
-            derived, *sources
-        )
-
-    def takes(self, derived: Tensor, *sources: Tensor) -> bool:
-        """The same, and remembers it."""
-        if self.holds(derived, *sources):
-            self.taken[_storage_of(derived)] = (derived, *sources)
-            setattr(derived.untyped_storage(), _TRUSTED, True)
-            return True
-        return False
-
-
-def is_trusted(derived: Tensor) -> bool:
-    """Whether a graph multiplies by a copy as it is: a change is to be followed at once."""
-    return hasattr(derived.untyped_storage(), _TRUSTED)
-
-
-_trust: _Trust | None = None  # of the process: backward runs in threads of its own
-
-
-@contextlib.contextmanager
-def trust_backward_copies() -> Iterator[None]:
-    """Has a CUDA graph that is captured under it multiply by backward copies as they are.
-
-    Otherwise each replay writes them in its backward pass, from the weights of that moment. For
-    graphs of whole steps, or of forward and backward beside an eager optimizer, where nothing but
-    :class:`slope_ext.optim.AdamW` changes weights between replays: it writes weights and copies
-    together. Masks of the copies may be chosen between replays. After another change of a weight
-    call its layer's ``backward_weight()`` before the next replay. Copies that are not up to date
-    when the capture comes to them are written in it::
-
-        with slope_ext.trust_backward_copies(), torch.cuda.graph(graph):
-            loss(model(x)).backward()
-            optimizer.step()
-
-    Raises:
-        RuntimeError: at the end, if the graph changes a weight after it took the copy as it is, by
-            something that does not renew the copy; or at the start, if one is entered already.
-    """
-    global _trust
-    if _trust is not None:
-        raise RuntimeError("trust_backward_copies: entered already")
-    trust = _trust = _Trust()
-    try:
-        yield
-    finally:
-        _trust = None
-    changed = sum(not trust.holds(*tensors) for tensors in trust.taken.values())
-    if changed:
-        raise RuntimeError(
-            f"trust_backward_copies: the graph changes {changed} of {len(trust.taken)} weights "
-            "without their backward copies, so that its next replay would multiply by old ones; "
-            "capture it without, or with slope_ext.optim.AdamW"
-        )
 
 
 def is_capturing(tensor: Tensor) -> bool:

@@ -50,8 +50,7 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
-def stamp(derived: Tensor, *sources: Tensor) -> Stamp:
-    """The present state of ``derived`` and ``sources``."""
+def _stamp(derived: Tensor, sources: tuple[Tensor, ...]) -> Stamp:
     state: list[Any] = [version(derived)]
     for source in sources:
         storage = source.untyped_storage()
@@ -69,7 +68,7 @@ def version(tensor: Tensor) -> Any:
 
 def mark_fresh(derived: Tensor, *sources: Tensor) -> None:
     """Records that ``derived`` was computed from the present state of ``sources``."""
-    setattr(derived.untyped_storage(), _ATTRIBUTE, stamp(derived, *sources))
+    setattr(derived.untyped_storage(), _ATTRIBUTE, _stamp(derived, sources))
 
 
 def mark_stale(derived: Tensor) -> None:
@@ -79,7 +78,7 @@ def mark_stale(derived: Tensor) -> None:
 
 def is_fresh(derived: Tensor, *sources: Tensor) -> bool:
     """Whether neither ``sources`` nor ``derived`` changed since :func:`mark_fresh`."""
-    return getattr(derived.untyped_storage(), _ATTRIBUTE, None) == stamp(derived, *sources)
+    return getattr(derived.untyped_storage(), _ATTRIBUTE, None) == _stamp(derived, sources)
 
 
 def is_followed(derived: Tensor) -> bool:

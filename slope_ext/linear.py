@@ -374,12 +374,15 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     def backward_weight(self) -> Tensor:
         """The double-pruned weight [out, in] that the next backward multiplies with, detached."""
         with torch.no_grad():
-            return ops.decompress(self._up_to_date_copy(), self.weight_t_bitmask).t()
-
-    def _up_to_date_copy(self) -> Tensor:
-        copy = (self.weight_t, self.weight_t_metadata)
-        masks = (self.weight_bitmask, self.weight_t_bitmask)
-        return _backward_copy.follow(self.weight, *masks, *copy, self.backend)[0]
+            values_t, _ = _backward_copy.follow(
+                self.weight,
+                self.weight_bitmask,
+                self.weight_t_bitmask,
+                self.weight_t,
+                self.weight_t_metadata,
+                self.backend,
+            )
+            return ops.decompress(values_t, self.weight_t_bitmask).t()
 
     def mark_backward_copy_stale(self) -> None:
         """Has the next backward refresh the copy; its mask stays.
@@ -414,10 +417,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def _follow_transposed_mask(self) -> None:
         # At once, not in the next backward: that may be the replay of a CUDA graph.
-        if self.weight_t is not None and _backward_copy.is_trusted(self.weight_t):
-            with torch.no_grad():
-                self._up_to_date_copy()
-        elif self.weight_t_metadata is not None:
+        if self.weight_t_metadata is not None:
             _backward_copy.follow_metadata(self.weight_t_bitmask, self.weight_t_metadata)
 
     # ---- packed operand --------------------------------------------------------------------------

@@ -39,9 +39,7 @@ class AdamW(torch.optim.Optimizer):
     the GPU: a GradScaler's scale and verdict, a tensor learning rate and the coefficient of
     :meth:`clip_grad_norm_` are read by the kernels. (fp64 parameters are for the CPU; on a GPU they
     take plain torch ops, which wait.) After a first step it can be captured into a CUDA graph;
-    replays do not choose masks (call :func:`slope_ext.update_transposed_masks` between them). What
-    :func:`slope_ext.trust_backward_copies` saves in such a graph is that backward writes the copies
-    again.
+    replays do not choose masks (call :func:`slope_ext.update_transposed_masks` between them).
 
     Load a checkpoint's model before its optimizer: the optimizer's state holds the transposed masks
     too, which are chosen again when a model is loaded. A write through ``weight.data`` after
