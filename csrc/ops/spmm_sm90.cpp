@@ -9,6 +9,7 @@
 #include <limits>
 #include <utility>
 
+#include "common/round_up.h"
 #include "ops/spmm_sm90_args.h"
 
 namespace slope {
@@ -119,6 +120,21 @@ class MapMaker {
 
 // ---- device --------------------------------------------------------------------------------
 
+// What `ask` says; at most asked once for each device that `known` has a place for, which holds one
+// more than the answer.
+template <typename Ask>
+int remembered(std::array<std::atomic<int>, kDevices>& known, int device, Ask ask) {
+  if (device >= kDevices) {
+    return ask();
+  }
+  int found = known[device].load(std::memory_order_relaxed);
+  if (found == 0) {
+    found = ask() + 1;
+    known[device].store(found, std::memory_order_relaxed);
+  }
+  return found - 1;
+}
+
 int ask_processors(int device) {
 #ifdef SLOPE_SM90A
   int major = 0, minor = 0, processors = 0;
@@ -138,14 +154,8 @@ int ask_processors(int device) {
 
 // Multiprocessors of a device that runs the kernels, else 0.
 int processors_of(int device) {
-  static std::array<std::atomic<int>, kDevices> known{};  // one more; 0: not asked yet
-  if (device >= static_cast<int>(known.size())) {
-    return ask_processors(device);
-  }
-  if (known[device].load(std::memory_order_relaxed) == 0) {
-    known[device].store(ask_processors(device) + 1, std::memory_order_relaxed);
-  }
-  return known[device].load(std::memory_order_relaxed) - 1;
+  static std::array<std::atomic<int>, kDevices> known{};
+  return remembered(known, device, [=] { return ask_processors(device); });
 }
 
 // Clusters of a tile that run at the same time. Those of two are pairs of multiprocessors that any
@@ -156,17 +166,11 @@ int clusters_at_once(int index, int device, int processors) {
   if (tile.segments == 1) {
     return most;
   }
-  static std::array<std::array<std::atomic<int>, kDevices>, kTiles.size()> known{};  // one more
-  const bool kept = device < kDevices;
-  int found = kept ? known[index][device].load(std::memory_order_relaxed) : 0;
-  if (found == 0) {
+  static std::array<std::array<std::atomic<int>, kDevices>, kTiles.size()> known{};
+  return remembered(known[index], device, [&] {
     const int asked = tile.clusters_at_once();
-    found = 1 + (asked > 0 ? std::min(asked, most) : most * 15 / 16);
-    if (kept) {
-      known[index][device].store(found, std::memory_order_relaxed);
-    }
-  }
-  return found - 1;
+    return asked > 0 ? std::min(asked, most) : most * 15 / 16;
+  });
 }
 
 // ---- choice of the tile ------------------------------------------------------------------
@@ -189,24 +193,24 @@ bool may_start_early(int64_t blocks, int processors) {
 }
 
 Cut cut_of(int index, const SpmmSm90Params& params, int processors) {
-  constexpr double kNever = std::numeric_limits<double>::infinity();
   const Tile& tile = kTiles[index];
   const int64_t row_tiles = ceil_div(params.rows, int64_t{tile.rows} * tile.cluster);
   const int64_t token_tiles = ceil_div(params.tokens, tile.tokens);
   const int64_t tiles = row_tiles * token_tiles;
   const int64_t at_once = clusters_at_once(index, params.device, processors);
+  Cut cut{index, row_tiles, token_tiles, 0, false, std::numeric_limits<double>::infinity()};
   if (at_once == 0) {
-    return {index, row_tiles, token_tiles, 0, false, kNever};
+    return cut;
   }
   // Every cluster takes as many tiles, one after the other, as the busiest has to. Those with
   // segments take one, and where they come in several rounds, each starts anew: 5120 x 20480 with
   // 256 tokens took 94 us in three of four segments, 73 us in one round without
   const bool in_segments = tile.segments > 1;
   const auto rounds = static_cast<double>(ceil_div(tiles, at_once));
-  const int64_t clusters = in_segments ? tiles : std::min(tiles, at_once);
-  const bool early = may_start_early(clusters * tile.cluster * tile.segments, processors);
+  cut.clusters = in_segments ? tiles : std::min(tiles, at_once);
+  cut.starts_early = may_start_early(cut.clusters * tile.cluster * tile.segments, processors);
   if (in_segments && rounds > 1.0) {
-    return {index, row_tiles, token_tiles, clusters, early, kNever};
+    return cut;
   }
 
   const int64_t k_tiles = ceil_div(params.columns, kSm90TileColumns);
@@ -214,9 +218,9 @@ Cut cut_of(int index, const SpmmSm90Params& params, int processors) {
   const int64_t segment = ceil_div(quads, tile.segments) * (kSm90QuadColumns / kSm90TileColumns);
   const auto stages = static_cast<double>((in_segments ? std::min(k_tiles, segment) : k_tiles) +
                                           ceil_div(params.rank, kSm90TailTileColumns));
-  const double time = rounds * stages * tile.stage_us + (rounds - 1) * tile.next_us + tile.sum_us +
-                      (early ? 0.0 : kLateStartUs);
-  return {index, row_tiles, token_tiles, clusters, early, time};
+  cut.time = rounds * stages * tile.stage_us + (rounds - 1) * tile.next_us + tile.sum_us +
+             (cut.starts_early ? 0.0 : kLateStartUs);
+  return cut;
 }
 
 Cut choose_cut(const SpmmSm90Params& params, int processors) {
@@ -300,7 +304,7 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
   };
   const BoxRows w_rows{params.rows >= tile.rows ? tile.rows : 0,
                        static_cast<int>(params.rows % tile.rows)};
-  const int64_t tokens = ceil_div(params.tokens, 8) * 8;
+  const int64_t tokens = round_up(params.tokens, 8);
   const BoxRows x_rows{tokens >= tile.tokens ? sm90_x_part(tile.tokens, tile.cluster) : 0,
                        sm90_x_part(static_cast<int>(tokens % tile.tokens), tile.cluster)};
   map_pair(args.values, {params.values, params.rows, params.columns / 2}, w_rows,

@@ -153,9 +153,9 @@ __device__ __forceinline__ int block_of_cluster() {
 }
 
 // Which segment of W's columns this block does.
-template <typename T>
+template <int kSegments>
 __device__ __forceinline__ int segment_of() {
-  return T::kSegments == 1 ? 0 : blockIdx.x % T::kSegments;
+  return kSegments == 1 ? 0 : blockIdx.x % kSegments;
 }
 
 // The stages of a block: along W's columns from first() to end(), of which segments have whole
@@ -164,9 +164,9 @@ template <int kSegments>
 class Stages {
  public:
   __device__ __forceinline__ explicit Stages(const SpmmSm90Args& args)
-      : first_(stage_of(args, segment())),
-        end_(stage_of(args, segment() + 1)),
-        tail_(segment() == kSegments - 1 ? args.tail_tiles : 0) {}
+      : first_(stage_of(args, segment_of<kSegments>())),
+        end_(stage_of(args, segment_of<kSegments>() + 1)),
+        tail_(segment_of<kSegments>() == kSegments - 1 ? args.tail_tiles : 0) {}
 
   __device__ __forceinline__ int first() const { return first_; }
   __device__ __forceinline__ int end() const { return end_; }
@@ -174,7 +174,6 @@ class Stages {
   __device__ __forceinline__ int quads() const { return (end_ + kQuad - 1) / kQuad; }
 
  private:
-  __device__ __forceinline__ static int segment() { return blockIdx.x % kSegments; }
   __device__ __forceinline__ static int stage_of(const SpmmSm90Args& args, int segment) {
     const int64_t quad = (int64_t{args.quads} * segment + kSegments - 1) / kSegments;
     return min(static_cast<int>(quad) * kQuad, args.k_tiles);
@@ -319,7 +318,7 @@ __device__ __forceinline__ bool stores(int consumer, int chunk) {
   if constexpr (T::kSegments == 1) {
     return true;
   } else {
-    return consumer * kChunks + chunk % kChunks == segment_of<T>();
+    return consumer * kChunks + chunk % kChunks == segment_of<T::kSegments>();
   }
 }
 
@@ -354,7 +353,7 @@ __device__ __forceinline__ void add_segments(float (&sums)[T::kTokens / 2], int 
     if (chunk * kSm90OutBox < tokens && stores<T>(consumer, chunk)) {
 #pragma unroll 1
       for (int segment = 0; segment < T::kSegments; ++segment) {
-        if (segment == segment_of<T>()) {
+        if (segment == segment_of<T::kSegments>()) {
           continue;
         }
         const uint32_t place = ptx::address_in(place_of_chunk(chunk), segment);
