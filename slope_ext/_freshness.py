@@ -11,6 +11,9 @@ computed. A later look compares stamps:
 * for trained sources a count of optimizer steps, so that optimizers are seen which write through
   ``p.data`` (it has a version counter of its own), or to a tensor that ``p`` is then copied from.
 
+What graphs write (copies that a captured backward pass refreshes, weights that a captured optimizer
+step updates) changes without host code, so it never counts as fresh again.
+
 A trained source that is a view of a larger buffer (a flat parameter, say) is written through that
 buffer's own version counter; what derives from it is never taken as fresh.
 
@@ -21,6 +24,7 @@ What torch itself cannot see needs ``SLoPeLinear.mark_backward_copy_stale()``: a
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -31,6 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 Stamp = tuple[Any, ...]
 
 _ATTRIBUTE = "_slope_stamp"
+_GRAPHS = "_slope_written_by_graphs"
 _NEVER_EQUAL = object
 _optimizer_steps = 0
 
@@ -45,6 +50,10 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # An optimizer that keeps the backward copies itself counts before it stamps them.
     if not getattr(optimizer, "keeps_backward_copies", False):
         count_optimizer_step()
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        for param in itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups):
+            if param.grad is not None:
+                mark_written_by_graphs(param)
 
 
 register_optimizer_step_post_hook(_after_step)
@@ -62,8 +71,27 @@ def _stamp(derived: Tensor, sources: tuple[Tensor, ...]) -> Stamp:
 
 
 def version(tensor: Tensor) -> Any:
-    """Equal between two looks only if nothing wrote; inference tensors, which count none, never."""
-    return _NEVER_EQUAL() if tensor.is_inference() else tensor._version
+    """Equal between two looks only if nothing wrote.
+
+    Never for inference tensors, which count no writes, and for what graphs write.
+    """
+    uncounted = tensor.is_inference() or is_written_by_graphs(tensor)
+    return _NEVER_EQUAL() if uncounted else tensor._version
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether what is enqueued for ``tensor`` goes into a CUDA graph instead of running."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def mark_written_by_graphs(tensor: Tensor) -> None:
+    """Records that replays of a CUDA graph write to ``tensor``."""
+    setattr(tensor.untyped_storage(), _GRAPHS, True)
+
+
+def is_written_by_graphs(tensor: Tensor) -> bool:
+    """Whether :func:`mark_written_by_graphs` was called, for this storage."""
+    return hasattr(tensor.untyped_storage(), _GRAPHS)
 
 
 def mark_fresh(derived: Tensor, *sources: Tensor) -> None:

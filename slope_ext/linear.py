@@ -302,7 +302,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             self._allocate_backward_copy()  # weight.data moved
         elif self.weight_t is not None and not self._transposed_values_fit(self.weight_t):
             self._allocate_transposed_values()
-        capturing = _backward_copy.is_capturing(weight)
+        capturing = _freshness.is_capturing(weight)
         if not weight.is_cuda:
             self.weight_metadata = None
         elif self._pack(may_move=not capturing) and not capturing:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slope_ext import _backward_copy, _freshness, ops, reference
+from slope_ext import _freshness, ops, reference
 from slope_ext._check import is_half
 from slope_ext.linear import SLoPeLinear
 from slope_ext.sparse_layer import SparseLayer, layers_by_weight
@@ -39,7 +39,8 @@ class AdamW(torch.optim.Optimizer):
     the GPU: a GradScaler's scale and verdict, a tensor learning rate and the coefficient of
     :meth:`clip_grad_norm_` are read by the kernels. (fp64 parameters are for the CPU; on a GPU they
     take plain torch ops, which wait.) After a first step it can be captured into a CUDA graph;
-    replays do not choose masks (call :func:`slope_ext.update_transposed_masks` between them).
+    replays do not choose masks (call :func:`slope_ext.update_transposed_masks` between them), and
+    leave the backward copies to backward passes.
 
     Load a checkpoint's model before its optimizer: the optimizer's state holds the transposed masks
     too, which are chosen again when a model is loaded. A write through ``weight.data`` after
@@ -143,7 +144,7 @@ class AdamW(torch.optim.Optimizer):
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if self._clipping is not None:
             max_norm = min(max_norm, self._clipping.max_norm)
-        self._clipping = _Clipping(norm, max_norm, _backward_copy.is_capturing(norm))
+        self._clipping = _Clipping(norm, max_norm, _freshness.is_capturing(norm))
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -179,7 +180,7 @@ class AdamW(torch.optim.Optimizer):
         if self._clipping is None:
             return scale
         norm, max_norm, captured = self._clipping
-        if captured != _backward_copy.is_capturing(norm):
+        if captured != _freshness.is_capturing(norm):
             raise RuntimeError(
                 "AdamW: clip_grad_norm_ and step must be captured into one CUDA graph, or neither"
             )
@@ -201,7 +202,7 @@ class AdamW(torch.optim.Optimizer):
         group["mask_step"] += 1
         interval = group["mask_interval"]
         choose = interval > 0 and group["mask_step"] % interval == 0
-        choose = choose and not _backward_copy.is_capturing(params[0])
+        choose = choose and not _freshness.is_capturing(params[0])
 
         # Buckets: what one adamw_ call can take. A layer whose mask is due gets its copy later.
         buckets: dict[Any, list[tuple[Tensor, SLoPeLinear | None]]] = defaultdict(list)
@@ -211,7 +212,7 @@ class AdamW(torch.optim.Optimizer):
             if layer is not None and choose:
                 due.append(layer)
                 layer = None
-            copied = _with_cached_copy(layer)
+            copied = _with_copy_to_write(layer)
             key = (param.device, param.dtype, state["exp_avg"].dtype, "master" in state)
             buckets[(*key, copied is not None)].append((param, copied))
         for bucket in buckets.values():
@@ -265,7 +266,7 @@ class AdamW(torch.optim.Optimizer):
         )
         for layer in layers:
             assert layer.weight_t is not None
-            _backward_copy.mark(
+            _freshness.mark_fresh(
                 layer.weight_t, layer.weight, layer.weight_bitmask, layer.weight_t_bitmask
             )
 
@@ -328,12 +329,17 @@ class AdamW(torch.optim.Optimizer):
 
 def _refuse_capture(param: Tensor) -> None:
     """Raises while ``param`` is captured: replays would make its state anew each time."""
-    if _backward_copy.is_capturing(param):
+    if _freshness.is_capturing(param):
         raise RuntimeError("AdamW: step must have run before one is captured into a CUDA graph")
 
 
-def _with_cached_copy(layer: SparseLayer | None) -> SLoPeLinear | None:
-    """The layer, if it keeps a backward copy whose mask stands; else its next backward follows."""
+def _with_copy_to_write(layer: SparseLayer | None) -> SLoPeLinear | None:
+    """The layer, if a step is to write its backward copy; else the next backward pass does.
+
+    A step does not while it is captured (replays must find no copy that a stamp calls fresh), nor
+    if a captured backward pass writes the copy, whatever a step did.
+    """
     if not isinstance(layer, SLoPeLinear) or layer.weight_t is None:
         return None
-    return layer if layer.transposed_mask_is_fresh() else None
+    left = _freshness.is_capturing(layer.weight) or _freshness.is_written_by_graphs(layer.weight_t)
+    return None if left or not layer.transposed_mask_is_fresh() else layer

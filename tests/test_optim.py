@@ -10,6 +10,7 @@ from torch import nn
 
 import oracle
 import slope_ext as slope
+from slope_ext import _freshness, ops
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -457,6 +458,69 @@ def test_captured_steps_equal_eager_ones():
         assert torch.equal(param, other)
     for layer, other in ((net.up, eager.up), (net.down, eager.down)):
         assert torch.equal(layer.backward_weight(), other.backward_weight())
+
+
+def double_pruned(layer):
+    """W^{R,C}, of the present weight whatever the layer's copy says."""
+    values_t = torch.empty_like(layer.weight_t)
+    masks = layer.weight_bitmask, layer.weight_t_bitmask
+    ops.transpose_values(layer.weight, *masks, values_t)
+    return ops.decompress(values_t, layer.weight_t_bitmask).t()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", ["whole step", "our step", "torch's step"])
+def test_eager_backward_passes_between_replays(captured):
+    """They take the weight that a replay left, though no version counter saw it."""
+    layer = slope.SLoPeLinear(256, 128, device="cuda", dtype=torch.bfloat16)
+    if captured == "torch's step":
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, capturable=True)
+    else:
+        optimizer = slope.optim.AdamW(layer.parameters(), lr=0.1)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
+
+    def backward():
+        optimizer.zero_grad(set_to_none=False)
+        x.grad = None
+        layer(x).backward(dy)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        backward()
+        optimizer.step()
+        backward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        if captured == "whole step":
+            backward()
+        optimizer.step()
+    for _ in range(2):
+        backward()
+        before = layer.weight.clone()
+        graph.replay()
+        assert not torch.equal(layer.weight, before)
+        backward()
+        expected = dy.double() @ double_pruned(layer).double()
+        torch.testing.assert_close(x.grad.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_copies_that_graphs_write_are_left_to_backward():
+    layer = slope.SLoPeLinear(16, 8, bias=False)
+    optimizer = slope.optim.AdamW([layer.weight], lr=0.1)
+    x, dy = torch.randn(4, 16, requires_grad=True), torch.randn(4, 8)
+    layer(x).backward(dy)
+    _freshness.mark_written_by_graphs(layer.weight_t)
+    before = layer.weight_t.clone()
+    optimizer.step()
+    assert torch.equal(layer.weight_t, before)
+    for _ in range(2):
+        layer.weight.data.mul_(2)  # as a replay: unseen
+        x.grad = None
+        layer(x).backward(dy)
+        torch.testing.assert_close(x.grad, dy @ double_pruned(layer))
 
 
 def test_clipping_ends_with_its_gradients():
