@@ -8,7 +8,7 @@ computed. A later look compares stamps:
 * the source's storage object, so that ``p.data = other`` is seen (the stamp keeps a weak reference,
   so the address of a freed storage cannot pass for it),
 * its version counter, so that every in-place write is seen,
-* for trained sources a count of optimizer steps, so that optimizers are seen which write through
+* for trained sources the last optimizer step, so that optimizers are seen which write through
   ``p.data`` (it has a version counter of its own), or to a tensor that ``p`` is then copied from.
 
 What graphs write (copies that a captured backward pass refreshes, weights that a captured optimizer
@@ -37,26 +37,27 @@ Stamp = tuple[Any, ...]
 _ATTRIBUTE = "_slope_stamp"
 _GRAPHS = "_slope_written_by_graphs"
 _NEVER_EQUAL = object
-_optimizer_steps = 0
+_last_step = object()  # another for each optimizer step: on a count torch.compile would guard
 
 
-def count_optimizer_step() -> None:
+def mark_optimizer_step() -> None:
     """Makes everything that derives from trained tensors stale."""
-    global _optimizer_steps
-    _optimizer_steps += 1
+    global _last_step
+    _last_step = object()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # An optimizer that keeps the backward copies itself counts before it stamps them.
+    # An optimizer that keeps the backward copies itself does that before it stamps them.
     if not getattr(optimizer, "keeps_backward_copies", False):
-        count_optimizer_step()
+        mark_optimizer_step()
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         for param in itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups):
             if param.grad is not None:
                 mark_written_by_graphs(param)
 
 
-register_optimizer_step_post_hook(_after_step)
+# Untraced: a compiled optimizer may be captured, too
+register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
 
 
 def _stamp(derived: Tensor, sources: tuple[Tensor, ...]) -> Stamp:
@@ -66,7 +67,7 @@ def _stamp(derived: Tensor, sources: tuple[Tensor, ...]) -> Stamp:
         state += [StorageWeakRef(storage), source.storage_offset(), version(source)]
         if source.is_floating_point():
             part_of_more = storage.nbytes() != source.numel() * source.element_size()
-            state.append(_NEVER_EQUAL() if part_of_more else _optimizer_steps)
+            state.append(_NEVER_EQUAL() if part_of_more else _last_step)
     return tuple(state)
 
 

@@ -70,7 +70,7 @@ class AdamW(torch.optim.Optimizer):
 
     # GradScaler hands grad_scale and found_inf over instead of unscaling in a pass of its own.
     _step_supports_amp_scaling = True
-    # Counts its steps and stamps its own writes, see slope_ext/_freshness.py.
+    # Marks its steps and stamps its own writes, see slope_ext/_freshness.py.
     keeps_backward_copies = True
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -160,7 +160,7 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        _freshness.count_optimizer_step()
+        _freshness.mark_optimizer_step()
         grad_scale, found_inf = self._grad_scale(), getattr(self, "found_inf", None)
         layers = layers_by_weight()
         for group in self.param_groups:

@@ -507,6 +507,21 @@ def test_eager_backward_passes_between_replays(captured):
         torch.testing.assert_close(x.grad.double(), expected, rtol=2e-2, atol=2e-2)
 
 
+def test_a_compiled_optimizer_compiles_once(device):
+    """What marks its steps is no reason to compile again."""
+    layer = slope.SLoPeLinear(16, 8, bias=False, device=device)
+    optimizer = torch.optim.AdamW([layer.weight], lr=0.1)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    x = torch.randn(4, 16, device=device, requires_grad=True)
+    dy = torch.randn(4, 8, device=device)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(4):
+            x.grad = layer.weight.grad = None
+            layer(x).backward(dy)
+            torch.testing.assert_close(x.grad, dy @ double_pruned(layer))
+            step()
+
+
 def test_copies_that_graphs_write_are_left_to_backward():
     layer = slope.SLoPeLinear(16, 8, bias=False)
     optimizer = slope.optim.AdamW([layer.weight], lr=0.1)

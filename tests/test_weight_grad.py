@@ -45,7 +45,7 @@ def test_expanded_gradient(device):
     )
 
 
-# One chunk, halves with a remainder, three chunks (fp32); see csrc/ops/weight_grad.cpp.
+# One chunk, two with a remainder, two, three or six (fp32); see csrc/ops/weight_grad.cpp.
 CHUNKED_SHAPES = [(1000, 512), (1004, 2104), (2056, 1032), (4104, 8200)]
 
 

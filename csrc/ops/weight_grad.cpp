@@ -9,11 +9,10 @@
 //   stream 1   product 0 | compress 0 | product 2 ...
 //   stream 2             product 1         | compress 1 | product 3 ...
 //
-// So a product starts in the idle end of the one before, and compressing runs beside products. Most
-// layers are two chunks; smaller ones cost the product more than they hide (docs/performance.md).
-// No dense dW is left behind.
+// So a product starts in the idle end of the one before, and compressing runs beside products. Smaller
+// chunks would cost the product more than they hide, larger ones memory (docs/performance.md). No
+// dense dW is left behind.
 #include <algorithm>
-#include <vector>
 
 #include "common/check_operands.h"
 #include "common/cuda_check.h"
@@ -25,9 +24,10 @@
 namespace slope {
 namespace {
 
-constexpr int64_t kChunkBytes = 128 << 20;  // of dense dW, at most
-constexpr int64_t kChunkStep = 256;         // rows: whole tiles of the dense product
-constexpr int64_t kLeastBytes = 4 << 20;    // below, one chunk: nothing to gain from overlap
+constexpr int64_t kChunkBytes = 24 << 20;  // of dense dW, at most; but no less than
+constexpr int64_t kChunkRows = 768;        // these, since the product of a chunk reads X anew
+constexpr int64_t kChunkStep = 256;        // rows: whole tiles of the dense product
+constexpr int64_t kLeastBytes = 4 << 20;   // below, one chunk: nothing to gain from overlap
 
 // Sizes of a dense dW whose halves cost cuBLAS more than overlap saves. Time over the dense product
 // alone with 8192 tokens on an H200, as two chunks and as one: 34 MB 2.9 and 3.3 %, 52 MB
@@ -35,25 +35,15 @@ constexpr int64_t kLeastBytes = 4 << 20;    // below, one chunk: nothing to gain
 constexpr int64_t kWholeFrom = 40 << 20;
 constexpr int64_t kWholeTo = 64 << 20;
 
-// Rows of each chunk: full ones, then the rest in halves.
-std::vector<int64_t> chunk_rows(int64_t rows, int64_t row_bytes) {
+// Rows of each chunk but the last, which has the rest.
+int64_t chunk_rows(int64_t rows, int64_t row_bytes) {
   const int64_t bytes = rows * row_bytes;
   if (bytes < kLeastBytes || (bytes >= kWholeFrom && bytes < kWholeTo)) {
-    return {rows};
+    return rows;
   }
-  const int64_t most = std::max(kChunkStep, kChunkBytes / row_bytes / kChunkStep * kChunkStep);
-  std::vector<int64_t> chunks;
-  int64_t left = rows;
-  for (; left > most; left -= most) {
-    chunks.push_back(most);
-  }
-  const int64_t half = round_up(left / 2, kChunkStep);
-  if (half < left) {
-    chunks.push_back(half);  // whole tiles; only the last chunk may end within one
-    left -= half;
-  }
-  chunks.push_back(left);
-  return chunks;
+  const int64_t most = std::max(kChunkRows, kChunkBytes / row_bytes / kChunkStep * kChunkStep);
+  const int64_t chunks = std::max<int64_t>(2, (rows + most - 1) / most);
+  return round_up((rows + chunks - 1) / chunks, kChunkStep);
 }
 
 // Where a gradient goes.
@@ -118,22 +108,20 @@ void write_gradient(const Target& target, const Tensor& dy, const Tensor& x,
   const int64_t row_bytes = columns * static_cast<int64_t>(dy.element_size());
   const cudaStream_t stream = current_stream(dy, target.op);
 
-  const std::vector<int64_t> chunks = chunk_rows(rows, row_bytes);
-  const int64_t most = *std::max_element(chunks.begin(), chunks.end());
-  const Tensor buffer = torch::stable::new_empty(dy, {most, columns});
-  if (chunks.size() == 1) {
+  const int64_t most = chunk_rows(rows, row_bytes);
+  const Tensor buffer = torch::stable::new_empty(dy, {std::min(most, rows), columns});
+  if (most >= rows) {
     make_rows(target, flat_dy, flat_x, mask, buffer, 0, rows, stream);
     return;
   }
   const Tensor other_buffer = torch::stable::new_empty(dy, {most, columns});
   const StreamPair streams(stream, dy.get_device(), target.op);
-  int64_t row = 0;
-  for (size_t i = 0; i < chunks.size(); ++i) {
-    const cudaStream_t mine = i % 2 == 0 ? streams.first() : streams.second();
+  bool even = true;
+  for (int64_t row = 0; row < rows; row += most, even = !even) {
+    const cudaStream_t mine = even ? streams.first() : streams.second();
     const StreamGuard on_mine(mine, dy.get_device());
-    make_rows(target, flat_dy, flat_x, mask, i % 2 == 0 ? buffer : other_buffer, row, chunks[i],
-              mine);
-    row += chunks[i];
+    make_rows(target, flat_dy, flat_x, mask, even ? buffer : other_buffer, row,
+              std::min(most, rows - row), mine);
   }
 }
 
