@@ -61,10 +61,10 @@ register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
 
 
 def _stamp(derived: Tensor, sources: tuple[Tensor, ...]) -> Stamp:
-    state: list[Any] = [version(derived)]
+    state: list[Any] = [_writes(derived)]
     for source in sources:
         storage = source.untyped_storage()
-        state += [StorageWeakRef(storage), source.storage_offset(), version(source)]
+        state += [StorageWeakRef(storage), source.storage_offset(), _writes(source)]
         if source.is_floating_point():
             part_of_more = storage.nbytes() != source.numel() * source.element_size()
             state.append(_NEVER_EQUAL() if part_of_more else _last_step)
@@ -72,12 +72,13 @@ def _stamp(derived: Tensor, sources: tuple[Tensor, ...]) -> Stamp:
 
 
 def version(tensor: Tensor) -> Any:
-    """Equal between two looks only if nothing wrote.
+    """Equal between two looks only if nothing wrote; inference tensors, which count none, never."""
+    return _NEVER_EQUAL() if tensor.is_inference() else tensor._version
 
-    Never for inference tensors, which count no writes, and for what graphs write.
-    """
-    uncounted = tensor.is_inference() or is_written_by_graphs(tensor)
-    return _NEVER_EQUAL() if uncounted else tensor._version
+
+def _writes(tensor: Tensor) -> Any:
+    """As :func:`version`, but replays of graphs count too: what they write is never equal."""
+    return _NEVER_EQUAL() if is_written_by_graphs(tensor) else version(tensor)
 
 
 def is_capturing(tensor: Tensor) -> bool:
