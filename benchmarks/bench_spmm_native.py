@@ -111,8 +111,8 @@ def bench_lowrank_products(
     thrice_a, thrice_t = a.repeat(3, 1), t.repeat(1, 3)
 
     def copy(sources: list[Tensor]) -> harness.Case:
-        half = torch.empty_like(sources[0][: tokens // 2])
-        return lambda i: half.copy_(sources[i][: tokens // 2])
+        targets = [torch.empty_like(source[: tokens // 2]) for source in sources]
+        return lambda i: targets[i].copy_(sources[i][: tokens // 2])
 
     timings = harness.time_cases(
         {

@@ -44,7 +44,8 @@ from gpu_report import ROOT, source_hash
 REPORT = ROOT / "tests" / "sanitizer_report.json"
 # Families, the longest first
 OWN_PRODUCT = "native"
-PRODUCTS = ("spmm", "lowrank", "packed_layer", "weight_grad", "linear", "launch")
+PRODUCTS = ("spmm", "lowrank", "packed_layer", "weight_grad")
+USES = ("linear", "launch")  # of kernels that are raced in the others
 SELECTION = ("adamw", "compress", "prune", "transpose", "pack")
 # Large shapes; what is slow, needs the caching allocator, or runs no kernel of ours ("reference").
 LEFT_OUT = (
@@ -62,7 +63,7 @@ class Tool:
 
     name: str
     options: tuple[str, ...] = ()
-    tests: tuple[str, ...] = (OWN_PRODUCT, *PRODUCTS, *SELECTION)
+    tests: tuple[str, ...] = (OWN_PRODUCT, *PRODUCTS, *USES, *SELECTION)
     left_out: tuple[str, ...] = LEFT_OUT
     environment: dict[str, str] = field(default_factory=dict, hash=False)
 

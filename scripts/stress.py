@@ -109,11 +109,11 @@ class Case:
             return differ(ops.prune_compress_transposed(self.dense), self.pruned)
         if op == "double_prune_":
             values, bitmask, values_t, bitmask_t = self.pruned
-            found = torch.empty_like(bitmask_t), torch.empty_like(values_t)
+            found = torch.zeros_like(bitmask_t), torch.full_like(values_t, 7)
             ops.double_prune_(values, bitmask, *found)
             return differ(found, (bitmask_t, values_t))
         if op == "transpose_values":
-            out = torch.empty_like(self.values_t)
+            out = torch.full_like(self.values_t, 7)
             ops.transpose_values(*weight, layer.weight_t_bitmask, out)
             return (out != self.values_t).any()
         assert op == "pack"

@@ -18,7 +18,17 @@ from slope_ext import _freshness, _packed
 
 
 def choose_mask(values: Tensor, bitmask: Tensor, bitmask_t: Tensor) -> None:
-    """Overwrites ``bitmask_t`` with the double-pruned mask of the present values."""
+    """Overwrites ``bitmask_t`` with the double-pruned mask of the present values.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, whose replays nothing that follows the mask would
+            see.
+    """
+    if is_capturing(values):
+        raise RuntimeError(
+            "slope_ext: transposed masks must not be chosen while a CUDA graph is captured; choose "
+            "them between replays"
+        )
     bitmask_t.copy_(torch.ops.slope.prune_transposed(values, bitmask))
     mark(bitmask_t, bitmask)
 
@@ -37,8 +47,8 @@ def follow(
 
     ``bitmask_t`` is re-chosen if a layer follows ``bitmask`` with it and that changed; a mask that
     no layer owns is taken as it is. While a CUDA graph is captured the values are always written,
-    since its replays run after changes that no host code sees; from then on every backward writes
-    them, and optimizers need not.
+    since its replays run after changes that no host code sees; so optimizers leave that to captured
+    backward passes.
 
     A layer that is used twice in a forward pass has its copy saved twice for backward, and the
     first backward refreshes it. To autograd that is no change: the copy says nothing that values
@@ -54,13 +64,13 @@ def follow(
         with _unseen():
             torch.ops.slope.double_prune_(values, bitmask, bitmask_t, values_t)
         mark(bitmask_t, bitmask)
-        _mark_values(values_t, *sources)
+        mark(values_t, *sources)
         if metadata_t is not None:
             _freshness.mark_stale(metadata_t)  # no version counter told it
-    elif _freshness.is_capturing(values) or not _freshness.is_fresh(values_t, *sources):
+    elif is_capturing(values) or not _freshness.is_fresh(values_t, *sources):
         with _unseen():
             torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
-        _mark_values(values_t, *sources)
+        mark(values_t, *sources)
     if metadata_t is not None:
         follow_metadata(bitmask_t, metadata_t)
     return values_t, metadata_t
@@ -89,17 +99,15 @@ def follow_metadata(bitmask: Tensor, metadata: Tensor) -> bool:
 
 def mark(derived: Tensor, *sources: Tensor) -> None:
     """Records that ``derived`` was computed from ``sources``; captured, it is not yet."""
-    if _freshness.is_capturing(derived):
+    if is_capturing(derived):
         _freshness.mark_stale(derived)  # nothing was computed yet
     else:
         _freshness.mark_fresh(derived, *sources)
 
 
-def _mark_values(values_t: Tensor, *sources: Tensor) -> None:
-    if _freshness.is_capturing(values_t):
-        _freshness.mark_written_by_graphs(values_t)
-    else:
-        _freshness.mark_fresh(values_t, *sources)
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether what is enqueued for ``tensor`` goes into a CUDA graph instead of running."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _unseen() -> AbstractContextManager[None]:

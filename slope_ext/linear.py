@@ -302,7 +302,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             self._allocate_backward_copy()  # weight.data moved
         elif self.weight_t is not None and not self._transposed_values_fit(self.weight_t):
             self._allocate_transposed_values()
-        capturing = _freshness.is_capturing(weight)
+        capturing = _backward_copy.is_capturing(weight)
         if not weight.is_cuda:
             self.weight_metadata = None
         elif self._pack(may_move=not capturing) and not capturing:
@@ -388,7 +388,8 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         """Has the next backward refresh the copy; its mask stays.
 
         Needed only after a write through ``weight.data`` that no optimizer step follows, which no
-        version counter shows.
+        version counter shows, and after the replay of a graph that writes the weight outside of an
+        optimizer's step.
         """
         if self.weight_t is not None:
             _freshness.mark_stale(self.weight_t)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slope_ext import _freshness, ops, reference
+from slope_ext import _backward_copy, _freshness, ops, reference
 from slope_ext._check import is_half
 from slope_ext.linear import SLoPeLinear
 from slope_ext.sparse_layer import SparseLayer, layers_by_weight
@@ -70,7 +70,7 @@ class AdamW(torch.optim.Optimizer):
 
     # GradScaler hands grad_scale and found_inf over instead of unscaling in a pass of its own.
     _step_supports_amp_scaling = True
-    # Marks its steps and stamps its own writes, see slope_ext/_freshness.py.
+    # Counts its steps and stamps its own writes, see slope_ext/_freshness.py.
     keeps_backward_copies = True
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -144,7 +144,7 @@ class AdamW(torch.optim.Optimizer):
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if self._clipping is not None:
             max_norm = min(max_norm, self._clipping.max_norm)
-        self._clipping = _Clipping(norm, max_norm, _freshness.is_capturing(norm))
+        self._clipping = _Clipping(norm, max_norm, _backward_copy.is_capturing(norm))
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -160,7 +160,7 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        _freshness.mark_optimizer_step()
+        _freshness.count_optimizer_step()
         grad_scale, found_inf = self._grad_scale(), getattr(self, "found_inf", None)
         layers = layers_by_weight()
         for group in self.param_groups:
@@ -180,7 +180,7 @@ class AdamW(torch.optim.Optimizer):
         if self._clipping is None:
             return scale
         norm, max_norm, captured = self._clipping
-        if captured != _freshness.is_capturing(norm):
+        if captured != _backward_copy.is_capturing(norm):
             raise RuntimeError(
                 "AdamW: clip_grad_norm_ and step must be captured into one CUDA graph, or neither"
             )
@@ -202,7 +202,7 @@ class AdamW(torch.optim.Optimizer):
         group["mask_step"] += 1
         interval = group["mask_interval"]
         choose = interval > 0 and group["mask_step"] % interval == 0
-        choose = choose and not _freshness.is_capturing(params[0])
+        choose = choose and not _backward_copy.is_capturing(params[0])
 
         # Buckets: what one adamw_ call can take. A layer whose mask is due gets its copy later.
         buckets: dict[Any, list[tuple[Tensor, SLoPeLinear | None]]] = defaultdict(list)
@@ -266,7 +266,7 @@ class AdamW(torch.optim.Optimizer):
         )
         for layer in layers:
             assert layer.weight_t is not None
-            _freshness.mark_fresh(
+            _backward_copy.mark(
                 layer.weight_t, layer.weight, layer.weight_bitmask, layer.weight_t_bitmask
             )
 
@@ -329,17 +329,16 @@ class AdamW(torch.optim.Optimizer):
 
 def _refuse_capture(param: Tensor) -> None:
     """Raises while ``param`` is captured: replays would make its state anew each time."""
-    if _freshness.is_capturing(param):
+    if _backward_copy.is_capturing(param):
         raise RuntimeError("AdamW: step must have run before one is captured into a CUDA graph")
 
 
 def _with_copy_to_write(layer: SparseLayer | None) -> SLoPeLinear | None:
     """The layer, if a step is to write its backward copy; else the next backward pass does.
 
-    A step does not while it is captured (replays must find no copy that a stamp calls fresh), nor
-    if a captured backward pass writes the copy, whatever a step did.
+    That does where a mask changed; and, once a step was captured, whatever a step writes.
     """
     if not isinstance(layer, SLoPeLinear) or layer.weight_t is None:
         return None
-    left = _freshness.is_capturing(layer.weight) or _freshness.is_written_by_graphs(layer.weight_t)
-    return None if left or not layer.transposed_mask_is_fresh() else layer
+    left = _freshness.step_was_captured() or not layer.transposed_mask_is_fresh()
+    return None if left else layer

@@ -468,66 +468,89 @@ def double_pruned(layer):
     return ops.decompress(values_t, layer.weight_t_bitmask).t()
 
 
+@pytest.fixture
+def _captures_are_forgotten(monkeypatch):
+    monkeypatch.setattr(_freshness, "_step_was_captured", False)
+
+
+class Masters(torch.optim.Optimizer):
+    """SGD on copies of the parameters; its caller writes those back."""
+
+    def __init__(self, params):
+        self.params = list(params)
+        super().__init__([p.detach().clone() for p in self.params], {"lr": 0.1})
+
+    def step(self):
+        for group in self.param_groups:
+            for master, param in zip(group["params"], self.params, strict=True):
+                master.sub_(param.grad, alpha=group["lr"])
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("captured", ["whole step", "our step", "torch's step"])
+@pytest.mark.usefixtures("_captures_are_forgotten")
+@pytest.mark.parametrize("captured", ["whole step", "our step", "torch's step", "masters"])
 def test_eager_backward_passes_between_replays(captured):
-    """They take the weight that a replay left, though no version counter saw it."""
+    """They take weight and mask as they are, though no version counter saw what a replay wrote."""
     layer = slope.SLoPeLinear(256, 128, device="cuda", dtype=torch.bfloat16)
     if captured == "torch's step":
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, capturable=True)
+    elif captured == "masters":
+        optimizer = Masters(layer.parameters())
     else:
-        optimizer = slope.optim.AdamW(layer.parameters(), lr=0.1)
+        optimizer = slope.optim.AdamW(layer.parameters(), lr=0.1, mask_interval=0)
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
 
     def backward():
-        optimizer.zero_grad(set_to_none=False)
+        layer.zero_grad(set_to_none=False)
         x.grad = None
         layer(x).backward(dy)
+
+    def step():
+        optimizer.step()
+        if captured == "masters":
+            for master, param in zip(
+                optimizer.param_groups[0]["params"], optimizer.params, strict=True
+            ):
+                param.data.copy_(master)
+
+    def assert_right():
+        backward()
+        expected = dy.double() @ double_pruned(layer).double()
+        torch.testing.assert_close(x.grad.double(), expected, rtol=2e-2, atol=2e-2)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         backward()
-        optimizer.step()
+        step()
         backward()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         if captured == "whole step":
             backward()
-        optimizer.step()
-    for _ in range(2):
-        backward()
+        step()
+        with pytest.raises(RuntimeError, match="must not be chosen while a CUDA graph is captured"):
+            layer.update_transposed_mask()
+    for turn in range(3):
+        assert_right()
         before = layer.weight.clone()
         graph.replay()
         assert not torch.equal(layer.weight, before)
-        backward()
-        expected = dy.double() @ double_pruned(layer).double()
-        torch.testing.assert_close(x.grad.double(), expected, rtol=2e-2, atol=2e-2)
+        assert_right()
+        if turn == 1:
+            layer.update_transposed_mask()
+        step()
+        assert_right()
 
 
-def test_a_compiled_optimizer_compiles_once(device):
-    """What marks its steps is no reason to compile again."""
-    layer = slope.SLoPeLinear(16, 8, bias=False, device=device)
-    optimizer = torch.optim.AdamW([layer.weight], lr=0.1)
-    step = torch.compile(optimizer.step, backend="aot_eager")
-    x = torch.randn(4, 16, device=device, requires_grad=True)
-    dy = torch.randn(4, 8, device=device)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(4):
-            x.grad = layer.weight.grad = None
-            layer(x).backward(dy)
-            torch.testing.assert_close(x.grad, dy @ double_pruned(layer))
-            step()
-
-
-def test_copies_that_graphs_write_are_left_to_backward():
+def test_after_a_captured_step_copies_are_left_to_backward(monkeypatch):
     layer = slope.SLoPeLinear(16, 8, bias=False)
     optimizer = slope.optim.AdamW([layer.weight], lr=0.1)
     x, dy = torch.randn(4, 16, requires_grad=True), torch.randn(4, 8)
     layer(x).backward(dy)
-    _freshness.mark_written_by_graphs(layer.weight_t)
+    monkeypatch.setattr(_freshness, "_step_was_captured", True)
     before = layer.weight_t.clone()
     optimizer.step()
     assert torch.equal(layer.weight_t, before)
@@ -536,6 +559,33 @@ def test_copies_that_graphs_write_are_left_to_backward():
         x.grad = None
         layer(x).backward(dy)
         torch.testing.assert_close(x.grad, dy @ double_pruned(layer))
+
+
+def test_a_compiled_training_step_compiles_once(device):
+    """Counting its steps is no reason to compile again, and they are seen."""
+
+    class SGD(torch.optim.Optimizer):
+        def step(self):
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.data.sub_(param.grad, alpha=group["lr"])
+
+    layer = slope.SLoPeLinear(16, 8, bias=False, device=device)
+    optimizer = SGD([layer.weight], {"lr": 0.1})
+    x = torch.randn(4, 16, device=device, requires_grad=True)
+    dy = torch.randn(4, 8, device=device)
+
+    @torch.compile(backend="aot_eager")
+    def step():
+        optimizer.step()
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(4):
+            x.grad = layer.weight.grad = None
+            layer(x).backward(dy)
+            torch.testing.assert_close(x.grad, dy @ double_pruned(layer))
+            with torch.no_grad():
+                step()
 
 
 def test_clipping_ends_with_its_gradients():

@@ -45,8 +45,9 @@ def test_expanded_gradient(device):
     )
 
 
-# One chunk, two with a remainder, two, three or six (fp32); see csrc/ops/weight_grad.cpp.
-CHUNKED_SHAPES = [(1000, 512), (1004, 2104), (2056, 1032), (4104, 8200)]
+# One chunk, one of few rows, two, two, four (bf16) or six (fp32), the last ones with a remainder;
+# see csrc/ops/weight_grad.cpp.
+CHUNKED_SHAPES = [(1000, 512), (200, 16384), (1004, 2104), (2056, 1032), (4104, 8200)]
 
 
 @pytest.mark.gpu

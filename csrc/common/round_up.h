@@ -10,4 +10,7 @@ constexpr int64_t round_up(int64_t size, int64_t multiple) {
   return (size + multiple - 1) / multiple * multiple;
 }
 
+// size / by, rounded up.
+constexpr int64_t ceil_div(int64_t size, int64_t by) { return (size + by - 1) / by; }
+
 }  // namespace slope

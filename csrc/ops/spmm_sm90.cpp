@@ -52,8 +52,6 @@ constexpr int kElementBytes = 2;
 constexpr int kDevices = 64;       // that are remembered
 constexpr int kRasterRows = 3072;  // of W that blocks work on at a time
 
-int64_t ceil_div(int64_t size, int64_t by) { return (size + by - 1) / by; }
-
 // ---- tensor maps ---------------------------------------------------------------------------
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -120,7 +118,7 @@ class MapMaker {
 
 // ---- device --------------------------------------------------------------------------------
 
-// What `ask` says; at most asked once for each device that `known` has a place for, which holds one
+// What `ask` says, kept once asked for each device that `known` has a place for, which holds one
 // more than the answer.
 template <typename Ask>
 int remembered(std::array<std::atomic<int>, kDevices>& known, int device, Ask ask) {

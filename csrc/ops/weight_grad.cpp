@@ -9,10 +9,11 @@
 //   stream 1   product 0 | compress 0 | product 2 ...
 //   stream 2             product 1         | compress 1 | product 3 ...
 //
-// So a product starts in the idle end of the one before, and compressing runs beside products. Smaller
-// chunks would cost the product more than they hide, larger ones memory (docs/performance.md). No
-// dense dW is left behind.
+// So a product starts in the idle end of the one before, and compressing runs beside products.
+// Smaller chunks would cost the product more than they hide, larger ones memory
+// (docs/performance.md). No dense dW is left behind.
 #include <algorithm>
+#include <array>
 
 #include "common/check_operands.h"
 #include "common/cuda_check.h"
@@ -24,26 +25,26 @@
 namespace slope {
 namespace {
 
+constexpr int64_t kStepRows = 256;         // of a chunk, or a multiple: whole tiles of the product
 constexpr int64_t kChunkBytes = 24 << 20;  // of dense dW, at most; but no less than
-constexpr int64_t kChunkRows = 768;        // these, since the product of a chunk reads X anew
-constexpr int64_t kChunkStep = 256;        // rows: whole tiles of the dense product
+constexpr int64_t kChunkSteps = 3;         // these, since the product of a chunk reads X anew
 constexpr int64_t kLeastBytes = 4 << 20;   // below, one chunk: nothing to gain from overlap
 
 // Sizes of a dense dW whose halves cost cuBLAS more than overlap saves. Time over the dense product
-// alone with 8192 tokens on an H200, as two chunks and as one: 34 MB 2.9 and 3.3 %, 52 MB
+// alone with 8192 tokens on an H200, as halves and as one chunk: 34 MB 2.9 and 3.3 %, 52 MB
 // (OPT-13B's attention) 9.3 and 3.0 %, 117 MB 1.8 and 3.5 %, 170 MB 3.2 and 2.4 %.
 constexpr int64_t kWholeFrom = 40 << 20;
 constexpr int64_t kWholeTo = 64 << 20;
 
-// Rows of each chunk but the last, which has the rest.
-int64_t chunk_rows(int64_t rows, int64_t row_bytes) {
+// How many chunks the rows of dW make.
+int64_t chunk_count(int64_t rows, int64_t row_bytes) {
   const int64_t bytes = rows * row_bytes;
-  if (bytes < kLeastBytes || (bytes >= kWholeFrom && bytes < kWholeTo)) {
-    return rows;
+  const int64_t steps = ceil_div(rows, kStepRows);
+  if (steps == 1 || bytes < kLeastBytes || (bytes >= kWholeFrom && bytes < kWholeTo)) {
+    return 1;
   }
-  const int64_t most = std::max(kChunkRows, kChunkBytes / row_bytes / kChunkStep * kChunkStep);
-  const int64_t chunks = std::max<int64_t>(2, (rows + most - 1) / most);
-  return round_up((rows + chunks - 1) / chunks, kChunkStep);
+  const int64_t most = std::max(kChunkSteps, kChunkBytes / (kStepRows * row_bytes));
+  return std::max<int64_t>(2, ceil_div(steps, most));
 }
 
 // Where a gradient goes.
@@ -108,20 +109,25 @@ void write_gradient(const Target& target, const Tensor& dy, const Tensor& x,
   const int64_t row_bytes = columns * static_cast<int64_t>(dy.element_size());
   const cudaStream_t stream = current_stream(dy, target.op);
 
-  const int64_t most = chunk_rows(rows, row_bytes);
-  const Tensor buffer = torch::stable::new_empty(dy, {std::min(most, rows), columns});
-  if (most >= rows) {
+  const int64_t chunks = chunk_count(rows, row_bytes);
+  if (chunks == 1) {
+    const Tensor buffer = torch::stable::new_empty(dy, {rows, columns});
     make_rows(target, flat_dy, flat_x, mask, buffer, 0, rows, stream);
     return;
   }
-  const Tensor other_buffer = torch::stable::new_empty(dy, {most, columns});
+  const int64_t steps = ceil_div(rows, kStepRows);
+  const int64_t most = ceil_div(steps, chunks) * kStepRows;
+  const std::array buffers{torch::stable::new_empty(dy, {most, columns}),
+                           torch::stable::new_empty(dy, {most, columns})};
   const StreamPair streams(stream, dy.get_device(), target.op);
-  bool even = true;
-  for (int64_t row = 0; row < rows; row += most, even = !even) {
-    const cudaStream_t mine = even ? streams.first() : streams.second();
+  int64_t row = 0;
+  for (int64_t i = 0; i < chunks; ++i) {
+    const cudaStream_t mine = i % 2 == 0 ? streams.first() : streams.second();
+    const int64_t its_steps = steps / chunks + (i < steps % chunks ? 1 : 0);
+    const int64_t count = std::min(its_steps * kStepRows, rows - row);
     const StreamGuard on_mine(mine, dy.get_device());
-    make_rows(target, flat_dy, flat_x, mask, even ? buffer : other_buffer, row,
-              std::min(most, rows - row), mine);
+    make_rows(target, flat_dy, flat_x, mask, buffers[i % 2], row, count, mine);
+    row += count;
   }
 }
 
