@@ -3,6 +3,8 @@
 
 op             torch.ops.slope.linear with the layer's operand, forward only
 plan op        the same with the operand of a layer that runs by a cuSPARSELt plan
+kernel         the op without the autograd kernel that torch.library puts before it, which is Python
+function       slope_ext.ops.linear, which leaves that out where nobody wants a gradient
 layer          SLoPeLinear.forward
 layer;backward forward, and backward into x and the weight
 
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import harness
-from slope_ext import SLoPeLinear, plan_cache
+from slope_ext import SLoPeLinear, ops, plan_cache
 
 SIZE = 1024
 TOKENS = 64
@@ -61,12 +63,17 @@ def bench_dtype(dtype: torch.dtype) -> Iterator[harness.Record]:
         with context():
             op = harness.host_time(lambda: torch.ops.slope.linear(x, *operand))
             plan_op = harness.host_time(lambda: torch.ops.slope.linear(x, *plan_operand))
+            function = harness.host_time(lambda: ops.linear(x, *operand))
             whole = harness.host_time(lambda: layer(x))
             linear = harness.host_time(lambda: F.linear(x, dense))
         yield record(f"op;{mode}", op, "F.linear", linear)
         yield record(f"plan op;{mode}", plan_op, "F.linear", linear)
+        yield record(f"function;{mode}", function, "F.linear", linear)
         yield record(f"layer;{mode}", whole, "F.linear", linear)
         if mode == "no_grad":  # torch's cost the host most of a millisecond: smaller batches
+            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+                kernel = harness.host_time(lambda: torch.ops.slope.linear(x, *operand))
+            yield record(f"kernel;{mode}", kernel, "F.linear", linear)
             with torch.no_grad():
                 mm = harness.host_time(lambda: torch._cslt_sparse_mm(packed, x.t()), 20, 20)
                 theirs = harness.host_time(lambda: F.linear(x, semi_structured), 20, 20)

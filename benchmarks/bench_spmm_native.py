@@ -7,12 +7,21 @@ spmm_native     linear on the own kernel, after a rest (burst) and in 50 ms of w
 spmm_native_fused
                 the own kernel with a bias; with a low-rank tail, T = X A^T given; with ReLU,
                 in the kernel and as a pass after it; with the pass that adds a residual, of which
-                an epilogue could save all but reading that; all against the own kernel alone.
+                an epilogue could save all but reading that; with bias and ReLU; all against the own
+                kernel alone.
                 Gate and up-projection of LLaMA-3-8B's MLP with SwiGLU in the kernel; their product
                 alone; two products and a pass of SwiGLU that torch.compile makes, 2:4 and dense
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
                 epilogue adds the dense low-rank product; a plan, and the own kernel, with
                 addmm_ of the low-rank product after it; the own kernel without an adapter
+input_grad_lowrank
+                the same of backward, dT = dY B included; input_grad, and addmm_ of the low-rank
+                product after it; input_grad alone
+lowrank_products
+                what an adapter adds beside those: T = X A^T and, for backward, dT = dY B,
+                dA = dT^T X and dB = dY^T T, each a dense product that reads X or dY once, against
+                a copy of as many bytes; T and dA of three layers at once that take the same X,
+                against one by one
 
 Limit: as in bench_spmm.py, the low-rank products included.
 """
@@ -67,6 +76,80 @@ def unfused(xs: list[Tensor], operands: list[Any], a: Tensor, b: Tensor) -> harn
         return y.addmm_(F.linear(xs[i], a), b.t())
 
     return case
+
+
+def backward_cases(
+    dys: list[Tensor], layers: list[SLoPeLinear], a: Tensor, b: Tensor
+) -> dict[str, harness.Case]:
+    """input_grad_lowrank of buffer set i, and what it stands for."""
+
+    def weight(i: int) -> tuple[Tensor, ...]:
+        return layers[i].weight, layers[i].weight_bitmask, layers[i].weight_t_bitmask
+
+    def copy(i: int) -> tuple[Tensor | None, Tensor | None]:
+        return layers[i].weight_t, layers[i].weight_t_metadata
+
+    def unfused(i: int) -> Tensor:
+        dx: Tensor = torch.ops.slope.input_grad(dys[i], *weight(i), *copy(i))
+        return dx.addmm_(dys[i] @ b, a)
+
+    return {
+        "ours": lambda i: torch.ops.slope.input_grad_lowrank(
+            dys[i], *weight(i), a, b, 1.0, *copy(i)
+        ),
+        "input_grad, then addmm_": unfused,
+        "input_grad": lambda i: torch.ops.slope.input_grad(dys[i], *weight(i), *copy(i)),
+    }
+
+
+def bench_lowrank_products(
+    shape: Shape, xs: list[Tensor], dys: list[Tensor], a: Tensor, b: Tensor, run: harness.Run
+) -> Iterator[harness.Record]:
+    """Records of the products with an adapter's factors."""
+    tokens, rank = len(xs[0]), len(a)
+    t = torch.randn(tokens, rank, device="cuda").to(a.dtype)
+    thrice_a, thrice_t = a.repeat(3, 1), t.repeat(1, 3)
+
+    def copy(sources: list[Tensor]) -> harness.Case:
+        targets = [torch.empty_like(source[: tokens // 2]) for source in sources]
+        return lambda i: targets[i].copy_(sources[i][: tokens // 2])
+
+    timings = harness.time_cases(
+        {
+            "T": lambda i: F.linear(xs[i], a),
+            "dA": lambda i: t.t() @ xs[i],
+            "dT": lambda i: dys[i] @ b,
+            "dB": lambda i: dys[i].t() @ t,
+            "copy of X": copy(xs),
+            "copy of dY": copy(dys),
+            "T of three layers": lambda i: F.linear(xs[i], thrice_a),
+            "dA of three layers": lambda i: thrice_t.t() @ xs[i],
+            "three times T": lambda i: [F.linear(xs[i], a) for _ in range(3)],
+            "three times dA": lambda i: [t.t() @ xs[i] for _ in range(3)],
+        },
+        len(xs),
+    )
+    of_x, of_dy = "copy of X", "copy of dY"  # as many bytes, half of them read
+    for name, baseline, layers, features in (
+        ("T", of_x, 1, shape[1]),
+        ("dA", of_x, 1, shape[1]),
+        ("dT", of_dy, 1, shape[0]),
+        ("dB", of_dy, 1, shape[0]),
+        ("T of three layers", "three times T", 3, shape[1]),
+        ("dA of three layers", "three times dA", 3, shape[1]),
+    ):
+        ranks = layers * rank
+        moved = (tokens * (features + ranks) + ranks * features) * a.dtype.itemsize
+        yield harness.time_record(
+            bench="lowrank_products",
+            case=f"{shape[0]}x{shape[1]};r={rank};{name}",
+            dtype=a.dtype,
+            tokens=tokens,
+            limit=run.limit(moved, flops=2 * tokens * features * ranks),
+            ours=timings[name],
+            baseline=baseline,
+            theirs=timings[baseline],
+        )
 
 
 def bench_shape(
@@ -127,14 +210,15 @@ def bench_shape(
             "plain": product,
             "bias": fused(bias=bias),
             "relu": fused(activation="relu"),
+            "bias, relu": fused(bias=bias, activation="relu"),
             "relu pass": lambda i: product(i).relu_(),
             "residual pass": lambda i: product(i).add_(residuals[i]),
         }
         | {f"r={rank}": fused(tail=(t[rank], b[rank])) for rank in ranks},
         sets,
     )
-    notes = [("bias", 0), ("relu", 0), ("relu pass", 0), ("residual pass", 0)]
-    for note, rank in (*notes, *((f"r={rank}", rank) for rank in ranks)):
+    notes = ("bias", "relu", "bias, relu", "relu pass", "residual pass")
+    for note, rank in (*((note, 0) for note in notes), *((f"r={rank}", rank) for rank in ranks)):
         pair = {"ours": timings[note], "without": timings["plain"]}
         yield from records(pair, "spmm_native_fused", f";{note}", 2 * rank * shape[0] * tokens)
 
@@ -153,6 +237,11 @@ def bench_shape(
         )
         flops = 2 * rank * sum(shape) * tokens
         yield from records(timings, "linear_lowrank", f";r={rank}", flops)
+
+        dys = [torch.randn(tokens, shape[0], device="cuda").to(dtype) for _ in range(sets)]
+        timings = harness.time_cases(backward_cases(dys, own, a, b[rank]), sets)
+        yield from records(timings, "input_grad_lowrank", f";r={rank}", flops)
+        yield from bench_lowrank_products(shape, xs, dys, a, b[rank], run)
 
 
 # ---- SwiGLU --------------------------------------------------------------------------------------
