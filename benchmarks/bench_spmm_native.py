@@ -36,26 +36,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import harness
-from bench_spmm import MOST, sparse_limit
+from bench_spmm import MOST, make_layers, sparse_limit
 from model_shapes import BAR_SHAPES, Shape, adapter_rank
 from slope_ext import SLoPeLinear, plan_cache
 from slope_ext._spmm_sm90 import spmm_sm90
-from slope_ext.ops.spmm import Backend
 
 TOKENS = [*MOST, 64, 128, 512, 1024, 16384]
 REGIMES = {"burst": harness.BURST, "sustained": harness.SUSTAINED}
-
-
-def make_layers(
-    shape: Shape, dtype: torch.dtype, count: int
-) -> tuple[list[SLoPeLinear], list[SLoPeLinear]]:
-    """Layers of one shape with the same random weights: on the own kernel, and on plans."""
-    weights = [torch.randn(*shape, device="cuda").to(dtype) for _ in range(count)]
-
-    def layers(backend: Backend) -> list[SLoPeLinear]:
-        return [SLoPeLinear.from_dense(weight, backend=backend) for weight in weights]
-
-    return layers("native"), layers("cusparselt")
 
 
 def lowrank(xs: list[Tensor], operands: list[Any], a: Tensor, b: Tensor) -> harness.Case:
@@ -158,7 +145,9 @@ def bench_shape(
     """Records of one shape."""
     moved, limit = sparse_limit(shape, dtype, tokens, run)
     sets = harness.buffer_sets(int(moved))
-    own, by_plan = make_layers(shape, dtype, sets)
+    own = make_layers(shape, dtype, sets, "native")
+    dense = [layer.dense_weight().detach() for layer in own]
+    by_plan = [SLoPeLinear.from_dense(weight, backend="cusparselt") for weight in dense]
     xs = [torch.randn(tokens, shape[1], device="cuda").to(dtype) for _ in range(sets)]
     plan_cache.tune(by_plan[0], tokens=[tokens], backward=False)
 
@@ -177,7 +166,6 @@ def bench_shape(
     # ---- the product ----
     operands = {name: [layer.operand() for layer in layers]
                 for name, layers in (("own", own), ("plan", by_plan))}  # fmt: skip
-    dense = [layer.dense_weight().detach() for layer in own]
     cases: dict[str, harness.Case] = {
         "ours": lambda i: torch.ops.slope.linear(xs[i], *operands["own"][i]),
         "F.linear": lambda i: F.linear(xs[i], dense[i]),

@@ -255,6 +255,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep float32 copies of bfloat16 parameters in the optimizer (method slope)",
     )
+    compute.add_argument(
+        "--half-moments",
+        action="store_true",
+        help="keep AdamW's moments of bfloat16 parameters in bfloat16, as method dense always does",
+    )
     compute.add_argument("--compile", action="store_true", help="run the model by torch.compile")
     compute.add_argument(
         "--deterministic",
@@ -327,6 +332,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.master_weights and args.method == "dense":
         parser.error("argument --master-weights: only with --method slope")
+    if args.master_weights and args.half_moments:
+        parser.error("argument --half-moments: not with --master-weights")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: this PyTorch finds no CUDA device")
     if args.device == "auto":

@@ -147,6 +147,7 @@ def prepare_slope(model: nn.Module, args: argparse.Namespace) -> Prepared:
         eps=args.eps,
         mask_interval=args.mask_interval,
         master_weights=args.master_weights,
+        half_moments=args.half_moments,
     )
     if args.adapter_rank == 0:
         return optimizer, None
