@@ -377,6 +377,7 @@ def test_options_that_change_the_computation_run(inputs: Path, tmp_path: Path) -
     for i, options in enumerate(
         [
             ("--dtype", "bfloat16", "--master-weights"),
+            ("--dtype", "bfloat16", "--half-moments"),
             ("--autocast", "--gradient-checkpointing"),
             ("--backward-copy", "recompute", "--mask", "random", "--adapter-rank", 0),
             ("--grad-clip", 0, "--decay-embeddings"),
@@ -608,6 +609,7 @@ def test_resume_with_changed_text_is_refused(
         (["--resume", "{inputs}"], "--resume"),
         (["--output-dir", "{inputs}/llama.json"], "--output-dir"),
         (["--method", "dense", "--master-weights"], "--master-weights"),
+        (["--master-weights", "--half-moments"], "--half-moments"),
         (["--unknown"], "--unknown"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
