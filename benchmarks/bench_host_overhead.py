@@ -3,13 +3,14 @@
 
 op             torch.ops.slope.linear with the layer's operand, forward only
 plan op        the same with the operand of a layer that runs by a cuSPARSELt plan
-kernel         the op without the autograd kernel that torch.library puts before it, which is Python
+kernel         the op without the autograd kernel that torch.library puts before it, which is
+               Python; F.linear keeps its own
 function       slope_ext.ops.linear, which leaves that out where nobody wants a gradient
 layer          SLoPeLinear.forward
 layer;backward forward, and backward into x and the weight
 
-Each under inference_mode, no_grad or grad, as the case says. Baselines: the same through F.linear
-with the dense weight; and, without gradients, torch's own 2:4 product and layer.
+The forward ones under inference_mode, no_grad or grad, as the case says. Baselines: the same
+through F.linear with the dense weight; and, without gradients, torch's own 2:4 product and layer.
 """
 
 from __future__ import annotations
@@ -66,10 +67,7 @@ def bench_dtype(dtype: torch.dtype) -> Iterator[harness.Record]:
             function = harness.host_time(lambda: ops.linear(x, *operand))
             whole = harness.host_time(lambda: layer(x))
             linear = harness.host_time(lambda: F.linear(x, dense))
-        yield record(f"op;{mode}", op, "F.linear", linear)
-        yield record(f"plan op;{mode}", plan_op, "F.linear", linear)
-        yield record(f"function;{mode}", function, "F.linear", linear)
-        yield record(f"layer;{mode}", whole, "F.linear", linear)
+        ops_baselines, layer_baselines = {"F.linear": linear}, {"F.linear": linear}
         if mode == "no_grad":  # torch's cost the host most of a millisecond: smaller batches
             with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
                 kernel = harness.host_time(lambda: torch.ops.slope.linear(x, *operand))
@@ -77,8 +75,14 @@ def bench_dtype(dtype: torch.dtype) -> Iterator[harness.Record]:
             with torch.no_grad():
                 mm = harness.host_time(lambda: torch._cslt_sparse_mm(packed, x.t()), 20, 20)
                 theirs = harness.host_time(lambda: F.linear(x, semi_structured), 20, 20)
-            yield record("op;no_grad", op, "torch._cslt_sparse_mm", mm)
-            yield record("layer;no_grad", whole, "SparseSemiStructuredTensor", theirs)
+            ops_baselines["torch._cslt_sparse_mm"] = mm
+            layer_baselines["SparseSemiStructuredTensor"] = theirs
+        for name, timing in ops_baselines.items():
+            yield record(f"op;{mode}", op, name, timing)
+        yield record(f"plan op;{mode}", plan_op, "F.linear", linear)
+        yield record(f"function;{mode}", function, "F.linear", linear)
+        for name, timing in layer_baselines.items():
+            yield record(f"layer;{mode}", whole, name, timing)
 
     inputs = x.clone().requires_grad_()
 

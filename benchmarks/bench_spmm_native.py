@@ -90,10 +90,15 @@ def backward_cases(
 
 
 def bench_lowrank_products(
-    shape: Shape, xs: list[Tensor], dys: list[Tensor], a: Tensor, b: Tensor, run: harness.Run
+    shape: Shape, tokens: int, a: Tensor, b: Tensor, run: harness.Run
 ) -> Iterator[harness.Record]:
     """Records of the products with an adapter's factors."""
-    tokens, rank = len(xs[0]), len(a)
+    rank = len(a)
+    sets = harness.buffer_sets(tokens * min(shape) * a.dtype.itemsize)
+    xs, dys = (
+        [torch.randn(tokens, features, device="cuda").to(a.dtype) for _ in range(sets)]
+        for features in (shape[1], shape[0])
+    )
     t = torch.randn(tokens, rank, device="cuda").to(a.dtype)
     thrice_a, thrice_t = a.repeat(3, 1), t.repeat(1, 3)
 
@@ -114,7 +119,7 @@ def bench_lowrank_products(
             "three times T": lambda i: [F.linear(xs[i], a) for _ in range(3)],
             "three times dA": lambda i: [t.t() @ xs[i] for _ in range(3)],
         },
-        len(xs),
+        sets,
     )
     of_x, of_dy = "copy of X", "copy of dY"  # as many bytes, half of them read
     for name, baseline, layers, features in (
@@ -229,7 +234,7 @@ def bench_shape(
         dys = [torch.randn(tokens, shape[0], device="cuda").to(dtype) for _ in range(sets)]
         timings = harness.time_cases(backward_cases(dys, own, a, b[rank]), sets)
         yield from records(timings, "input_grad_lowrank", f";r={rank}", flops)
-        yield from bench_lowrank_products(shape, xs, dys, a, b[rank], run)
+        yield from bench_lowrank_products(shape, tokens, a, b[rank], run)
 
 
 # ---- SwiGLU --------------------------------------------------------------------------------------

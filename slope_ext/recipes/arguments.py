@@ -258,7 +258,8 @@ def build_parser() -> argparse.ArgumentParser:
     compute.add_argument(
         "--half-moments",
         action="store_true",
-        help="keep AdamW's moments of bfloat16 parameters in bfloat16, as method dense always does",
+        help="keep AdamW's moments of bfloat16 parameters in bfloat16, as method dense always does "
+        "(no effect on float32 ones)",
     )
     compute.add_argument("--compile", action="store_true", help="run the model by torch.compile")
     compute.add_argument(
