@@ -47,18 +47,6 @@ MOST = TOKENS[:2]  # of a quick run, of other shapes
 BEST_IDS = 3
 TORCH_LINEAR = "SparseSemiStructuredTensor"
 TORCH_SEARCHED = "torch._cslt_sparse_mm, searched id"
-# Positional arguments of slope::linear after x, as SLoPeLinear.operand() returns them.
-OPERAND = (
-    "values",
-    "bitmask",
-    "bias",
-    "bitmask_t",
-    "values_t",
-    "metadata",
-    "metadata_t",
-    "backend",
-    "activation",
-)
 
 
 def make_layers(
@@ -67,6 +55,12 @@ def make_layers(
     """Layers of one shape with random weights."""
     weights = (torch.randn(*shape, device="cuda").to(dtype) for _ in range(count))
     return [SLoPeLinear.from_dense(weight, backend=backend) for weight in weights]
+
+
+def backward_operand(layer: SLoPeLinear) -> tuple[Tensor | None, ...]:
+    """What slope::input_grad takes after dy: the weight with its masks, then the backward copy."""
+    weight = (layer.weight, layer.weight_bitmask, layer.weight_t_bitmask)
+    return (*weight, layer.weight_t, layer.weight_t_metadata)
 
 
 def sparse_limit(
@@ -208,14 +202,10 @@ def bench_input_grad(
     dense = [layer.dense_weight().detach() for layer in layers]
     dys = [torch.randn(tokens, shape[0], device="cuda").to(dtype) for _ in range(sets)]
     plan_cache.tune(layers[0], tokens=[tokens])
-    names = [argument.name for argument in torch.ops.slope.input_grad.default._schema.arguments]
-    arguments = []
-    for layer in layers:
-        operand = dict(zip(OPERAND, layer.operand(), strict=True))
-        arguments.append({name: operand[name] for name in names if name in operand})
+    operands = [backward_operand(layer) for layer in layers]
     timings = harness.time_cases(
         {
-            "ours": lambda i: torch.ops.slope.input_grad(dys[i], **arguments[i]),
+            "ours": lambda i: torch.ops.slope.input_grad(dys[i], *operands[i]),
             "dense dY @ W": lambda i: dys[i] @ dense[i],
         },
         sets,

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import harness
-from bench_spmm import MOST, make_layers, sparse_limit
+from bench_spmm import MOST, backward_operand, make_layers, sparse_limit
 from model_shapes import BAR_SHAPES, Shape, adapter_rank
 from slope_ext import SLoPeLinear, plan_cache
 from slope_ext._spmm_sm90 import spmm_sm90
@@ -70,22 +70,20 @@ def backward_cases(
 ) -> dict[str, harness.Case]:
     """input_grad_lowrank of buffer set i, and what it stands for."""
 
-    def weight(i: int) -> tuple[Tensor, ...]:
-        return layers[i].weight, layers[i].weight_bitmask, layers[i].weight_t_bitmask
+    operands = [backward_operand(layer) for layer in layers]
 
-    def copy(i: int) -> tuple[Tensor | None, Tensor | None]:
-        return layers[i].weight_t, layers[i].weight_t_metadata
+    def fused(i: int) -> Any:
+        weight, copy = operands[i][:3], operands[i][3:]
+        return torch.ops.slope.input_grad_lowrank(dys[i], *weight, a, b, 1.0, *copy)
 
-    def unfused(i: int) -> Tensor:
-        dx: Tensor = torch.ops.slope.input_grad(dys[i], *weight(i), *copy(i))
-        return dx.addmm_(dys[i] @ b, a)
+    def alone(i: int) -> Tensor:
+        dx: Tensor = torch.ops.slope.input_grad(dys[i], *operands[i])
+        return dx
 
     return {
-        "ours": lambda i: torch.ops.slope.input_grad_lowrank(
-            dys[i], *weight(i), a, b, 1.0, *copy(i)
-        ),
-        "input_grad, then addmm_": unfused,
-        "input_grad": lambda i: torch.ops.slope.input_grad(dys[i], *weight(i), *copy(i)),
+        "ours": fused,
+        "input_grad, then addmm_": lambda i: alone(i).addmm_(dys[i] @ b, a),
+        "input_grad": alone,
     }
 
 
@@ -216,6 +214,7 @@ def bench_shape(
         yield from records(pair, "spmm_native_fused", f";{note}", 2 * rank * shape[0] * tokens)
 
     # ---- low-rank layers ----
+    dys = [torch.randn(tokens, shape[0], device="cuda").to(dtype) for _ in range(sets)]
     for rank in ranks:
         a = torch.randn(rank, shape[1], device="cuda").to(dtype) / shape[1] ** 0.5
         timings = harness.time_cases(
@@ -231,7 +230,6 @@ def bench_shape(
         flops = 2 * rank * sum(shape) * tokens
         yield from records(timings, "linear_lowrank", f";r={rank}", flops)
 
-        dys = [torch.randn(tokens, shape[0], device="cuda").to(dtype) for _ in range(sets)]
         timings = harness.time_cases(backward_cases(dys, own, a, b[rank]), sets)
         yield from records(timings, "input_grad_lowrank", f";r={rank}", flops)
         yield from bench_lowrank_products(shape, tokens, a, b[rank], run)

@@ -36,10 +36,12 @@ MODEL = DEMO["model"]
 BASELINE = "fp32 moments"
 OPTIONS = {"masters": ["--master-weights"], BASELINE: [], "bf16 moments": ["--half-moments"]}
 DECAYS = [0.95, 0.999]
+Case = tuple[int, float, str]  # seed, decay, method
 
 
-def loss_of(method: str, decay: float, seed: int, steps: int, folder: Path) -> float:
+def loss_of(case: Case, steps: int, folder: Path) -> float:
     """Validation loss at the end of a run."""
+    seed, decay, method = case
     output = folder / f"{method}-{decay}-{seed}"
     command = [sys.executable, "-m", "slope_ext.recipes.pretrain", "--demo", "--no-autocast"]
     command += ["--dtype", "bfloat16", "--beta2", str(decay), "--seed", str(seed)]
@@ -52,8 +54,8 @@ def loss_of(method: str, decay: float, seed: int, steps: int, folder: Path) -> f
     return float(loss)
 
 
-def records_of(losses: dict[tuple[int, float, str], float], steps: int) -> list[harness.Record]:
-    """Records of the losses by seed, decay and method."""
+def records_of(losses: dict[Case, float], steps: int) -> list[harness.Record]:
+    """Records of the losses."""
 
     def over_seeds(decay: float, method: str) -> tuple[float, float]:
         found = [loss for case, loss in losses.items() if case[1:] == (decay, method)]
@@ -91,9 +93,7 @@ def main() -> int:
     harness.environment()  # of the tree as it is now: the runs take long
     cases = list(itertools.product(range(arguments.seeds), DECAYS, OPTIONS))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        found = pool.map(
-            lambda case: loss_of(case[2], case[1], case[0], arguments.steps, Path(folder)), cases
-        )
+        found = pool.map(lambda case: loss_of(case, arguments.steps, Path(folder)), cases)
         losses = dict(zip(cases, found, strict=True))
 
     records = records_of(losses, arguments.steps)
