@@ -46,3 +46,16 @@ class Calls(TorchDispatchMode):
         if func.namespace == "slope":
             self.names.append(func._schema.name.removeprefix("slope::"))
         return func(*args, **(kwargs or {}))
+
+
+def assert_same_bits(tensors, expected):
+    for tensor, other in zip(tensors, expected, strict=True):
+        assert tensor.dtype == other.dtype
+        assert torch.equal(bits_of(tensor), bits_of(other))
+
+
+def bits_of(tensor):
+    """The bits, so that NaN equals itself and -0 differs from 0."""
+    return tensor.view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    )

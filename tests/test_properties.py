@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import oracle
-from cases import Operands
+from cases import Operands, assert_same_bits
 from slope_ext import _packed, ops, reference
 from slope_ext._check import metadata_words
 
@@ -40,11 +40,6 @@ def _exact_sums():
         setattr(matmul, name, value)
 
 
-def bits_of(tensor):
-    """The bits, so that NaN equals itself and -0 differs from 0."""
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
-
 def weight_of(rows, columns, dtype, special, seed, device):
     """Small integers, so that ties are common, amid special values."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,28 +59,26 @@ def test_choice_and_compression(device, rows, columns, dtype, special, seed):
     values = ops.compress(weight, bitmask)
     dense = ops.decompress(values, bitmask)
     kept = oracle.unbits(bitmask.cpu()).to(device)
-    assert torch.equal(bits_of(dense), bits_of(torch.where(kept, weight, torch.zeros_like(weight))))
-    assert torch.equal(bits_of(ops.compress(dense, bitmask)), bits_of(values))
+    assert_same_bits(
+        (dense, ops.compress(dense, bitmask)),
+        (torch.where(kept, weight, torch.zeros_like(weight)), values),
+    )
 
 
 @property_of
 @given(sizes, sizes, dtypes, specials, seeds)
 def test_fused_forms(device, rows, columns, dtype, special, seed):
     weight = weight_of(rows, columns, dtype, special, seed, device)
-    expected = reference.prune_compress_transposed(weight)
     found = ops.prune_compress_transposed(weight)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(bits_of(ours), bits_of(theirs))
+    assert_same_bits(found, reference.prune_compress_transposed(weight))
     values, bitmask, values_t, bitmask_t = found
-    for ours, theirs in zip(ops.prune_compress(weight), (values, bitmask), strict=True):
-        assert torch.equal(bits_of(ours), bits_of(theirs))
+    assert_same_bits(ops.prune_compress(weight), (values, bitmask))
     out = torch.full_like(values_t, 7)
     ops.transpose_values(values, bitmask, bitmask_t, out)
-    assert torch.equal(bits_of(out), bits_of(values_t))
+    assert_same_bits((out,), (values_t,))
     again, out = torch.zeros_like(bitmask_t), torch.full_like(values_t, 7)
     ops.double_prune_(values, bitmask, again, out)
-    assert torch.equal(again, bitmask_t)
-    assert torch.equal(bits_of(out), bits_of(values_t))
+    assert_same_bits((again, out), (bitmask_t, values_t))
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from cases import TILE_SHAPES
+from cases import TILE_SHAPES, assert_same_bits, bits_of
 from slope_ext import ops, reference
 
 # Eight columns a row, so that a byte is written out; only the first group varies.
@@ -272,15 +272,3 @@ def check_forms(weight, by):
     written_t, written_mask_t = torch.full_like(values_t, 7), torch.full_like(bitmask_t, 7)
     ops.double_prune_(values, bitmask, written_mask_t, written_t)
     assert_same_bits((written_t, written_mask_t), forms[2:])
-
-
-def assert_same_bits(tensors, expected):
-    for tensor, other in zip(tensors, expected, strict=True):
-        assert tensor.dtype == other.dtype
-        assert torch.equal(bits_of(tensor), bits_of(other))
-
-
-def bits_of(tensor):
-    return tensor.view(
-        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
-    )
