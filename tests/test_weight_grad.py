@@ -45,9 +45,10 @@ def test_expanded_gradient(device):
     )
 
 
-# One chunk, one of few rows, two, two, four (bf16) or six (fp32), the last ones with a remainder;
-# see csrc/ops/weight_grad.cpp.
-CHUNKED_SHAPES = [(1000, 512), (200, 16384), (1004, 2104), (2056, 1032), (4104, 8200)]
+# On a GPU with 132 multiprocessors and in bf16: one chunk, one of fewer waves than two, two of few
+# rows, two with unlike rows, three, nine of which the last has few; see csrc/ops/weight_grad.cpp.
+CHUNKED_SHAPES = [(1000, 512), (5120, 5120), (200, 153600), (4736, 2056), (4104, 2056)]
+CHUNKED_SHAPES += [(1032, 57352)]
 
 
 @pytest.mark.gpu
@@ -69,7 +70,7 @@ def test_chunks_on_two_streams(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(16, 24), (1000, 512), (2056, 1032)])
+@pytest.mark.parametrize("shape", [(16, 24), (1000, 512), (4104, 2056)])
 def test_adding_gives_the_bits_of_add(shape, dtype, device):
     o = Operands(*shape, dtype, device)
     dy, x = o.randn(9, shape[0]), o.randn(9, shape[1])
@@ -138,8 +139,9 @@ def test_accumulation_in_place_leaves_alone_what_autograd_would():
 
 @pytest.mark.gpu
 def test_chunks_are_captured():
-    bitmask = ops.prune_24(torch.rand(2048, 2048, device="cuda"))
-    dy, x = (torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    rows, columns = 4096, 2048  # two chunks
+    bitmask = ops.prune_24(torch.rand(rows, columns, device="cuda"))
+    dy, x = (torch.randn(64, n, device="cuda", dtype=torch.bfloat16) for n in (rows, columns))
     ops.weight_grad(dy, x, bitmask)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -9,9 +9,8 @@
 //   stream 1   product 0 | compress 0 | product 2 ...
 //   stream 2             product 1         | compress 1 | product 3 ...
 //
-// So a product starts in the idle end of the one before, and compressing runs beside products.
-// Smaller chunks would cost the product more than they hide, larger ones memory
-// (docs/performance.md). No dense dW is left behind.
+// So a product starts in the idle end of the one before, and compressing runs beside products. No
+// dense dW is left behind.
 #include <algorithm>
 #include <array>
 
@@ -25,26 +24,36 @@
 namespace slope {
 namespace {
 
-constexpr int64_t kStepRows = 256;         // of a chunk, or a multiple: whole tiles of the product
-constexpr int64_t kChunkBytes = 24 << 20;  // of dense dW, at most; but no less than
-constexpr int64_t kChunkSteps = 3;         // these, since the product of a chunk reads X anew
-constexpr int64_t kLeastBytes = 4 << 20;   // below, one chunk: nothing to gain from overlap
+constexpr int64_t kTileRows = 128;  // of the dense product; its columns below
+constexpr int64_t kTileColumns = 256;
+constexpr int64_t kChunkBytes = 28 << 20;  // of dense dW, at most, but no less than a tile's rows
+constexpr int64_t kLeastBytes = 16 << 20;  // below, one chunk: nothing to gain from overlap
 
-// Sizes of a dense dW whose halves cost cuBLAS more than overlap saves. Time over the dense product
-// alone with 8192 tokens on an H200, as halves and as one chunk: 34 MB 2.9 and 3.3 %, 52 MB
-// (OPT-13B's attention) 9.3 and 3.0 %, 117 MB 1.8 and 3.5 %, 170 MB 3.2 and 2.4 %.
-constexpr int64_t kWholeFrom = 40 << 20;
-constexpr int64_t kWholeTo = 64 << 20;
-
-// How many chunks the rows of dW make.
-int64_t chunk_count(int64_t rows, int64_t row_bytes) {
-  const int64_t bytes = rows * row_bytes;
-  const int64_t steps = ceil_div(rows, kStepRows);
-  if (steps == 1 || bytes < kLeastBytes || (bytes >= kWholeFrom && bytes < kWholeTo)) {
+// How many chunks the rows of dW make. Each is a product of its own, in waves of a tile for each
+// multiprocessor, and how well cuBLAS fills the last wave makes up to a quarter of its time
+// (docs/performance.md). So the chunks are alike, and as few as have the fewest waves in all; one,
+// if that has fewer yet and takes no more memory than two.
+int64_t chunk_count(int64_t rows, int64_t columns, int64_t row_bytes, int processors) {
+  if (rows * row_bytes < kLeastBytes) {
     return 1;
   }
-  const int64_t most = std::max(kChunkSteps, kChunkBytes / (kStepRows * row_bytes));
-  return std::max<int64_t>(2, ceil_div(steps, most));
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  const auto waves_of = [&](int64_t chunks) {
+    return chunks * ceil_div(tiles / chunks * ceil_div(columns, kTileColumns), int64_t{processors});
+  };
+  const int64_t most = std::max<int64_t>(1, kChunkBytes / (kTileRows * row_bytes));
+  const int64_t fewest = std::max<int64_t>(2, ceil_div(tiles, most));
+  int64_t best = 0;
+  for (int64_t chunks = fewest; chunks <= 2 * fewest; ++chunks) {
+    if (tiles % chunks == 0 && (best == 0 || waves_of(chunks) < waves_of(best))) {
+      best = chunks;
+    }
+  }
+  if (best == 0) {
+    return std::min(fewest, tiles);
+  }
+  const bool whole_fits = rows * row_bytes <= 2 * kChunkBytes;
+  return whole_fits && waves_of(1) < waves_of(best) ? 1 : best;
 }
 
 // Where a gradient goes.
@@ -109,22 +118,25 @@ void write_gradient(const Target& target, const Tensor& dy, const Tensor& x,
   const int64_t row_bytes = columns * static_cast<int64_t>(dy.element_size());
   const cudaStream_t stream = current_stream(dy, target.op);
 
-  const int64_t chunks = chunk_count(rows, row_bytes);
+  int processors = 0;
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, dy.get_device()),
+             target.op);
+  const int64_t chunks = chunk_count(rows, columns, row_bytes, processors);
   if (chunks == 1) {
     const Tensor buffer = torch::stable::new_empty(dy, {rows, columns});
     make_rows(target, flat_dy, flat_x, mask, buffer, 0, rows, stream);
     return;
   }
-  const int64_t steps = ceil_div(rows, kStepRows);
-  const int64_t most = ceil_div(steps, chunks) * kStepRows;
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  const int64_t most = ceil_div(tiles, chunks) * kTileRows;
   const std::array buffers{torch::stable::new_empty(dy, {most, columns}),
                            torch::stable::new_empty(dy, {most, columns})};
   const StreamPair streams(stream, dy.get_device(), target.op);
   int64_t row = 0;
   for (int64_t i = 0; i < chunks; ++i) {
     const cudaStream_t mine = i % 2 == 0 ? streams.first() : streams.second();
-    const int64_t its_steps = steps / chunks + (i < steps % chunks ? 1 : 0);
-    const int64_t count = std::min(its_steps * kStepRows, rows - row);
+    const int64_t its_tiles = tiles / chunks + (i < tiles % chunks ? 1 : 0);
+    const int64_t count = std::min(its_tiles * kTileRows, rows - row);
     const StreamGuard on_mine(mine, dy.get_device());
     make_rows(target, flat_dy, flat_x, mask, buffers[i % 2], row, count, mine);
     row += count;

@@ -262,13 +262,14 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     x_needs, values_need, a_needs, b_needs, bias_needs = ctx.needs
     dy = before_activation(dy, activated)
     flat_dy = rows_of(dy)
+    # First dW, whose buffers are gone when dX is there: the most memory of a step is in here
+    dw = gradient_of(values, dy, x, bitmask) if values_need else None
     dx, dt = None, None
     if x_needs:
         weight = (values, bitmask, bitmask_t, lora_A, lora_B)
         dx, dt = _trusted_input_grad(dy, *weight, ctx.scale, values_t, metadata_t, ctx.backend)
     elif a_needs:
         dt = dy @ lora_B
-    dw = gradient_of(values, dy, x, bitmask) if values_need else None
     da = None
     if a_needs and dt is not None:
         da = _scaled(rows_of(dt), ctx.scale).t() @ rows_of(x)

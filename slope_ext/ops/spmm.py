@@ -19,6 +19,8 @@ from slope_ext.reference import swiglu
 Backend = Literal["auto", "native", "cusparselt", "reference"]
 Activation = Literal["none", "relu", "swiglu"]
 
+_LINEAR = torch.ops.slope.linear.default
+
 
 def linear(
     x: Tensor,
@@ -73,9 +75,7 @@ def linear(
     applied = "none" if afterwards else activation
     rest = (bias, bitmask_t, values_t, metadata, metadata_t, backend, applied)
     arguments = (x, values, bitmask, *rest)
-    y: Tensor = call_directly(
-        torch.ops.slope.linear.default, _with_gradient, differentiable, arguments
-    )
+    y: Tensor = call_directly(_LINEAR, _with_gradient, differentiable, arguments)
     return swiglu(y) if afterwards else y
 
 
@@ -170,7 +170,7 @@ def _input_grad_on_cuda(
         values, bitmask, bitmask_t, values_t, metadata_t, backend
     )
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.slope.linear.default(  # type: ignore[no-any-return]
+        return _LINEAR(  # type: ignore[no-any-return]
             dy, values_t, bitmask_t, None, None, None, metadata_t, None, backend
         )
 
@@ -264,7 +264,7 @@ def call_directly(
         or torch._C._are_functorch_transforms_active()
         or type(x) is not Tensor
         or x.is_meta
-        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._is_any_autocast_enabled()
     ):
         return op(*arguments)
     if wants_grad(*differentiable):
@@ -295,10 +295,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, values, bitmask, bitmask_t, values_t, metadata_t, activated = ctx.saved_tensors
     x_needs, values_need, bias_needs = ctx.needs
     dy = before_activation(dy, activated)
+    # First dW, whose buffers are gone when dX is there: the most memory of a step is in here
+    dw = gradient_of(values, dy, x, bitmask) if values_need else None
     dx = None
     if x_needs:
         dx = trusted_input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
-    dw = gradient_of(values, dy, x, bitmask) if values_need else None
     dbias = rows_of(dy).sum(0) if bias_needs else None
     return dx, dw, None, dbias, None, None, None, None, None, None
 
@@ -310,7 +311,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # A setup_context method would have torch inspect signatures in every call.
         with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = torch.ops.slope.linear.default(*arguments)
+            y: Tensor = _LINEAR(*arguments)
         _setup_context(ctx, (*arguments[:-1], "none"), y)
         return y
 
