@@ -16,7 +16,8 @@ torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposab
 
 dense and slope eager, compiled (torch.compile of every layer, fullgraph) and captured: that, and
 the whole step as one CUDA graph; dense also with the optimizer's step compiled by torch.compile,
-which moves bytes faster than the fused kernel. The baseline is the fastest dense one of the run.
+which moves bytes faster than the fused kernel. The baseline is the fastest dense one in the same
+turns; captured steps have turns of their own, with dense ones that are captured and are not.
 
 train_step      time of a step; limit: the FLOPs of its products at the rates of this run
 train_rate      tokens per second through these layers
@@ -61,6 +62,9 @@ PEAKS = {"peak": False, "peak, accumulating": True}  # whether gradients of an e
 LAYERS = {
     "LLaMA-3-8B": 2, "OPT-66B": 1, "OPT-13B": 2, "OPT-30B": 1, "OPT-6.7B": 3, "OPT-2.7B": 4,
 }  # fmt: skip
+
+
+COMMON: dict[str, Any] = {"dtype": torch.bfloat16, "tokens": TOKENS}
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -275,14 +279,14 @@ def _rounded(value: float, relative_spread: float, digits: int) -> tuple[float, 
 
 
 def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
-    """Records of one model."""
+    """Records of one model but for captured steps."""
     torch._dynamo.reset()
-    methods, peaks, limits, phases = [], {}, {}, {}
+    methods, peaks, phases = [], {}, {}
     hidden = Layers.hidden_of(model)
     ranks = (adapter_rank(hidden), hidden // 16)
     wanted: list[tuple[str, str, int | None]] = [
-        *(("dense", how, None) for how in ("eager", "compiled", "compiled-optimizer", "captured")),
-        *(("slope", how, None) for how in ("eager", "compiled", "captured")),
+        *(("dense", how, None) for how in ("eager", "compiled", "compiled-optimizer")),
+        *(("slope", how, None) for how in ("eager", "compiled")),
         ("slope;recompute", "compiled", None),
         *((f"slope;r={rank}", "compiled", rank) for rank in ranks),
     ]
@@ -291,34 +295,67 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
         before = torch.cuda.memory_allocated()
         method = Method(name, model, how, its_rank)
         method.prepare()
-        if how != "captured":
-            for kind, accumulating in PEAKS.items():
-                peaks[f"{name};{how}", kind] = method.peak(accumulating) - before
-        if how in ("compiled", "compiled-optimizer"):
+        for kind, accumulating in PEAKS.items():
+            peaks[f"{name};{how}", kind] = method.peak(accumulating) - before
+        if how != "eager":
             phases[f"{name};{how}"] = time_phases(method)
-        limits[name] = product_seconds(method.model, run)
         methods.append(method)
     try:
         method = Method("torch-2:4", model, "eager")
         method.prepare()
-        limits[method.name] = product_seconds(method.model, run)
         methods.append(method)
     except RuntimeError as error:
         print(f"left out: torch 2:4 ({str(error).splitlines()[0]})", flush=True)
 
-    layers = f"{model};layers={LAYERS[model]}"
-    common: dict[str, Any] = {"dtype": torch.bfloat16, "tokens": TOKENS}
+    yield from step_records(methods, model, run)
+    for name, phase in itertools.product(phases, PHASES):
+        yield harness.time_record(
+            bench="train_phase",
+            case=f"{layers_of(model)};{name};{phase}",
+            ours=phases[name][phase],
+            baseline="dense;compiled-optimizer",
+            theirs=phases["dense;compiled-optimizer"][phase],
+            **COMMON,
+        )
+    names = ("slope;eager", "slope;compiled", "slope;recompute;compiled")
+    for name, kind in itertools.product(names, PEAKS):
+        baseline = f"dense;{name.rpartition(';')[2]}"
+        yield harness.bytes_record(
+            bench="train_memory",
+            case=f"{layers_of(model)};{name};{kind}",
+            ours=peaks[name, kind],
+            baseline=baseline,
+            theirs=peaks[baseline, kind],
+            **COMMON,
+        )
+
+
+def bench_captured(model: str, run: harness.Run) -> Iterator[harness.Record]:
+    """Records of a model's captured steps, and of a dense one that is not."""
+    torch._dynamo.reset()
+    gc.collect()
+    wanted = (("dense", "compiled-optimizer"), ("dense", "captured"), ("slope", "captured"))
+    methods = [Method(name, model, how) for name, how in wanted]
+    for method in methods:
+        method.prepare()
+    records = list(step_records(methods, model, run))
+    yield from (record for record in records if record.case.endswith("captured"))
+
+
+def step_records(methods: list[Method], model: str, run: harness.Run) -> Iterator[harness.Record]:
+    """Times of a step, tokens per second and MFU, in turns against each other."""
     timings = time_methods(methods)
+    limits = {method.name: product_seconds(method.model, run) for method in methods}
     best = min((n for n in timings if n.startswith("dense")), key=lambda n: timings[n].median)
     for name, timing in timings.items():
         yield harness.time_record(
             bench="train_step",
-            case=f"{layers};{name}",
+            case=f"{layers_of(model)};{name}",
             ours=timing,
             baseline=best,
             theirs=timings[best],
             limit=limits[name.rpartition(";")[0]],
-            **common,
+            **COMMON,
         )
     rates = [("train_rate", "tokens per second", "/s", float(TOKENS), 0)]
     if peak := PEAK_FLOPS.get(torch.cuda.get_device_name()):
@@ -329,42 +366,29 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
         for bench_name, metric, unit, work, digits in rates:
             yield harness.record_of(
                 bench=bench_name,
-                case=f"{layers};{name}",
+                case=f"{layers_of(model)};{name}",
                 metric=metric,
                 unit=unit,
                 ours=_rounded(work / ours[0], ours[1], digits),
                 baseline=best,
                 theirs=_rounded(work / theirs[0], theirs[1], digits),
                 ratio=round(theirs[0] / ours[0], 3),
-                **common,
+                **COMMON,
             )
-    for name, phase in itertools.product(phases, PHASES):
-        yield harness.time_record(
-            bench="train_phase",
-            case=f"{layers};{name};{phase}",
-            ours=phases[name][phase],
-            baseline="dense;compiled-optimizer",
-            theirs=phases["dense;compiled-optimizer"][phase],
-            **common,
-        )
-    names = ("slope;eager", "slope;compiled", "slope;recompute;compiled")
-    for name, kind in itertools.product(names, PEAKS):
-        baseline = f"dense;{name.rpartition(';')[2]}"
-        yield harness.bytes_record(
-            bench="train_memory",
-            case=f"{layers};{name};{kind}",
-            ours=peaks[name, kind],
-            baseline=baseline,
-            theirs=peaks[baseline, kind],
-            **common,
-        )
+
+
+def layers_of(model: str) -> str:
+    """What a record's case begins with."""
+    return f"{model};layers={LAYERS[model]}"
 
 
 def bench(run: harness.Run) -> Iterator[harness.Record]:
-    """Records of every model."""
-    for model in run.own(run.first(list(LAYERS), 2)):
-        yield from bench_model(model, run)
-        torch.cuda.empty_cache()
+    """Records of every model; captured steps last: after one no backward copy counts as fresh."""
+    models = run.own(run.first(list(LAYERS), 2))
+    for bench_of in (bench_model, bench_captured):
+        for model in models:
+            yield from bench_of(model, run)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
