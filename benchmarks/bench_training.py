@@ -17,7 +17,7 @@ torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposab
 dense and slope eager, compiled (torch.compile of every layer, fullgraph) and captured: that, and
 the whole step as one CUDA graph; dense also with the optimizer's step compiled by torch.compile,
 which moves bytes faster than the fused kernel. The baseline is the fastest dense one in the same
-turns; captured steps have turns of their own, with dense ones that are captured and are not.
+turns; captured steps have turns of their own, against dense ones, captured and not.
 
 train_step      time of a step; limit: the FLOPs of its products at the rates of this run
 train_rate      tokens per second through these layers
@@ -62,8 +62,6 @@ PEAKS = {"peak": False, "peak, accumulating": True}  # whether gradients of an e
 LAYERS = {
     "LLaMA-3-8B": 2, "OPT-66B": 1, "OPT-13B": 2, "OPT-30B": 1, "OPT-6.7B": 3, "OPT-2.7B": 4,
 }  # fmt: skip
-
-
 COMMON: dict[str, Any] = {"dtype": torch.bfloat16, "tokens": TOKENS}
 
 

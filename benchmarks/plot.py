@@ -197,7 +197,7 @@ def draw_training(panels: Any, records: list[RawRecord]) -> None:
     timed = [r for r in records if r["bench"] == "train_step"]
     models = list(dict.fromkeys(r["case"].split(";")[0] for r in timed))
     methods = {
-        "2:4": r"slope;(?!r=)",
+        "2:4": r"slope;(?!r=|captured)",
         "2:4 with adapters, 1.56 %": r"slope;r=(\d+)",
         "torch's 2:4": "torch-2:4",
     }

@@ -46,8 +46,8 @@ def test_expanded_gradient(device):
 
 
 # On a GPU with 132 multiprocessors and in bf16: one chunk, one of fewer waves than two, two of few
-# rows, two with unlike rows, three, nine of which the last has few; see csrc/ops/weight_grad.cpp.
-CHUNKED_SHAPES = [(1000, 512), (5120, 5120), (200, 153600), (4736, 2056), (4104, 2056)]
+# rows, three, four unlike ones, nine of which the last has few rows; see csrc/ops/weight_grad.cpp.
+CHUNKED_SHAPES = [(1000, 512), (5120, 5120), (200, 153600), (4104, 2056), (11008, 4096)]
 CHUNKED_SHAPES += [(1032, 57352)]
 
 
@@ -139,7 +139,7 @@ def test_accumulation_in_place_leaves_alone_what_autograd_would():
 
 @pytest.mark.gpu
 def test_chunks_are_captured():
-    rows, columns = 4096, 2048  # two chunks
+    rows, columns = 8192, 4096  # more than one chunk
     bitmask = ops.prune_24(torch.rand(rows, columns, device="cuda"))
     dy, x = (torch.randn(64, n, device="cuda", dtype=torch.bfloat16) for n in (rows, columns))
     ops.weight_grad(dy, x, bitmask)

@@ -31,15 +31,20 @@ constexpr int64_t kLeastBytes = 16 << 20;  // below, one chunk: nothing to gain 
 
 // How many chunks the rows of dW make. Each is a product of its own, in waves of a tile for each
 // multiprocessor, and how well cuBLAS fills the last wave makes up to a quarter of its time
-// (docs/performance.md). So the chunks are alike, and as few as have the fewest waves in all; one,
-// if that has fewer yet and takes no more memory than two.
+// (docs/performance.md). Of the counts that make alike chunks it is the one with the fewest waves
+// in all; where there is none, the fewest chunks, as alike as can be. One, if that has fewer waves
+// yet and takes no more memory than two.
 int64_t chunk_count(int64_t rows, int64_t columns, int64_t row_bytes, int processors) {
   if (rows * row_bytes < kLeastBytes) {
     return 1;
   }
   const int64_t tiles = ceil_div(rows, kTileRows);
+  const auto waves = [&](int64_t rows_of_tiles) {
+    return ceil_div(rows_of_tiles * ceil_div(columns, kTileColumns), int64_t{processors});
+  };
   const auto waves_of = [&](int64_t chunks) {
-    return chunks * ceil_div(tiles / chunks * ceil_div(columns, kTileColumns), int64_t{processors});
+    const int64_t larger = tiles % chunks;
+    return (chunks - larger) * waves(tiles / chunks) + larger * waves(tiles / chunks + 1);
   };
   const int64_t most = std::max<int64_t>(1, kChunkBytes / (kTileRows * row_bytes));
   const int64_t fewest = std::max<int64_t>(2, ceil_div(tiles, most));
@@ -50,7 +55,7 @@ int64_t chunk_count(int64_t rows, int64_t columns, int64_t row_bytes, int proces
     }
   }
   if (best == 0) {
-    return std::min(fewest, tiles);
+    best = std::min(fewest, tiles);
   }
   const bool whole_fits = rows * row_bytes <= 2 * kChunkBytes;
   return whole_fits && waves_of(1) < waves_of(best) ? 1 : best;

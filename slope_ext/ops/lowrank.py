@@ -24,6 +24,7 @@ from slope_ext.ops.spmm import (
     require_no_gradient_of,
     result_features,
     rows_of,
+    weight_and_input_grad,
     with_activation_gradient,
 )
 from slope_ext.ops.weight_grad import gradient_of
@@ -262,14 +263,17 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     x_needs, values_need, a_needs, b_needs, bias_needs = ctx.needs
     dy = before_activation(dy, activated)
     flat_dy = rows_of(dy)
-    # First dW, whose buffers are gone when dX is there: the most memory of a step is in here
-    dw = gradient_of(values, dy, x, bitmask) if values_need else None
-    dx, dt = None, None
-    if x_needs:
+
+    def make_dw() -> Tensor | None:
+        return gradient_of(values, dy, x, bitmask) if values_need else None
+
+    def make_dx_and_dt() -> tuple[Tensor | None, Tensor | None]:
+        if not x_needs:
+            return None, dy @ lora_B if a_needs else None
         weight = (values, bitmask, bitmask_t, lora_A, lora_B)
-        dx, dt = _trusted_input_grad(dy, *weight, ctx.scale, values_t, metadata_t, ctx.backend)
-    elif a_needs:
-        dt = dy @ lora_B
+        return _trusted_input_grad(dy, *weight, ctx.scale, values_t, metadata_t, ctx.backend)
+
+    dw, (dx, dt) = weight_and_input_grad(values_t, make_dw, make_dx_and_dt)
     da = None
     if a_needs and dt is not None:
         da = _scaled(rows_of(dt), ctx.scale).t() @ rows_of(x)

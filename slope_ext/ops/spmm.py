@@ -241,6 +241,20 @@ def before_activation(dy: Tensor, activated: Tensor | None) -> Tensor:
     return dy if activated is None else torch.ops.aten.threshold_backward(dy, activated, 0)
 
 
+def weight_and_input_grad(
+    values_t: Tensor | None, make_dw: Callable[[], Any], make_dx: Callable[[], Any]
+) -> tuple[Any, Any]:
+    """dW and dX, in the order that needs less memory: a step needs most where backward starts.
+
+    dW has buffers besides; dX has, without a cache, the double-pruned weight that it derives.
+    """
+    if values_t is not None:
+        dw = make_dw()
+        return dw, make_dx()
+    dx = make_dx()
+    return make_dw(), dx
+
+
 def rows_of(tensor: Tensor) -> Tensor:
     """[..., features] -> [tokens, features]."""
     return tensor.reshape(-1, tensor.shape[-1])
@@ -295,11 +309,15 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, values, bitmask, bitmask_t, values_t, metadata_t, activated = ctx.saved_tensors
     x_needs, values_need, bias_needs = ctx.needs
     dy = before_activation(dy, activated)
-    # First dW, whose buffers are gone when dX is there: the most memory of a step is in here
-    dw = gradient_of(values, dy, x, bitmask) if values_need else None
-    dx = None
-    if x_needs:
-        dx = trusted_input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, ctx.backend)
+
+    def make_dw() -> Tensor | None:
+        return gradient_of(values, dy, x, bitmask) if values_need else None
+
+    def make_dx() -> Tensor | None:
+        weight = (values, bitmask, bitmask_t, values_t, metadata_t)
+        return trusted_input_grad(dy, *weight, ctx.backend) if x_needs else None
+
+    dw, dx = weight_and_input_grad(values_t, make_dw, make_dx)
     dbias = rows_of(dy).sum(0) if bias_needs else None
     return dx, dw, None, dbias, None, None, None, None, None, None
 
