@@ -7,12 +7,11 @@ implementation can miss it. Numbers in the names are theirs.
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import oracle
 import slope_ext as slope
+from ranks import run_ranks
 from slope_ext.memory import memory_report
 
 SHAPES = {"4d": (256, 64), "3.5d": (224, 64), "2.69d": (344, 128), "d": (64, 64), "d/4": (16, 64)}
@@ -121,22 +120,15 @@ def _ddp_train(model, batches):
 
 
 def _ddp_worker(rank, data, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(_ddp_model())
     broadcast = {id(buffer) for buffer in model.modules_buffers}
     assert id(model.module[0].weight_bitmask) in broadcast
     assert id(model.module[0].weight_t) not in broadcast, "each rank derives its own"
     _ddp_train(model, [batch.chunk(2)[rank] for batch in data])
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
-    dist.barrier()  # gloo's threads of a rank that leaves first may abort it
-    dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def _adapter_worker(rank, data, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/lora", rank=rank, world_size=2)
     model = _ddp_model()
     optimizer = slope.optim.AdamW(model.parameters(), lr=0.01)
     adapters = slope.LazyAdapters(model, optimizer, rank=2, total_steps=4, fraction=0.5)
@@ -150,13 +142,11 @@ def _adapter_worker(rank, data, folder):
         ddp(batch.chunk(2)[rank]).square().mean().backward()
         optimizer.step()
     torch.save(model.state_dict(), f"{folder}/lora{rank}.pt")
-    dist.barrier()  # as above
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_7_ddp_keeps_lazy_adapters_equal_on_all_ranks(tmp_path):
-    mp.spawn(_adapter_worker, args=(torch.randn(4, 8, 16), tmp_path), nprocs=2)
+    run_ranks(_adapter_worker, torch.randn(4, 8, 16), tmp_path, folder=tmp_path)
     first, second = (torch.load(tmp_path / f"lora{rank}.pt") for rank in (0, 1))
     assert first["0.lora_B"].abs().sum() > 0
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -166,7 +156,7 @@ def test_7_ddp_keeps_lazy_adapters_equal_on_all_ranks(tmp_path):
 def test_7_ddp_averages_compressed_gradients(tmp_path):
     """Two processes on half batches equal one process on the whole batch."""
     data = torch.randn(4, 8, 16)
-    mp.spawn(_ddp_worker, args=(data, tmp_path), nprocs=2)
+    run_ranks(_ddp_worker, data, tmp_path, folder=tmp_path)
     model = _ddp_model()
     _ddp_train(model, data)
     for rank in (0, 1):
