@@ -3,8 +3,9 @@
 
 The file is JSON: {"format": 1, "environments": {environment: [entry, ...]}}. An environment names
 all that an algorithm's speed depends on: capability, GPU, driver, cuSPARSELt. Writers merge under a
-lock and replace the file in one step; a file that cannot be read is put aside with a warning.
-Tables shipped with the package (slope_ext/tuned/*.json) lie under the user's own.
+lock and replace the file in one step, so that readers need none. Only a writer puts a file aside
+that is no table, and none touches one of a later format. Tables shipped with the package
+(slope_ext/tuned/*.json) lie under the user's own.
 """
 
 from __future__ import annotations
@@ -151,33 +152,48 @@ def load_all(path: Path) -> dict[str, list[Entry]]:
     return merged
 
 
-def load(path: Path, *, strict: bool = False) -> dict[str, list[Entry]]:
-    """Reads a table; where it is missing or no table: {} and a warning, or an error if strict."""
+class LaterFormatError(ValueError):
+    """A table that a later version of the package wrote."""
+
+
+def read(path: Path) -> dict[str, list[Entry]]:
+    """Reads a table.
+
+    Raises:
+        OSError, ValueError: there is none, or it is no table; LaterFormatError: not one of today's.
+    """
     try:
         content = json.loads(path.read_text())
+        if isinstance(content["format"], int) and content["format"] > FORMAT:
+            raise LaterFormatError(f"format {content['format']} is later than {FORMAT}")
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, not {FORMAT}")
         return {
             environment: [Entry(**entry) for entry in found]
             for environment, found in content["environments"].items()
         }
-    except OSError:
-        if strict:
-            raise
-        return {}
+    except LaterFormatError as error:
+        raise LaterFormatError(f"{path} is of a later version of slope_ext: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if strict:
-            raise ValueError(f"{path} is no table of slope_ext: {error}") from error
-        aside = path.with_suffix(".corrupt")
-        warnings.warn(f"slope_ext: {path} is unreadable ({error}), moved to {aside}", stacklevel=2)
-        os.replace(path, aside)
+        raise ValueError(f"{path} is no table of slope_ext: {error}") from error
+
+
+def load(path: Path) -> dict[str, list[Entry]]:
+    """Reads a table; {} where there is none, and with a warning where it cannot be read."""
+    try:
+        return read(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"slope_ext: no tuned algorithms are read: {error}", stacklevel=2)
         return {}
 
 
 def save(path: Path, added: Mapping[str, Iterable[Entry]]) -> None:
-    """Merges entries, by environment, into the file at ``path``.
+    """Merges entries, by environment, into the file at ``path``; nothing to add leaves it alone.
 
-    A folder that cannot be written is a warning. Nothing to add leaves the file alone.
+    A file that is no table is put aside with a warning. What cannot be written, or is of a later
+    format, is a warning too, and stays as it is.
     """
     if not added:
         return
@@ -185,21 +201,46 @@ def save(path: Path, added: Mapping[str, Iterable[Entry]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            merged = load(path)
-            _merge(merged, added)
-            content = {
-                "format": FORMAT,
-                "environments": {
-                    name: [asdict(entry) for entry in found] for name, found in merged.items()
-                },
-            }
-            with tempfile.NamedTemporaryFile(
-                "w", dir=path.parent, prefix=path.name, delete=False
-            ) as new:
-                json.dump(content, new, indent=1)
-            os.replace(new.name, path)
-    except OSError as error:
+            write(path, added, over=_present(path))
+    except (OSError, LaterFormatError) as error:
         warnings.warn(f"slope_ext: tuned algorithms are not kept: {error}", stacklevel=2)
+
+
+def write(
+    path: Path, added: Mapping[str, Iterable[Entry]], over: Mapping[str, Iterable[Entry]]
+) -> None:
+    """Writes a table of ``added`` laid over ``over``, in one step.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    merged: dict[str, list[Entry]] = {}
+    _merge(merged, over)
+    _merge(merged, added)
+    content = {
+        "format": FORMAT,
+        "environments": {
+            name: [asdict(entry) for entry in found] for name, found in merged.items()
+        },
+    }
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as new:
+        json.dump(content, new, indent=1)
+    os.replace(new.name, path)
+
+
+def _present(path: Path) -> dict[str, list[Entry]]:
+    """The table at ``path``, {} where there is none; what is no table goes aside."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return {}
+    except LaterFormatError:
+        raise
+    except ValueError as error:
+        aside = path.with_suffix(".corrupt")
+        warnings.warn(f"slope_ext: {error}; moved to {aside}", stacklevel=3)
+        os.replace(path, aside)
+        return {}
 
 
 def _merge(tables: dict[str, list[Entry]], added: Mapping[str, Iterable[Entry]]) -> None:

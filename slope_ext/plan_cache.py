@@ -270,8 +270,14 @@ def tuned(device: int = 0) -> list[Entry]:
 
 
 def export_table(path: str | Path) -> None:
-    """Writes the table of every environment that this user ever tuned in; mergeable JSON."""
-    _tuned_table.save(Path(path), _tuned_table.load(table_path()))
+    """Writes the table of every environment that this user ever tuned in, over entries there.
+
+    Raises:
+        OSError, ValueError: the file cannot be written; it, or this user's own, is no table.
+    """
+    own, target = table_path(), Path(path)
+    added, over = (_tuned_table.read(file) if file.exists() else {} for file in (own, target))
+    _tuned_table.write(target, added, over)
 
 
 def import_table(path: str | Path) -> None:
@@ -280,7 +286,7 @@ def import_table(path: str | Path) -> None:
     Raises:
         FileNotFoundError, ValueError: there is no such table, or it is not one.
     """
-    found = _tuned_table.load(Path(path), strict=True)
+    found = _tuned_table.read(Path(path))
     with _lock:
         _tuned_table.save(table_path(), found)
     forget_tables()

@@ -88,19 +88,34 @@ def test_file_round_trip_merges(tmp_path):
     assert [e.id for e in found[RELATIVE]] == [4]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 2, "environments": {}}', '{"format": 1}',
-             '{"format": 1, "environments": {"a": [{"rows": 1}]}}']
-)  # fmt: skip
-def test_corrupt_file_is_put_aside(tmp_path, text):
+NO_TABLES = [
+    "", "{", "[]", '{"format": 0, "environments": {}}', '{"format": 1}',
+    '{"format": 1, "environments": {"a": [{"rows": 1}]}}',
+]  # fmt: skip
+LATER_TABLE = '{"format": 2, "tables": []}'
+
+
+@pytest.mark.parametrize("text", NO_TABLES)
+def test_what_is_no_table_is_put_aside_by_a_writer(tmp_path, text):
     path = tmp_path / "tuned.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="is no table of slope_ext"):
-        _tuned_table.load(path, strict=True)
-    with pytest.warns(UserWarning, match="unreadable"):
+    with pytest.warns(UserWarning, match="is no table of slope_ext"):
+        assert _tuned_table.load(path) == {}
+    assert path.read_text() == text, "a reader holds no lock and moves nothing"
+    with pytest.warns(UserWarning, match="moved to"):
         _tuned_table.save(path, {ENVIRONMENT: [entry()]})
     assert _tuned_table.load(path) == {ENVIRONMENT: [entry()]}
     assert path.with_suffix(".corrupt").read_text() == text
+
+
+def test_a_later_format_is_left_alone(tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text(LATER_TABLE)
+    with pytest.warns(UserWarning, match="of a later version"):
+        assert _tuned_table.load(path) == {}
+    with pytest.warns(UserWarning, match=r"not kept.*of a later version"):
+        _tuned_table.save(path, {ENVIRONMENT: [entry()]})
+    assert path.read_text() == LATER_TABLE
 
 
 def _write_many(path, first):
@@ -111,11 +126,14 @@ def _write_many(path, first):
 def test_concurrent_writers_lose_nothing(tmp_path):
     path = tmp_path / "tuned.json"
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_many, args=(path, 100 * i)) for i in range(4)]
+    writers = [
+        context.Process(target=_write_many, args=(path, 100 * i), daemon=True) for i in range(4)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join()
+        writer.join(timeout=60)
+    assert [writer.exitcode for writer in writers] == [0] * 4
     assert len(_tuned_table.load(path)[ENVIRONMENT]) == 80
     assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
 
@@ -138,10 +156,26 @@ def test_export_and_import(tmp_path, monkeypatch):
         plan_cache.import_table(tmp_path / "missing.json")
 
 
+def test_export_of_nothing_is_a_table_too(tmp_path):
+    plan_cache.export_table(tmp_path / "exported.json")
+    assert _tuned_table.read(tmp_path / "exported.json") == {}
+
+
+def test_export_and_import_say_what_they_cannot_do(tmp_path):
+    with pytest.raises(OSError, match="missing"):
+        plan_cache.export_table(tmp_path / "missing" / "exported.json")
+    for text, message in (("notes", "is no table"), (LATER_TABLE, "of a later version")):
+        (tmp_path / "other.json").write_text(text)
+        for use in (plan_cache.export_table, plan_cache.import_table):
+            with pytest.raises(ValueError, match=message):
+                use(tmp_path / "other.json")
+        assert (tmp_path / "other.json").read_text() == text
+
+
 def test_shipped_tables_are_readable_and_have_the_shapes_of_the_records():
     assert list(SHIPPED.glob("*.json"))
     for path in SHIPPED.glob("*.json"):
-        for environment, found in _tuned_table.load(path, strict=True).items():
+        for environment, found in _tuned_table.read(path).items():
             assert len(environment.split(" | ")) == 4
             keys = {e.key for e in found}
             for rows, columns in ((4096, 4096), (14336, 4096), (9216, 9216), (5120, 20480)):
