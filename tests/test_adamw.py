@@ -215,3 +215,20 @@ def test_float64_has_no_cuda_kernel():
     exp_avgs, exp_avg_sqs, steps = state(params, torch.float64)
     with pytest.raises(RuntimeError, match=r"slope::adamw_: params\[0\] must be float16"):
         ops.adamw_(params, params, exp_avgs, exp_avg_sqs, [], steps, **OPTIONS)
+
+
+def test_leaves_under_grad_mode(device):
+    """Contiguous, and copied out and back."""
+    leaves = [
+        torch.randn(8, 6, device=device, requires_grad=True),
+        torch.randn(6, 8, device=device).t().requires_grad_(),
+    ]
+    twins = [leaf.detach().clone() for leaf in leaves]
+    for params in (leaves, twins):
+        grads = [torch.ones(8, 6, device=device)] * 2
+        exp_avgs, exp_avg_sqs, steps = state(params, torch.float32)
+        for step in steps:
+            step += 1
+        ops.adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **OPTIONS)
+    for leaf, twin in zip(leaves, twins, strict=True):
+        assert torch.equal(leaf.detach(), twin)

@@ -42,6 +42,19 @@ def test_first_call_is_right(device):
     assert torch.equal(first, second)
 
 
+def test_scale_keeps_its_precision(device):
+    """A factor rounded to bf16 would be 0.26 % too large, in Y and in dX."""
+    o = Operands(64, 96, torch.bfloat16, device, rank=8)
+    o.values.zero_()
+    factors = (o.lora_A.abs(), o.lora_B.abs())
+    x, dy = o.randn(512, 96).abs(), o.randn(512, 64).abs()
+    y = ops.linear_lowrank(x, o.values, o.bitmask, *factors, 0.3)
+    dx, _ = ops.input_grad_lowrank(dy, o.values, o.bitmask, o.bitmask_t, *factors, 0.3)
+    a, b = (factor.double() for factor in factors)
+    for result, exact in ((y, x.double() @ a.t() @ b.t()), (dx, dy.double() @ b @ a)):
+        assert (result.double() / (0.3 * exact)).mean().item() == pytest.approx(1, abs=5e-4)
+
+
 @pytest.mark.parametrize("leading", LEADING)
 def test_gradients_equal_the_dense_masked_oracle(leading, device):
     dtype = torch.float64 if device.type == "cpu" else torch.float32

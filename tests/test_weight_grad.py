@@ -45,6 +45,19 @@ def test_expanded_gradient(device):
     )
 
 
+def test_operands_that_want_a_gradient(device):
+    """Under grad mode, as outside of backward; the result has no formula for one of its own."""
+    o = Operands(16, 24, torch.float32, device)
+    dy, x = o.randn(6, 16), o.randn(6, 24)
+    expected = ops.weight_grad(dy, x, o.bitmask)
+    grad = torch.zeros_like(expected)
+    dy.requires_grad_(), x.requires_grad_()
+    assert torch.equal(ops.weight_grad(dy, x, o.bitmask), expected)
+    ops.weight_grad_add_(grad, dy, x, o.bitmask)
+    assert torch.equal(grad, expected)
+    assert not grad.requires_grad
+
+
 # On a GPU with 132 multiprocessors and in bf16: one chunk, one of fewer waves than two, two of few
 # rows, three, four unlike ones, nine of which the last has few rows; see csrc/ops/weight_grad.cpp.
 CHUNKED_SHAPES = [(1000, 512), (5120, 5120), (200, 153600), (4104, 2056), (11008, 4096)]

@@ -56,6 +56,7 @@
 #include "common/async_copy.cuh"
 #include "common/launch.cuh"
 #include "common/rank.cuh"
+#include "common/round_up.h"
 
 namespace slope {
 
@@ -534,8 +535,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
 template <FloatKind kKind, bool kFromDense, bool kChoose, bool kWriteValues>
 cudaError_t launch_tile(const WeightParams& weight, cudaStream_t stream) {
   using T = Tile<kBytesOf<kKind>>;
-  const dim3 grid(static_cast<unsigned>((weight.columns + T::kColumns - 1) / T::kColumns),
-                  static_cast<unsigned>((weight.rows + kTileRows - 1) / kTileRows));
+  const dim3 grid(static_cast<unsigned>(ceil_div(weight.columns, T::kColumns)),
+                  static_cast<unsigned>(ceil_div(weight.rows, kTileRows)));
   return launch_kernel<&tile_kernel<kKind, kFromDense, kChoose, kWriteValues>, sizeof(T)>(
       {grid, kTileThreads}, stream, weight);
 }

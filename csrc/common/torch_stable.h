@@ -61,6 +61,18 @@ Tensor call_op(const char* name, const char* overload, const Arguments&... argum
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// While one lives, torch's ops record no gradient, and write to leaves that require one.
+class NoGradGuard {
+ public:
+  NoGradGuard() { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGradGuard() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGradGuard(const NoGradGuard&) = delete;
+  NoGradGuard& operator=(const NoGradGuard&) = delete;
+
+ private:
+  const bool before_ = aoti_torch_grad_mode_is_enabled();
+};
+
 // An uninitialised contiguous tensor beside `like`; faster than new_empty, which the dispatcher
 // looks up by name.
 inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& shape,

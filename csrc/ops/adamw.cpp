@@ -166,6 +166,7 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
         weight_decay);
 
   const torch::stable::accelerator::DeviceGuard guard(first.get_device());
+  const NoGradGuard no_grad;  // params may be leaves
   std::vector<Operand> written;
   Tensors read;
   written.reserve(count * 4);

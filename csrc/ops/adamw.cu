@@ -23,6 +23,7 @@
 #include <cmath>
 
 #include "common/element.cuh"
+#include "common/round_up.h"
 #include "common/tile.cuh"
 #include "ops/adamw.h"
 
@@ -290,10 +291,10 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocksPerSm)
 template <int kElementBytes>
 int64_t blocks_of(const AdamWTensor& tensor, bool copies) {
   if (!copies) {
-    return (tensor.elements + kFlatElements - 1) / kFlatElements;
+    return ceil_div(tensor.elements, kFlatElements);
   }
   constexpr int kColumns = Tile<kElementBytes>::kColumns;
-  return (tensor.rows + kTileRows - 1) / kTileRows * ((tensor.columns + kColumns - 1) / kColumns);
+  return ceil_div(tensor.rows, kTileRows) * ceil_div(tensor.columns, kColumns);
 }
 
 template <FloatKind kKind, typename Moment, bool kMaster>

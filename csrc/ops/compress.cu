@@ -21,6 +21,7 @@
 // bitmask has exactly two bits. Other nibbles give unspecified values but no stray access.
 #include "common/element.cuh"
 #include "common/launch.cuh"
+#include "common/round_up.h"
 #include "common/unit.cuh"
 #include "ops/compress.h"
 
@@ -130,7 +131,7 @@ int64_t units_of(const CompressParams& params) {
 
 unsigned blocks_of(int64_t units) {
   constexpr int64_t kUnitsPerBlock = kThreads * kUnroll;
-  return static_cast<unsigned>((units + kUnitsPerBlock - 1) / kUnitsPerBlock);
+  return static_cast<unsigned>(ceil_div(units, kUnitsPerBlock));
 }
 
 template <FloatKind kKind, bool kAdd>

@@ -12,14 +12,16 @@
 namespace slope {
 namespace {
 
-// scale * t, without a scalar of the host in the way: t itself where scale is 1.
+// scale * t in the dtype of t, rounded once: t itself where scale is 1. The factor is fp32 whatever
+// t is: rounded to bf16, 0.3 would be 0.3008.
 Tensor scaled(const Tensor& t, double scale) {
   if (scale == 1.0) {
     return t;
   }
-  Tensor factor = torch::stable::new_empty(t, {1});
+  Tensor factor = torch::stable::new_empty(t, {1}, ScalarType::Float);
   torch::stable::fill_(factor, scale);
-  return call_op("aten::mul", "Tensor", t, factor);
+  const Tensor result = torch::stable::new_empty(t, t.sizes());
+  return call_op("aten::mul", "out", t, factor, result);
 }
 
 // Columns of zeros up to a multiple of 8, which the tail of the own kernel wants.

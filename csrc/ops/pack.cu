@@ -22,6 +22,7 @@
 #include <type_traits>
 
 #include "common/launch.cuh"
+#include "common/round_up.h"
 #include "ops/pack.h"
 
 namespace slope {
@@ -99,7 +100,7 @@ template <MetadataLayout kLayout, int kWords>
 cudaError_t launch(const PackMetadataParams& params, cudaStream_t stream) {
   const int64_t words = params.columns / 32;
   constexpr int64_t kBlockWords = kWarps * kWords;
-  const dim3 grid(static_cast<unsigned>((words + kBlockWords - 1) / kBlockWords),
+  const dim3 grid(static_cast<unsigned>(ceil_div(words, kBlockWords)),
                   static_cast<unsigned>(params.rows / kWarpRows));
   return launch_kernel<&pack_metadata_kernel<kLayout, kWords>>(
       {grid, kThreads}, stream, reinterpret_cast<const uint32_t*>(params.bitmask),
@@ -128,10 +129,11 @@ constexpr int kQuadThreads = 128;
 constexpr int kQuadColumns = 256;
 constexpr uint32_t kKeepsFirstTwo = 0x33333333;  // of each group: as good as any beyond the weight
 
-__global__ void __launch_bounds__(kQuadThreads) pack_words_kernel(const PackWordsParams params) {
+__global__ void __launch_bounds__(kQuadThreads)
+    pack_words_kernel(const PackWordsParams params, const unsigned quads) {
   const int lane = threadIdx.x % 32;
-  const int64_t row = int64_t{blockIdx.x} * kWarpRows + threadIdx.x / 32 * 16 + lane / 4;
-  const int64_t column = int64_t{blockIdx.y} * kQuadColumns + lane % 4 * 16;
+  const int64_t row = int64_t{blockIdx.x / quads} * kWarpRows + threadIdx.x / 32 * 16 + lane / 4;
+  const int64_t column = int64_t{blockIdx.x % quads} * kQuadColumns + lane % 4 * 16;
   const int64_t row_bytes = params.columns / 8;
 
   wait_for_previous_kernel();
@@ -153,9 +155,8 @@ __global__ void __launch_bounds__(kQuadThreads) pack_words_kernel(const PackWord
     }
     words[stage] = indices_of(mask);
   }
-  const int64_t place = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
-  reinterpret_cast<uint4*>(params.words)[place * kQuadThreads + threadIdx.x] = {words[0], words[1],
-                                                                                words[2], words[3]};
+  reinterpret_cast<uint4*>(params.words)[int64_t{blockIdx.x} * kQuadThreads + threadIdx.x] = {
+      words[0], words[1], words[2], words[3]};
 }
 
 }  // namespace
@@ -163,9 +164,9 @@ __global__ void __launch_bounds__(kQuadThreads) pack_words_kernel(const PackWord
 // ---- launchers ---------------------------------------------------------------------------
 
 cudaError_t launch_pack_words(const PackWordsParams& params, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((params.rows + kWarpRows - 1) / kWarpRows),
-                  static_cast<unsigned>((params.columns + kQuadColumns - 1) / kQuadColumns));
-  return launch_kernel<&pack_words_kernel>({grid, kQuadThreads}, stream, params);
+  const auto quads = static_cast<unsigned>(ceil_div(params.columns, kQuadColumns));
+  const auto blocks = static_cast<unsigned>(ceil_div(params.rows, kWarpRows)) * quads;
+  return launch_kernel<&pack_words_kernel>({blocks, kQuadThreads}, stream, params, quads);
 }
 
 cudaError_t launch_pack_metadata(const PackMetadataParams& params, cudaStream_t stream) {

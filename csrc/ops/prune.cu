@@ -13,6 +13,7 @@
 // prune_transposed, double_prune_ and prune_compress_transposed are the kernel of common/tile.cuh.
 //
 // Preconditions, which the launcher's caller checks: as in WeightParams.
+#include "common/round_up.h"
 #include "common/tile.cuh"
 #include "ops/prune.h"
 
@@ -68,7 +69,7 @@ template <FloatKind kKind, template <FloatKind> typename By, bool kCompress>
 cudaError_t launch_prune(const WeightParams& weight, cudaStream_t stream) {
   const int64_t units = weight.rows * weight.columns / Unit<kBytesOf<kKind>>::kElements;
   constexpr int64_t kUnitsPerBlock = kThreads * kUnroll;
-  const auto blocks = static_cast<unsigned>((units + kUnitsPerBlock - 1) / kUnitsPerBlock);
+  const auto blocks = static_cast<unsigned>(ceil_div(units, kUnitsPerBlock));
   return launch_kernel<&prune_kernel<kKind, By, kCompress>>(
       {blocks, kThreads}, stream, static_cast<const uint4*>(weight.dense), weight.bitmask,
       static_cast<uint2*>(weight.values), units);

@@ -72,9 +72,10 @@ void multiply(const char* op, const Tensor& x, int64_t tokens, const SparseWeigh
   const cudaStream_t stream = current_stream(weight.values, op);
   const auto plan = spmm_plan(problem, stream);
 
+  // Allocated in each call: CUDA graphs of torch.compile let nothing of their pool outlive a call
   OptionalTensor copy, workspace;
-  if (plan->workspace_bytes() > 0) {
-    workspace = spmm_workspace(*plan, weight.values, stream);
+  if (const auto bytes = static_cast<int64_t>(plan->workspace_bytes()); bytes > 0) {
+    workspace = empty_like_device(weight.values, {bytes}, ScalarType::Byte);
   }
   const SpmmOperands operands{
       .packed = packed_operand(weight, copy),

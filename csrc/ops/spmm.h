@@ -14,8 +14,6 @@
 
 namespace slope {
 
-class SpmmPlan;
-
 using OptionalTensor = std::optional<Tensor>;
 
 // A weight in all the forms that linear and its relatives take; see csrc/library.cpp.
@@ -60,11 +58,6 @@ Tensor plan_linear(const char* op, const Tensor& x, const SparseWeight& weight,
 
 // x W^T [+ bias] with W decompressed.
 Tensor dense_linear(const Tensor& x, const SparseWeight& weight, const OptionalTensor& bias);
-
-// Memory of plan.workspace_bytes() for a run on `stream`, torch's current one of the device of
-// `like`. Calls of a thread on a stream share it, since they follow each other; but what a CUDA
-// graph captures has its own, which stays with the graph.
-Tensor spmm_workspace(const SpmmPlan& plan, const Tensor& like, cudaStream_t stream);
 
 // [..., features] of x with another number of features.
 std::vector<int64_t> shape_with(const Tensor& x, int64_t features);

@@ -11,9 +11,7 @@
 
 #include "common/cuda_check.h"
 #include "common/per_thread.h"
-#include "common/torch_stable.h"
 #include "ops/pack_metadata.h"
-#include "ops/spmm.h"
 #include "ops/spmm_sm90.h"
 
 namespace slope {
@@ -132,10 +130,10 @@ struct HashProblem {
   }
 };
 
-// What a thread has on a device: a handle, its plans, the latest used first, and workspaces by
-// stream. Only the thread itself changes them: clear() and set_capacity() take effect in its next
-// call, since the library does not say that one thread may destroy what another runs. The mutex is
-// for the Python module's looks at the plans.
+// What a thread has on a device: a handle, and its plans, the latest used first. Only the thread
+// itself changes them: clear() and set_capacity() take effect in its next call, since the library
+// does not say that one thread may destroy what another runs. The mutex is for the Python module's
+// looks at the plans.
 struct Lane {
   using Recent = std::list<std::pair<SpmmProblem, std::shared_ptr<SpmmPlan>>>;
 
@@ -145,7 +143,6 @@ struct Lane {
   std::unordered_map<SpmmProblem, Recent::iterator, HashProblem> by_problem;
   int64_t hits = 0, misses = 0, evictions = 0;
   int64_t generation = 0;  // of the last clear() that took effect
-  std::unordered_map<cudaStream_t, Tensor> workspaces;
 
   explicit Lane(int /*device*/) {
     cusparselt::check(cusparselt::api().Init(&handle), kOp, "initialisation");
@@ -159,8 +156,9 @@ std::atomic<int64_t> generation{0};  // how often clear() was called
 std::atomic<SpmmChooser> chooser{nullptr};
 
 // Drops the plans used longest ago; the lane must be locked.
-void trim(Lane& lane, size_t capacity) {
-  while (lane.recent.size() > capacity) {
+void trim(Lane& lane) {
+  const auto room = static_cast<size_t>(capacity);
+  while (lane.recent.size() > room) {
     lane.by_problem.erase(lane.recent.back().first);
     lane.recent.pop_back();
     ++lane.evictions;
@@ -172,7 +170,6 @@ void follow_clear(Lane& lane) {
   if (const int64_t current = generation; lane.generation != current) {
     lane.by_problem.clear();
     lane.recent.clear();
-    lane.workspaces.clear();
     lane.generation = current;
   }
 }
@@ -202,7 +199,8 @@ std::shared_ptr<SpmmPlan> spmm_plan(const SpmmProblem& problem, cudaStream_t str
     if (found != lane.by_problem.end()) [[likely]] {
       ++lane.hits;
       lane.recent.splice(lane.recent.begin(), lane.recent, found->second);
-      return found->second->second;
+      trim(lane);  // set_capacity() may have been called
+      return lane.recent.front().second;
     }
     ++lane.misses;
   }
@@ -216,23 +214,8 @@ std::shared_ptr<SpmmPlan> spmm_plan(const SpmmProblem& problem, cudaStream_t str
   const std::lock_guard lock(lane.mutex);
   lane.recent.emplace_front(problem, plan);
   lane.by_problem[problem] = lane.recent.begin();
-  trim(lane, static_cast<size_t>(capacity));
+  trim(lane);
   return plan;
-}
-
-Tensor spmm_workspace(const SpmmPlan& plan, const Tensor& like, cudaStream_t stream) {
-  const auto bytes = static_cast<int64_t>(plan.workspace_bytes());
-  if (is_capturing(stream, kOp)) {
-    return empty_like_device(like, {bytes}, ScalarType::Byte);
-  }
-  auto& workspaces = Lanes::get(like.get_device()).workspaces;
-  const auto found = workspaces.find(stream);
-  if (found != workspaces.end() && found->second.numel() >= bytes) [[likely]] {
-    return found->second;
-  }
-  Tensor larger = empty_like_device(like, {bytes}, ScalarType::Byte);
-  workspaces.insert_or_assign(stream, larger);
-  return larger;
 }
 
 // ---- for the Python module -----------------------------------------------------------------

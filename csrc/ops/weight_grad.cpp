@@ -114,6 +114,7 @@ void check_operands(const char* op, const Tensor& dy, const Tensor& x, const Ten
 // The target <- dY^T X; neither is empty. The current device is that of dy.
 void write_gradient(const Target& target, const Tensor& dy, const Tensor& x,
                     const Tensor& bitmask) {
+  const NoGradGuard no_grad;  // mm.out refuses operands that want a gradient
   const int64_t rows = dy.size(dy.dim() - 1);
   const int64_t columns = x.size(x.dim() - 1);
   const int64_t tokens = dy.numel() / rows;
