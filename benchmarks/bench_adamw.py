@@ -18,6 +18,7 @@ from torch import Tensor
 import harness
 from model_shapes import MODELS, Shape
 from slope_ext import ops
+from slope_ext._check import dtype_name
 
 OPTIONS: dict[str, Any] = {
     "lr": 1e-3,
@@ -95,7 +96,7 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
             yield from harness.baseline_records(
                 timings,
                 bench="adamw",
-                case=f"{model};moments={str(moments).removeprefix('torch.')}",
+                case=f"{model};moments={dtype_name(moments)}",
                 dtype=torch.bfloat16,
                 tokens=0,
                 limit=run.limit(moved),

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from slope_ext import _tuned_table, ops, plan_cache
+from slope_ext._check import dtype_name
 
 RESULTS = Path(__file__).parent / "results"
 Case = Callable[[int], Any]
@@ -323,7 +324,7 @@ def record_of(
     """A record of two values, each with its spread, in the unit it has; without a limit, if none is
     among the other fields; of this environment."""
     return Record(
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         value=ours[0],
         spread=ours[1],
         baseline_value=theirs[0],

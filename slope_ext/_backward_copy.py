@@ -33,6 +33,11 @@ def choose_mask(values: Tensor, bitmask: Tensor, bitmask_t: Tensor) -> None:
     mark(bitmask_t, bitmask)
 
 
+def mask_is_stale(bitmask: Tensor, bitmask_t: Tensor) -> bool:
+    """Whether a layer follows ``bitmask`` with ``bitmask_t`` and has yet to choose it."""
+    return _freshness.is_followed(bitmask_t) and not _freshness.is_fresh(bitmask_t, bitmask)
+
+
 def follow(
     values: Tensor,
     bitmask: Tensor,
@@ -54,13 +59,10 @@ def follow(
     first backward refreshes it. To autograd that is no change: the copy says nothing that values
     and masks do not. So version counters stay as they are here.
     """
-    mask_is_stale = _freshness.is_followed(bitmask_t) and not _freshness.is_fresh(
-        bitmask_t, bitmask
-    )
     if values_t is None:
         values_t, metadata_t = new_values_t(values, backend)
     sources = (values, bitmask, bitmask_t)
-    if mask_is_stale:
+    if mask_is_stale(bitmask, bitmask_t):
         with _unseen():
             torch.ops.slope.double_prune_(values, bitmask, bitmask_t, values_t)
         mark(bitmask_t, bitmask)

@@ -25,7 +25,7 @@ class Checker:
     def floating(self, name: str, tensor: Tensor) -> None:
         self.require(
             tensor.dtype in FLOAT_DTYPES,
-            f"{name} must be float16, bfloat16, float32 or float64, got {_dtype(tensor)}",
+            f"{name} must be float16, bfloat16, float32 or float64, got {dtype_name(tensor.dtype)}",
         )
 
     def matrix(self, name: str, tensor: Tensor) -> None:
@@ -36,7 +36,8 @@ class Checker:
     def same_dtype(self, name: str, tensor: Tensor, as_name: str, as_tensor: Tensor) -> None:
         self.require(
             tensor.dtype == as_tensor.dtype,
-            f"{name} must have the dtype of {as_name} ({_dtype(as_tensor)}), got {_dtype(tensor)}",
+            f"{name} must have the dtype of {as_name} ({dtype_name(as_tensor.dtype)}), "
+            f"got {dtype_name(tensor.dtype)}",
         )
 
     def same_device(self, name: str, tensor: Tensor, as_name: str, as_tensor: Tensor) -> None:
@@ -72,7 +73,9 @@ class Checker:
     def bitmask_shape(
         self, name: str, bitmask: Tensor, rows: int, columns: int, as_name: str, as_tensor: Tensor
     ) -> None:
-        self.require(bitmask.dtype == torch.uint8, f"{name} must be uint8, got {_dtype(bitmask)}")
+        self.require(
+            bitmask.dtype == torch.uint8, f"{name} must be uint8, got {dtype_name(bitmask.dtype)}"
+        )
         self.shape(name, bitmask, (rows, columns // 8), f"[{rows}, {columns}/8]")
         self.same_device(name, bitmask, as_name, as_tensor)
 
@@ -237,5 +240,6 @@ def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """As it is written after "torch."."""
+    return str(dtype).removeprefix("torch.")

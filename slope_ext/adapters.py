@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from slope_ext.sparse_layer import SparseLayer
+from slope_ext.sparse_layer import named_sparse_layers
+
+_NAMES = "param_names"  # what torch's optimizers call parameters that were given with names
 
 
 class LazyAdapters:
@@ -65,7 +67,7 @@ class LazyAdapters:
                 "LazyAdapters: model must be the module inside DistributedDataParallel; "
                 "wrap that again after the step that adds the adapters"
             )
-        if not _sparse_layers(model):
+        if not named_sparse_layers(model):
             raise ValueError(
                 "LazyAdapters: model has no sparse layer; call slope_ext.convert first"
             )
@@ -81,8 +83,10 @@ class LazyAdapters:
         self.active = False
         self.optimizer = optimizer
         self._group_index = len(optimizer.param_groups)
-        options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-        optimizer.add_param_group({**options, **(group or {}), "params": []})
+        options = {**optimizer.param_groups[0], **(group or {}), "params": []}
+        if _NAMES in options:  # all groups have names or none
+            options[_NAMES] = []
+        optimizer.add_param_group(options)
 
     def step(self) -> bool:
         """Counts one optimizer step; returns True if it is the one that adds the adapters."""
@@ -97,10 +101,15 @@ class LazyAdapters:
         # Not kept from __init__: load_state_dict of an optimizer makes new groups.
         group = self.optimizer.param_groups[self._group_index]
         known = {id(factor) for factor in group["params"]}
-        for layer in _sparse_layers(self.model):
+        for name, layer in named_sparse_layers(self.model):
             if not layer.has_adapter:
                 layer.add_adapter(self.rank, self.scale)
-            group["params"] += [f for f in (layer.lora_A, layer.lora_B) if id(f) not in known]
+            for factor in ("lora_A", "lora_B"):
+                parameter = layer.get_parameter(factor)
+                if id(parameter) not in known:
+                    group["params"].append(parameter)
+                    if _NAMES in group:
+                        group[_NAMES].append(f"{name}.{factor}" if name else factor)
         self.active = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,7 +129,3 @@ class LazyAdapters:
         self.scale = state["scale"]
         if state["active"] and not self.active:
             self.activate()
-
-
-def _sparse_layers(model: nn.Module) -> list[SparseLayer]:
-    return [module for module in model.modules() if isinstance(module, SparseLayer)]

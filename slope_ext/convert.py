@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_ext import ops, reference
-from slope_ext._check import BACKENDS, FLOAT_DTYPES
+from slope_ext._check import BACKENDS, FLOAT_DTYPES, dtype_name
 from slope_ext.fuse import FUSIONS, Fusion, fused_layers, unfuse
 from slope_ext.linear import DERIVED_BUFFERS, BackwardCopy, SLoPeLinear
 from slope_ext.ops.spmm import Backend
@@ -54,9 +54,10 @@ class SlopeConfig:
         fuse: what else the products of 2:4 layers do, see :mod:`slope_ext.fuse`: "relu" applies a
             ReLU that follows; "swiglu" makes one layer of an MLP's gate and up-projection.
         target_modules: "all-linear", a regular expression that must match the whole name, or a
-            sequence of names; a name matches its last components ("q_proj" any q_proj).
-        exclude_modules: like ``target_modules``, left dense. Output heads always are, unless
-            targeted by their exact full name.
+            sequence of names; a name matches its last components ("q_proj" any q_proj). Each must
+            match a linear layer.
+        exclude_modules: like ``target_modules``, left dense; of a layer with several names one is
+            enough. Output heads always stay dense, unless targeted by their exact full name.
         strict: raise instead of warn where a targeted layer cannot be converted.
     """
 
@@ -112,7 +113,9 @@ def convert(
     """Replaces the linear layers of ``model`` by sparse ones, in place.
 
     Handles ``nn.Linear`` and Hugging Face's ``Conv1D`` (GPT-2). Output heads, weights tied to
-    something that is no linear layer, and shapes that the pattern does not divide stay dense; one
+    something that is no linear layer, layers whose ``forward`` was replaced (accelerate's hooks do
+    that: convert before ``dispatch_model``), and shapes that the pattern does not divide stay
+    dense; one
     SlopeConversionWarning lists every targeted layer that does, with its reason. Kept: bias, dtype,
     device (on the meta device load a sparse state_dict, or reset parameters, after ``to_empty``),
     training mode, requires_grad, module hooks, attributes of modules and Parameters, and weights
@@ -126,16 +129,19 @@ def convert(
     Args:
         model: any module; if it is itself a linear layer, use the return value.
         config: see SlopeConfig; None is SlopeConfig().
-        filter_fn: called with (module, name); False leaves the layer dense without a word.
+        filter_fn: called with (module, name); False, for any of a layer's names, leaves it dense
+            without a word.
 
     Returns:
         ``model``, or its replacement if it is itself a linear layer.
 
     Raises:
-        ValueError: a mask or score does not fit its layer or names none; or, with ``strict``, a
-            targeted layer cannot be converted. The model is then as it was.
+        ValueError: a mask or score does not fit its layer or names none; a target matches no linear
+            layer; or, with ``strict``, a targeted layer cannot be converted. The model is then as
+            it was.
     """
     config = config or SlopeConfig()
+    _check_targets(model, config.target_modules)
     plan, skipped = _plan(model, config, filter_fn)
     _check_given_names(config, [name for names in plan.values() for name in names])
     if skipped:
@@ -168,9 +174,11 @@ def to_dense(model: nn.Module) -> nn.Module:
         ``model``, or its replacement if it is itself a sparse layer or a fused MLP.
 
     Raises:
-        ValueError: a layer applies an activation that no module of ``model`` stands for.
+        ValueError: a layer applies an activation that no module of ``model`` stands for, or has a
+            ``forward`` that was replaced.
     """
     _require_modules_of_activations(model)
+    _require_own_forwards(model)
     derived = set(_derived_buffers(model))
     model = unfuse(model)
     replacements: dict[nn.Module, nn.Module] = {}
@@ -197,7 +205,27 @@ def _require_modules_of_activations(model: nn.Module) -> None:
             )
 
 
+def _require_own_forwards(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLayer) and _has_replaced_forward(layer):
+            raise ValueError(
+                f"to_dense: {name or 'the layer'} has a forward that was replaced, which a dense "
+                "layer would not have; undo that first (accelerate: remove_hook_from_submodules)"
+            )
+
+
 # ---- which layers --------------------------------------------------------------------------------
+
+
+def _check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
+    if targets == "all-linear":
+        return
+    names = [name for name, m in model.named_modules(remove_duplicate=False) if _is_linear_like(m)]
+    patterns: list[str | Sequence[str]]
+    patterns = [targets] if isinstance(targets, str) else [[target] for target in targets]
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in names):
+            raise ValueError(f"convert: target_modules matches no linear layer with {pattern!r}")
 
 
 def _plan(
@@ -208,12 +236,19 @@ def _plan(
     skipped: dict[str, str] = {}
     owners = _weight_owners(model)
     head = _output_head(model)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not _is_linear_like(module) or isinstance(module, SparseLayer):
-            continue
-        if not _matches(config.target_modules, name) or _matches(config.exclude_modules, name):
-            continue
-        if filter_fn is not None and not filter_fn(module, name):
+    dense_layers = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _is_linear_like(module) and not isinstance(module, SparseLayer)
+    ]
+    left_dense = {
+        module
+        for name, module in dense_layers
+        if _matches(config.exclude_modules, name)
+        or (filter_fn is not None and not filter_fn(module, name))
+    }
+    for name, module in dense_layers:
+        if module in left_dense or not _matches(config.target_modules, name):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer):
@@ -244,6 +279,8 @@ def _obstacle(
     exactly_targeted = not isinstance(config.target_modules, str) and name in config.target_modules
     if not exactly_targeted and (module is head or name.rpartition(".")[2] in HEAD_NAMES):
         return "output head"
+    if _has_replaced_forward(module):
+        return "its forward was replaced, by hooks of accelerate or the like"
     if type(module) is not nn.Linear and not _is_conv1d(module):
         return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
     if "weight" not in module._parameters:
@@ -255,12 +292,17 @@ def _obstacle(
             return f"weight is tied to {other_name}, which reads it transposed"
     supported = FLOAT_DTYPES if module.weight.device.type == "cpu" else FLOAT_DTYPES[:3]
     if module.weight.dtype not in supported:
-        return f"weight has dtype {str(module.weight.dtype).removeprefix('torch.')}"
+        return f"weight has dtype {dtype_name(module.weight.dtype)}"
     rows, columns = _logical_shape(module)
     multiple = 8 if config.compressed else parse_pattern(config.pattern)[1]
     if rows % multiple != 0 or columns % multiple != 0 or rows == 0 or columns == 0:
         return f"out x in = {rows} x {columns}, both must be multiples of {multiple}"
     return None
+
+
+def _has_replaced_forward(module: nn.Module) -> bool:
+    # On the module itself; it would go on computing with that module's weight.
+    return "forward" in vars(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

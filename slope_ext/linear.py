@@ -237,7 +237,10 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         return layer
 
     def reset_parameters(self) -> None:
-        """nn.Linear's initialisation, pruned to the two largest magnitudes of each four."""
+        """nn.Linear's initialisation, pruned to the two largest magnitudes of each four.
+
+        An adapter is as new then, too.
+        """
         if self.weight.is_meta:
             return
         with torch.no_grad():
@@ -249,6 +252,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.in_features)
                 nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_adapter()
         self.update_transposed_mask()
 
     # ---- use -------------------------------------------------------------------------------------
@@ -290,30 +294,35 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         """Makes ready what a product wants, and returns :meth:`operand`.
 
         That is: buffers on the weight's device, values and metadata side by side, metadata that
-        says what ``weight_bitmask`` says. The first forward pass that runs as Python after one of
-        these moved or changed does it.
+        says what ``weight_bitmask`` says, a transposed mask that belongs to it. The first forward
+        pass that runs as Python after one of these moved or changed does it.
         """
-        with _prepare_lock:  # forward passes of two threads
-            return self._prepare()
+        return self._prepare(choose_mask=True)
 
-    def _prepare(self) -> Operand:
-        weight = self.weight
-        if self.weight_t_bitmask.device != weight.device:
-            self._allocate_backward_copy()  # weight.data moved
-        elif self.weight_t is not None and not self._transposed_values_fit(self.weight_t):
-            self._allocate_transposed_values()
-        capturing = _backward_copy.is_capturing(weight)
-        if not weight.is_cuda:
-            self.weight_metadata = None
-        elif self._pack(may_move=not capturing) and not capturing:
-            # From now on other streams may read what was written, and use memory that was given up.
-            torch.cuda.current_stream(weight.device).synchronize()
-        operand = self.operand()
-        # What was only captured is not done yet. Holding the mask's storage keeps its address from
-        # being used again.
-        storage = self.weight_bitmask.untyped_storage()
-        self._prepared = None if capturing else (self._state(), operand, storage)
-        return operand
+    def _prepare(self, choose_mask: bool) -> Operand:
+        with _prepare_lock:  # forward passes of two threads
+            weight = self.weight
+            if self.weight_t_bitmask.device != weight.device:
+                self._allocate_backward_copy()  # weight.data moved
+            elif self.weight_t is not None and not self._transposed_values_fit(self.weight_t):
+                self._allocate_transposed_values()
+            capturing = _backward_copy.is_capturing(weight)
+            # Backward would choose it too, but not where hooks hand it copies of saved tensors.
+            written = choose_mask and not capturing and self._transposed_mask_is_due()
+            if written:
+                self.update_transposed_mask()
+            if not weight.is_cuda:
+                self.weight_metadata = None
+            elif (self._pack(may_move=not capturing) or written) and not capturing:
+                # From now on other streams may read what was written, and use memory given up.
+                torch.cuda.current_stream(weight.device).synchronize()
+            operand = self.operand()
+            # What was only captured is not done yet. Holding the mask's storage keeps its address
+            # from being used again.
+            storage = self.weight_bitmask.untyped_storage()
+            ready = not capturing and not self._transposed_mask_is_due()
+            self._prepared = (self._state(), operand, storage) if ready else None
+            return operand
 
     def _prepared_operand(self) -> Operand | None:
         """What prepare() returned, if nothing that it depends on changed."""
@@ -342,11 +351,13 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy makes its own: values lie elsewhere, for cuSPARSELt without metadata behind them.
-        state = super().__getstate__()
-        buffers = dict(state["_buffers"])
-        buffers["weight_metadata"] = buffers["weight_t_metadata"] = None
-        return {**state, "_buffers": buffers, "_prepared": None}
+        return {**super().__getstate__(), "_prepared": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # At once: who pairs the buffers of a copy with the model's (AveragedModel) wants them all.
+        if not self.weight.is_meta:
+            self._prepare(choose_mask=False)
 
     def dense_weight(self) -> Tensor:
         """The weight [out, in] with its zeros; differentiable in ``weight``."""
@@ -367,9 +378,13 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         self._follow_transposed_mask()
 
     def set_transposed_mask(self, mask: Tensor) -> None:
-        """Takes a mask of W^{R,C} as it is, e.g. from a checkpoint of an optimizer."""
         super().set_transposed_mask(mask)
         self._follow_transposed_mask()
+
+    def check_transposed_mask(self, mask: Tensor) -> None:
+        super().check_transposed_mask(mask)
+        if not mask.is_meta and not has_two_of_four(mask):
+            raise ValueError("a transposed mask must have exactly two bits set of every four")
 
     def backward_weight(self) -> Tensor:
         """The double-pruned weight [out, in] that the next backward multiplies with, detached."""
@@ -394,11 +409,21 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         if self.weight_t is not None:
             _freshness.mark_stale(self.weight_t)
 
+    def _transposed_mask_is_due(self) -> bool:
+        masks = (self.weight_bitmask, self.weight_t_bitmask)
+        # Inference tensors count no versions; nothing that derives from them is ever fresh.
+        known = not any(mask.is_meta or mask.is_inference() for mask in masks)
+        return known and _backward_copy.mask_is_stale(*masks)
+
     def _allocate_backward_copy(self) -> None:
         # The values follow in the first backward, the mask too unless it is chosen before.
-        bitmask_t = torch.empty(
-            self.in_features, self.out_features // 8, dtype=torch.uint8, device=self.weight.device
-        )
+        with torch.inference_mode(False):  # it outlives the call
+            bitmask_t = torch.empty(
+                self.in_features,
+                self.out_features // 8,
+                dtype=torch.uint8,
+                device=self.weight.device,
+            )
         self.register_buffer("weight_t_bitmask", bitmask_t, persistent=False)
         _freshness.mark_stale(bitmask_t)
         self._allocate_transposed_values()
@@ -461,7 +486,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         self._prepared = None
         super()._apply(fn, recurse)
         if not self.weight.is_meta:
-            self.prepare()
+            self._prepare(choose_mask=False)  # after to_empty there is nothing to choose from
         return self
 
     # ---- state_dict ------------------------------------------------------------------------------
@@ -495,5 +520,5 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         if self.weight_t_bitmask.device != self.weight.device:
             self._allocate_backward_copy()
         if not self.weight.is_meta:
-            self.prepare()
+            self._prepare(choose_mask=False)
             self.update_transposed_mask()

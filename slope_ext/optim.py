@@ -8,11 +8,12 @@ in the same pass, re-chooses their transposed masks on schedule, and offers fp32
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from slope_ext import _backward_copy, _freshness, ops, reference
 from slope_ext._check import is_half
@@ -111,8 +112,14 @@ class AdamW(torch.optim.Optimizer):
                 group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; its options are checked as the constructor's are."""
+        """Adds a group; its options are checked as the constructor's are.
+
+        Raises:
+            ValueError: an option is out of range; the message names it.
+            TypeError: a parameter is a tensor of tensors, such as a DTensor.
+        """
         options = {**self.defaults, **param_group}
+        _require_our_algorithm(options)
         if options["half_moments"] and options["master_weights"]:
             raise ValueError("AdamW: half_moments must be False with master_weights")
         for name in ("lr", "eps", "weight_decay", "mask_interval"):
@@ -122,6 +129,13 @@ class AdamW(torch.optim.Optimizer):
             if not 0 <= beta < 1:
                 raise ValueError(f"AdamW: betas must be in [0, 1), got {options['betas']}")
         super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if is_traceable_wrapper_subclass(param):
+                del self.param_groups[-1]
+                raise TypeError(
+                    f"AdamW: params must be plain tensors, got a {type(param).__name__}; "
+                    "torch's optimizers take these"
+                )
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -298,22 +312,30 @@ class AdamW(torch.optim.Optimizer):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores moments, masters and transposed masks, each in the dtype it was saved in."""
+        """Restores moments, masters and transposed masks, each in the dtype it was saved in.
+
+        But 16-bit moments of torch's AdamW become fp32, unless the checkpoint says half_moments.
+
+        Raises:
+            ValueError: it is of another algorithm (amsgrad, coupled weight decay), or a transposed
+                mask is not of its weight. Nothing has changed then.
+        """
+        for group in state_dict["param_groups"]:
+            _require_our_algorithm(group)
+        self._check_transposed_masks(state_dict)
         super().load_state_dict(state_dict)
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if "mask_step" not in saved_group:  # of torch.optim.AdamW
                 states = [state_dict["state"].get(i, {}) for i in saved_group["params"]]
                 group["mask_step"] = max((int(s["step"]) for s in states if "step" in s), default=0)
         layers = layers_by_weight()
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for saved_id, (_, param) in zip(saved_ids, self._indexed_params(), strict=True):
-            saved = state_dict["state"].get(saved_id)
-            if saved is None:
-                continue
+        for group, param, saved in self._saved_states(state_dict):
             # torch casts state to the parameter's dtype, which would round fp32 moments.
             for name in _STATE_TENSORS:
                 if name in saved:
-                    self.state[param][name] = saved[name].to(param.device, copy=True)
+                    widen = is_half(saved[name].dtype) and not group["half_moments"]
+                    dtype = torch.float32 if widen else saved[name].dtype
+                    self.state[param][name] = saved[name].to(param.device, dtype, copy=True)
             if "step" in saved:
                 step = torch.as_tensor(saved["step"], dtype=torch.float32)
                 self.state[param]["step"] = step.to(param.device, copy=True)
@@ -322,9 +344,36 @@ class AdamW(torch.optim.Optimizer):
             if layer is not None and _TRANSPOSED_MASK in saved:
                 layer.set_transposed_mask(saved[_TRANSPOSED_MASK])
 
+    def _check_transposed_masks(self, state_dict: dict[str, Any]) -> None:
+        layers = layers_by_weight()
+        for _, param, saved in self._saved_states(state_dict):
+            layer = layers.get(id(param))
+            if layer is not None and _TRANSPOSED_MASK in saved:
+                try:
+                    layer.check_transposed_mask(saved[_TRANSPOSED_MASK])
+                except ValueError as error:
+                    raise ValueError(f"AdamW: state_dict: {error}") from None
+
+    def _saved_states(
+        self, state_dict: dict[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
+        """Group, parameter and saved state of each parameter that has one."""
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for param, index in zip(group["params"], saved_group["params"], strict=False):
+                if index in state_dict["state"]:
+                    yield group, param, state_dict["state"][index]
+
     def _indexed_params(self) -> list[tuple[int, Tensor]]:
         # torch numbers the parameters of a state_dict in the order of the groups.
         return list(enumerate(p for group in self.param_groups for p in group["params"]))
+
+
+def _require_our_algorithm(options: dict[str, Any]) -> None:
+    """Raises where options of torch's Adam or AdamW say what this class does not do."""
+    if options.get("amsgrad"):
+        raise ValueError("AdamW: amsgrad must be False")
+    if options.get("weight_decay") and not options.get("decoupled_weight_decay", True):
+        raise ValueError("AdamW: decoupled_weight_decay must be True; Adam's decay is another")
 
 
 def _refuse_capture(param: Tensor) -> None:

@@ -151,6 +151,7 @@ class MaskedLinear(SparseLayer, nn.Linear):
         super().reset_parameters()
         if "weight_mask" in self._buffers and not self.weight.is_meta:
             self.weight_mask.copy_(prune_nm(self.weight.detach().abs(), self.n, self.m))
+            self.reset_adapter()
             self.update_transposed_mask()
 
     def update_transposed_mask(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from slope_ext import _freshness
+from slope_ext._check import dtype_name
 
 _layers: weakref.WeakSet[SparseLayer] = weakref.WeakSet()
 
@@ -60,9 +61,23 @@ class SparseLayer(nn.Module):
         raise NotImplementedError
 
     def set_transposed_mask(self, mask: Tensor) -> None:
-        """Takes a mask of W^{R,C} as it is, e.g. from a checkpoint of an optimizer."""
+        """Takes a mask of W^{R,C} as it is, e.g. from a checkpoint of an optimizer.
+
+        Raises:
+            ValueError: it is none of a weight of this shape.
+        """
+        self.check_transposed_mask(mask)
         self.transposed_mask.copy_(mask)
         _freshness.mark_fresh(self.transposed_mask, self.mask)
+
+    def check_transposed_mask(self, mask: Tensor) -> None:
+        """Raises ValueError unless ``mask`` may be a mask of W^{R,C}."""
+        present = self.transposed_mask
+        if mask.dtype != present.dtype or mask.shape != present.shape:
+            raise ValueError(
+                f"a transposed mask must be {dtype_name(present.dtype)} {list(present.shape)} for "
+                f"this weight, got {dtype_name(mask.dtype)} {list(mask.shape)}"
+            )
 
     def transposed_mask_is_fresh(self) -> bool:
         """Whether the mask of W^{R,C} belongs to the present mask of W."""
@@ -123,9 +138,14 @@ class SparseLayer(nn.Module):
             raise ValueError("add_adapter: the layer has an adapter already; remove_adapter first")
         self._create_adapter(rank)
         self.lora_scale = scale
-        bound = 1 / math.sqrt(self.in_features)
-        nn.init.uniform_(self.lora_A, -bound, bound)
-        nn.init.zeros_(self.lora_B)
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """Draws A anew and makes B zero, as :meth:`add_adapter` does; the scale stays."""
+        if self.has_adapter:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.lora_A, -bound, bound)
+            nn.init.zeros_(self.lora_B)
 
     def remove_adapter(self) -> None:
         """Drops the adapter; the sparse weight stays as it was trained beside it."""
@@ -162,7 +182,7 @@ def update_transposed_masks(model: nn.Module) -> None:
 
     ``slope_ext.optim.AdamW`` does this on schedule; with another optimizer call it every 100 steps.
     """
-    for _, layer in _named_layers(model):
+    for _, layer in named_sparse_layers(model):
         layer.update_transposed_mask()
 
 
@@ -172,7 +192,7 @@ def transposed_masks(model: nn.Module) -> dict[str, Tensor]:
     A state_dict leaves them out, since they can be derived; but a mask of an earlier weight cannot,
     so an exact resume needs them. ``slope_ext.optim.AdamW`` keeps them in its own state.
     """
-    return {name: layer.transposed_mask for name, layer in _named_layers(model)}
+    return {name: layer.transposed_mask for name, layer in named_sparse_layers(model)}
 
 
 def load_transposed_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -180,12 +200,19 @@ def load_transposed_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None
 
     Raises:
         KeyError: a sparse layer of ``model`` has no mask in ``masks``; its name is the key.
+        ValueError: a mask does not fit its layer, whose name is told. No layer has changed then.
     """
-    for name, layer in _named_layers(model):
+    layers = named_sparse_layers(model)
+    for name, layer in layers:
+        try:
+            layer.check_transposed_mask(masks[name])
+        except ValueError as error:
+            raise ValueError(f"load_transposed_masks: {name}: {error}") from None
+    for name, layer in layers:
         layer.set_transposed_mask(masks[name])
 
 
-def _named_layers(model: nn.Module) -> list[tuple[str, SparseLayer]]:
+def named_sparse_layers(model: nn.Module) -> list[tuple[str, SparseLayer]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, SparseLayer)]
 
 

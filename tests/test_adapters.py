@@ -179,3 +179,31 @@ def test_adapters_on_simulated_sparsity():
         model(torch.randn(4, 16)).square().sum().backward()
         opt.step()
     assert model[0].lora_B.abs().sum() > 0
+
+
+@pytest.mark.parametrize("optimizer", [slope.optim.AdamW, torch.optim.AdamW])
+def test_named_parameters(optimizer):
+    """torch's optimizers keep the names that they were given, in every group or in none."""
+    model = make_model()
+    opt = optimizer(model.named_parameters(), lr=0.02)
+    adapters = slope.LazyAdapters(model, opt, rank=2, total_steps=2, fraction=0.5)
+    train(model, opt, adapters, 0, 2)
+    first, added = opt.state_dict()["param_groups"]
+    assert first["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert added["param_names"] == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"]
+    assert len(added["params"]) == 4
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:8"])
+def test_adapters_made_on_the_meta_device(pattern):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 24, bias=False))
+    layer = slope.convert(model, slope.SlopeConfig(pattern=pattern))[0]
+    layer.add_adapter(2, scale=0.5)
+    layer.to_empty(device="cpu")
+    for factor in (layer.lora_A, layer.lora_B):
+        nn.init.constant_(factor, float("nan"))
+    layer.reset_parameters()
+    assert layer.lora_scale == 0.5
+    assert 0 < layer.lora_A.abs().max() <= 16**-0.5
+    assert not layer.lora_B.any()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import functools
 import warnings
 
 import numpy as np
@@ -89,6 +90,56 @@ def test_targets(config, expected):
     model = Model()
     quietly(model, slope.SlopeConfig(**config))
     assert sparse_names(model) == expected
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "q_prj"], ["blocks"], r"blocks\.9\..*", ["embedding"]]
+)
+def test_a_target_that_matches_no_linear_layer_raises(targets):
+    model = Model()
+    with pytest.raises(ValueError, match="target_modules matches no linear layer with"):
+        slope.convert(model, slope.SlopeConfig(target_modules=targets))
+    assert sparse_names(model) == []
+
+
+def test_targets_of_a_model_that_was_converted_still_match():
+    model, config = Model(), slope.SlopeConfig(target_modules=["q_proj", "blocks.0.out"])
+    quietly(model, config)
+    names = sparse_names(model)
+    slope.convert(model, config)
+    assert sparse_names(model) == names
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"config": slope.SlopeConfig(exclude_modules=["b"])},
+        {"filter_fn": lambda module, name: name != "b"},
+    ],
+    ids=["exclude_modules", "filter_fn"],
+)
+def test_a_layer_of_several_names_is_left_out_by_one(left):
+    shared = nn.Linear(16, 16)
+    model = slope.convert(nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(16, 16)}), **left)
+    assert model["a"] is model["b"] is shared
+    assert sparse_names(model) == ["c"]
+
+
+def test_a_replaced_forward_is_not_carried_over():
+    """What accelerate's hooks leave on a module is bound to that module and its weight."""
+
+    def replace_forward(layer):
+        layer.forward = functools.partial(type(layer).forward, layer)
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    replace_forward(model[0])
+    with pytest.warns(slope.SlopeConversionWarning, match="0: its forward was replaced"):
+        slope.convert(model)
+    assert sparse_names(model) == ["1"]
+    replace_forward(model[1])
+    with pytest.raises(ValueError, match="to_dense: 1 has a forward that was replaced"):
+        slope.to_dense(model)
+    assert sparse_names(model) == ["1"]
 
 
 def test_filter_fn_and_idempotence():

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import oracle
 import slope_ext as slope
 from cases import LEADING, WEIGHT_SHAPES
+from slope_ext import _freshness
 
 
 def layer_and_twin(
@@ -496,6 +497,54 @@ def test_move_to_the_gpu_and_back():
     torch.testing.assert_close(x_cuda.grad.cpu(), x.grad)  # its older mask moved along
     layer.cpu()
     assert_same_function(reference, layer)
+
+
+@pytest.mark.parametrize("backward_copy", ["cached", "recompute"])
+def test_mask_is_chosen_before_hooks_copy_it(backward_copy, device):
+    """As offloading does with what autograd saves; the copies tell nobody that they are stale."""
+    layer = slope.SLoPeLinear(24, 16, device=device, backward_copy=backward_copy)
+    x = torch.randn(5, 24, device=device)
+    for change in ("none", "bitmask", "moved"):
+        with torch.no_grad():
+            if change == "bitmask":
+                layer.weight_bitmask.copy_(layer.weight_bitmask.flip(0))
+            elif change == "moved":
+                layer._allocate_backward_copy()
+                layer.weight_t_bitmask.fill_(0xFF)  # what may lie in new memory
+                _freshness.mark_stale(layer.weight_t_bitmask)
+        x.grad = None
+        x.requires_grad_()
+        copies = torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)
+        with copies:
+            y = layer(x)
+        y.backward(torch.ones_like(y))
+        mask = oracle.unbits(layer.weight_bitmask).to(device)
+        pruned = layer.dense_weight().detach()
+        pruned = pruned * oracle.double_prune(pruned, mask).to(device)
+        torch.testing.assert_close(x.grad, torch.ones_like(y) @ pruned)
+
+
+def test_averaged_model(device):
+    """It pairs the buffers of its copy with the model's, by place."""
+    model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 24), nn.Linear(24, 16)).to(device)
+    model[2].weight = model[0].weight  # buffers of tied layers are one
+    slope.convert(model)
+    for use_buffers in (False, True):
+        averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=use_buffers)
+        assert averaged.module[0]._buffers is averaged.module[2]._buffers
+        weights = []
+        for _ in range(2):
+            with torch.no_grad():
+                model[0].weight.add_(torch.randn_like(model[0].weight))
+                if not use_buffers:  # else masks would be averaged, too
+                    model[0].weight_bitmask.copy_(model[0].weight_bitmask.flip(0))
+            averaged.update_parameters(model)
+            weights.append(model[0].weight.detach().clone())
+        torch.testing.assert_close(averaged.module[0].weight, (weights[0] + weights[1]) / 2)
+        assert torch.equal(averaged.module[0].weight_bitmask, model[0].weight_bitmask)
+        x = torch.randn(3, 24, device=device)
+        dense = slope.to_dense(copy.deepcopy(averaged.module))
+        torch.testing.assert_close(averaged(x), dense(x))
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import oracle
 import slope_ext as slope
@@ -184,6 +185,73 @@ def test_checkpoint_of_torch_adamw_loads():
         train(model, optimizer, 3, seed=2)
     for a, b in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("half_moments", [False, True])
+def test_16_bit_moments_of_torch_widen_unless_half_is_wanted(half_moments):
+    layer = slope.SLoPeLinear(24, 16, dtype=torch.bfloat16)
+    theirs = torch.optim.AdamW(layer.parameters())
+    layer.weight.grad = torch.randn_like(layer.weight)
+    theirs.step()
+    ours = slope.optim.AdamW(layer.parameters(), half_moments=half_moments)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = ours.state[layer.weight][name]
+        assert moment.dtype == (torch.bfloat16 if half_moments else torch.float32)
+        assert torch.equal(moment.bfloat16(), theirs.state[layer.weight][name])
+    ours.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad must be False"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "decoupled_weight_decay must be True"),
+    ],
+    ids=["amsgrad", "coupled"],
+)
+def test_checkpoints_of_other_algorithms_are_refused(make, message):
+    layer = slope.SLoPeLinear(24, 16)
+    state = make(layer.parameters()).state_dict()
+    optimizer = slope.optim.AdamW(layer.parameters(), lr=0.5)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match=message):
+        slope.optim.AdamW([{**state["param_groups"][0], "params": list(layer.parameters())}])
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    optimizer.load_state_dict(torch.optim.Adam(layer.parameters()).state_dict())  # decays nothing
+
+
+def test_tensors_of_tensors_are_refused():
+    """A DTensor stands for them."""
+    optimizer = slope.optim.AdamW([torch.zeros(2, requires_grad=True)])
+    nested = TwoTensor(torch.zeros(2), torch.zeros(2)).requires_grad_()
+    with pytest.raises(TypeError, match="params must be plain tensors, got a TwoTensor"):
+        optimizer.add_param_group({"params": [nested]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("spoil", [lambda m: m[:8], lambda m: m.int(), lambda m: m | 1 | 2 | 4])
+def test_a_transposed_mask_of_no_such_weight_is_refused(spoil):
+    net = Net()
+    optimizer = slope.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, optimizer, 1, seed=1)
+    before = {name: mask.clone() for name, mask in slope.transposed_masks(net).items()}
+    state = copy.deepcopy(optimizer.state_dict())
+    train(net, optimizer, 1, seed=2)
+    moment = optimizer.state[net.up.weight]["exp_avg"].clone()
+    for saved in state["state"].values():
+        if "transposed_mask" in saved:
+            saved["transposed_mask"] = spoil(saved["transposed_mask"])
+    with pytest.raises(ValueError, match="AdamW: state_dict: a transposed mask must"):
+        optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.state[net.up.weight]["exp_avg"], moment)
+
+    last = list(before)[-1]
+    with pytest.raises(ValueError, match=f"load_transposed_masks: {last}: a transposed mask must"):
+        slope.load_transposed_masks(net, {**before, last: spoil(before[last])})
+    for name, mask in slope.transposed_masks(net).items():
+        assert torch.equal(mask, before[name])
 
 
 def test_state_round_trip_of_a_parameter_without_gradient():
