@@ -77,6 +77,19 @@ def test_words_of_kernel_and_reference_are_the_same(shape):
     assert torch.equal(words.cpu(), expected)
 
 
+@pytest.mark.gpu
+def test_words_of_more_columns_than_a_grid_has_blocks_along_y():
+    blocks = 65536 + 1
+    bitmask = torch.full((8, 32 * blocks), 0x33, dtype=torch.uint8, device=CUDA)
+    bitmask[:, -32:] = ops.prune_24(torch.rand(8, 256, device=CUDA))
+    words = torch.empty(metadata_words(8, 256 * blocks), dtype=torch.int32, device=CUDA)
+    ops.pack_metadata(bitmask, words)
+    for part, mask in ((words[:512], bitmask[:, :32]), (words[-512:], bitmask[:, -32:])):
+        expected = torch.empty(512, dtype=torch.int32, device=CUDA)
+        ops.pack_metadata(mask.contiguous(), expected)
+        assert torch.equal(part, expected)
+
+
 def assert_rounded(y, expected, sums):
     """At most half an ulp off the exact result, and what fp32 sums err by."""
     bound = 0.51 * torch.finfo(y.dtype).eps * expected.abs() + 2e-6 * sums + 1e-30

@@ -159,6 +159,22 @@ def test_copies_are_independent_and_packed(duplicate):
         assert_prepared(each)
 
 
+def test_a_copy_has_the_buffers_of_its_model():
+    """AveragedModel and its like pair them by place."""
+    model = nn.Sequential(make(), make())
+    twin = copy.deepcopy(model)
+    for ours, theirs in zip(twin.named_buffers(), model.named_buffers(), strict=True):
+        assert (ours[0], ours[1].shape, ours[1].dtype) == (
+            theirs[0], theirs[1].shape, theirs[1].dtype
+        )  # fmt: skip
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    averaged.update_parameters(model)
+    for layer in averaged.module:
+        assert_right(layer)
+
+
 def test_part_of_a_flat_buffer_stays_where_it_is():
     """As wrappers with flat parameters want it; the product then packs in every call."""
     layer = make()
@@ -314,6 +330,30 @@ def test_compiled_training_step():
         torch.testing.assert_close(losses[0], losses[1], rtol=2e-2, atol=1e-3)
         with torch.no_grad():
             layer.weight.mul_(2)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_reduce_overhead(adapter):
+    """torch.compile's CUDA graphs: no memory of their pool outlives a call."""
+    layer = make()
+    if adapter:
+        layer.add_adapter(8, scale=0.5)
+        nn.init.normal_(layer.lora_B, std=0.1)
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(TOKENS, IN, device="cuda", dtype=torch.bfloat16)
+        results = []
+        for module in (compiled, layer):
+            x_ = x.clone().requires_grad_()
+            layer.zero_grad()
+            y = module(x_)
+            y.backward(torch.ones_like(y))
+            grads = [parameter.grad.clone() for parameter in layer.parameters()]
+            results.append([y.detach().clone(), x_.grad.clone(), *grads])
+        torch.testing.assert_close(*results, rtol=2e-2, atol=5e-2)
+        with torch.no_grad():
+            layer.weight.mul_(-1)
 
 
 def test_adapter():

@@ -286,6 +286,22 @@ def test_capacity_evicts_what_was_used_longest_ago():
 
 
 @pytest.mark.gpu
+def test_a_smaller_capacity_holds_from_the_next_call_on():
+    plan_cache.clear()
+    layer, x = layer_and_input(tokens=48)
+    for tokens in (8, 16, 24):
+        layer(x[:tokens])
+    plan_cache.set_capacity(1)
+    try:
+        before = plan_cache.info()
+        layer(x[:16])
+        assert difference(before)["hits"] == 1
+        assert [e["tokens"] for e in plan_cache.entries()] == [16]
+    finally:
+        plan_cache.set_capacity(1024)
+
+
+@pytest.mark.gpu
 def test_one_plan_serves_every_bias_and_weight_of_its_shape():
     o = Operands(64, 96, torch.bfloat16, CUDA)
     x = o.randn(32, 96)
