@@ -255,6 +255,22 @@ def test_tokens_are_the_documents_each_with_an_end(inputs: Path, tmp_path: Path)
     assert (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_tokens_are_made_anew_for_another_tokenizer(
+    inputs: Path, tmp_path: Path, named: str
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    spec = str(given if named == "folder" else given / "tokenizer.json")
+    digests = []
+    for text in (document(0), document(1), document(1)):
+        train_tokenizer([text], 280).save(str(given / "tokenizer.json"))
+        corpus = tokenize_corpus(tmp_path / "run", str(inputs / "text"), 0.3, spec, 0)
+        assert corpus.tokenizer.to_str() == load_tokenizer(str(given)).to_str()
+        digests.append(corpus.digest)
+    assert digests[0] != digests[1] == digests[2]
+
+
 def test_block_order() -> None:
     blocks = Blocks(np.arange(107, dtype=np.uint16), seq_len=4, seed=3)
     assert blocks.count == 21

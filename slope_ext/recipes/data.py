@@ -214,11 +214,15 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def _tokenizer_file(path: str) -> Path:
+    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+
+
 def load_tokenizer(path: str) -> Tokenizer:
     """Read ``tokenizer.json`` (the file or its directory); raises :class:`UsageError`."""
     from tokenizers import Tokenizer
 
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    file = _tokenizer_file(path)
     if not file.is_file():
         raise UsageError(f"--tokenizer {path}: no such file")
     try:
@@ -286,7 +290,7 @@ def tokenize_corpus(
         "tokenizer": [tokenizer, vocab_size]
         if tokenizer == "train"
         # A missing file is reported where the tokenizer is loaded.
-        else _identity(filter(Path.is_file, [Path(tokenizer)]), "--tokenizer"),
+        else _identity(filter(Path.is_file, [_tokenizer_file(tokenizer)]), "--tokenizer"),
     }
     description = _read_description(cache)
     if description.get("made_from") != made_from:
