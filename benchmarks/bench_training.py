@@ -44,6 +44,10 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
+    MistralRotaryEmbedding,
+)
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import harness
@@ -58,10 +62,17 @@ ROUNDS = 7
 PHASES = ("forward", "backward", "optimizer")
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # bf16, dense, SXM
 PEAKS = {"peak": False, "peak, accumulating": True}  # whether gradients of an earlier pass exist
-# Layers that are run. Those of Mistral-7B are LLaMA-3-8B's in shape.
+# Layers that are run.
 LAYERS = {
     "LLaMA-3-8B": 2, "OPT-66B": 1, "OPT-13B": 2, "OPT-30B": 1, "OPT-6.7B": 3, "OPT-2.7B": 4,
+    "Mistral-7B": 2,
 }  # fmt: skip
+# By model type: a decoder layer, and what makes its position embeddings.
+PARTS: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaDecoderLayer, LlamaRotaryEmbedding),
+    "mistral": (MistralDecoderLayer, MistralRotaryEmbedding),
+    "opt": (OPTDecoderLayer, None),
+}
 COMMON: dict[str, Any] = {"dtype": torch.bfloat16, "tokens": TOKENS}
 
 
@@ -77,9 +88,8 @@ class Layers(nn.Module):
         config = AutoConfig.for_model(**sizes, dropout=0.0)
         config._attn_implementation = "sdpa"
         self.hidden = self.hidden_of(model)
-        is_opt = config.model_type == "opt"
-        layer = OPTDecoderLayer if is_opt else LlamaDecoderLayer
-        self.rotary: nn.Module | None = None if is_opt else LlamaRotaryEmbedding(config)
+        layer, rotary = PARTS[config.model_type]
+        self.rotary: nn.Module | None = None if rotary is None else rotary(config)
         layers = [layer(config, layer_idx=i) for i in range(LAYERS[model])]
         self.layers = nn.ModuleList(layers)
 
@@ -336,8 +346,9 @@ def bench_captured(model: str, run: harness.Run) -> Iterator[harness.Record]:
     methods = [Method(name, model, how) for name, how in wanted]
     for method in methods:
         method.prepare()
-    records = list(step_records(methods, model, run))
-    yield from (record for record in records if record.case.endswith("captured"))
+    for record in step_records(methods, model, run):
+        if record.case.endswith("captured"):
+            yield record
 
 
 def step_records(methods: list[Method], model: str, run: harness.Run) -> Iterator[harness.Record]:

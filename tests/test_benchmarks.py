@@ -122,6 +122,25 @@ def test_target_shapes_are_shapes_of_models():
     assert "OPT-66B q, k, v, o" in users[9216, 9216]
 
 
+def test_layers_of_every_model_that_is_trained_have_its_shapes(monkeypatch):
+    pytest.importorskip("transformers")
+    training = load("bench_training")
+    monkeypatch.setattr(training, "LENGTH", 16)
+    assert set(training.LAYERS) == set(model_shapes.MODELS) - {"LLaMA-3-70B"}
+    for name, count in training.LAYERS.items():
+        with torch.device("meta"):
+            model = training.Layers(name)
+            x = torch.empty(1, 16, model.hidden)
+            assert model(x).shape == x.shape
+        shapes = [
+            (m.out_features, m.in_features)
+            for m in model.modules()
+            if isinstance(m, torch.nn.Linear)
+        ]
+        assert set(shapes) == set(model_shapes.MODELS[name].values())
+        assert len(model.layers) == count
+
+
 # ---- tables --------------------------------------------------------------------------------------
 
 
