@@ -38,7 +38,7 @@ def bench_dtype(dtype: torch.dtype) -> Iterator[harness.Record]:
     """Records of one type."""
     dense = torch.randn(SIZE, SIZE, device="cuda").to(dtype).requires_grad_()
     layer = SLoPeLinear.from_dense(dense)
-    by_plan = SLoPeLinear.from_dense(dense.detach(), backend="cusparselt")
+    by_plan = SLoPeLinear.from_dense(dense, backend="cusparselt")
     plan_cache.tune(by_plan, tokens=[TOKENS])
     operand, plan_operand = layer.operand(), by_plan.operand()
     x = torch.randn(TOKENS, SIZE, device="cuda").to(dtype)

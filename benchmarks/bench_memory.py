@@ -19,7 +19,10 @@ import slope_ext
 from slope_ext.memory import memory_report
 from slope_ext.recipes.models import SIZES
 
-VOCABULARY = {"LLaMA-3-8B": 128256, "OPT-13B": 50272, "OPT-66B": 50272}
+VOCABULARY = {
+    **{"LLaMA-3-8B": 128256, "Mistral-7B": 32000},
+    **dict.fromkeys(("OPT-2.7B", "OPT-6.7B", "OPT-13B", "OPT-30B", "OPT-66B"), 50272),
+}
 
 
 def bench(run: harness.Run) -> Iterator[harness.Record]:

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import tempfile
@@ -109,6 +110,7 @@ class Run:
     bandwidth: float  # bytes/s, copy_bandwidth()
     matmul_rate: float  # FLOP/s, matmul_rate()
     part: tuple[int, int] = (0, 1)  # which of how many parts of the work
+    only: str = ""  # a regular expression that the text of an item of the work must hold
 
     def first(self, items: Sequence[T], count: int) -> Sequence[T]:
         """The first ``count`` items in a quick run, otherwise all."""
@@ -117,7 +119,8 @@ class Run:
     def own(self, items: Iterable[T]) -> list[T]:
         """The items of this part of the work."""
         number, count = self.part
-        return [item for place, item in enumerate(items) if place % count == number]
+        wanted = [item for item in items if re.search(self.only, str(item))]
+        return [item for place, item in enumerate(wanted) if place % count == number]
 
     def limit(self, moved: float, flops: float = 0.0) -> float:
         """Least seconds of work that must move that many bytes and do that many FLOP."""
@@ -397,7 +400,8 @@ def main(
     """The command line of a bench: prints and writes the records that ``bench`` yields.
 
     The file is written anew after every record: a bench that is stopped leaves what it has. A quick
-    run writes one only where --out says so, lest it replace the records of a whole one.
+    run, or one with --only, writes one only where --out says so, lest it replace the records of a
+    whole one; --merge joins it with those.
 
     Args:
         name: of the record file, without its suffix.
@@ -419,14 +423,21 @@ def main(
             help="this part of the work, into a file of its own",
         )
         parser.add_argument(
+            "--only",
+            default="",
+            metavar="REGEX",
+            help="only items whose text holds this, e.g. 'float16, (64|512)'",
+        )
+        parser.add_argument(
             "--merge",
             type=Path,
             nargs="+",
             metavar="FILE",
-            help="only join the files of all parts, into one beside them",
+            help="only join files, of parts or of earlier runs, into one beside the first; what "
+            "the last of them has of a case stands",
         )
     parser.add_argument("--table", type=Path, help="merge what was tuned into this table")
-    parser.set_defaults(part=(0, 1), merge=None)
+    parser.set_defaults(part=(0, 1), only="", merge=None)
     arguments = parser.parse_args()
     if arguments.merge:
         merge(arguments.merge, arguments.merge[0].with_name(f"{name}.json"))
@@ -434,7 +445,7 @@ def main(
 
     started = time.perf_counter()
     bandwidth, rate = (copy_bandwidth(), matmul_rate()) if needs_gpu else (math.nan, math.nan)
-    run = Run(quick=arguments.quick, bandwidth=bandwidth, matmul_rate=rate, part=arguments.part)
+    run = Run(arguments.quick, bandwidth, rate, arguments.part, arguments.only)
     if needs_gpu:
         print(
             f"{torch.cuda.get_device_name()}: copy bandwidth {bandwidth / 1e12:.2f} TB/s, "
@@ -446,7 +457,7 @@ def main(
         for record in bench(run):
             records.append(record)
             print(line(record), flush=True)
-            if arguments.out or not run.quick:
+            if arguments.out or not (run.quick or run.only):
                 save(records, file, arguments.out)
     print(f"{len(records)} records of {name} in {time.perf_counter() - started:.0f} s")
 
@@ -463,9 +474,16 @@ def own_table(table: Path | None) -> Iterator[None]:
             _tuned_table.save(table, _tuned_table.load(plan_cache.table_path()))
 
 
-def merge(parts: Iterable[Path], path: Path) -> None:
-    """Writes the records of all parts of a bench as one file."""
-    records = [record for part in sorted(parts) for record in json.loads(part.read_text())]
+def merge(files: Iterable[Path], path: Path) -> None:
+    """Writes the records of all files as one; what a later file has of a case replaces it whole."""
+    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for file in files:
+        found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for record in json.loads(file.read_text()):
+            case = tuple(record[name] for name in ("bench", "case", "dtype", "tokens"))
+            found.setdefault(case, []).append(record)
+        cases |= found
+    records = [record for case in cases.values() for record in case]
     path.write_text(json.dumps(records, indent=1) + "\n")
 
 

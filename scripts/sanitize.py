@@ -50,7 +50,7 @@ SELECTION = ("adamw", "compress", "prune", "transpose", "pack")
 # Large shapes; what is slow, needs the caching allocator, or runs no kernel of ours ("reference").
 LEFT_OUT = (
     *("4096", "4104", "4097", "random", "exact_step", "many_rows_of_tiles"),
-    *("graph", "captur", "compile", "thread", "leak", "memory", "reference"),
+    *("graph", "captur", "compile", "overhead", "thread", "leak", "memory", "reference"),
 )
 # test_packed_operand_multiplies of test_pack: what they run are cuSPARSELt's kernels
 LEFT_OUT_BY_MISJUDGING = (*LEFT_OUT, "multiplies")

@@ -60,9 +60,29 @@ def test_record_holds_microseconds_and_ratios(record):
 def test_parts_of_a_bench_are_all_of_it(record, tmp_path):
     runs = [harness.Run(quick=False, bandwidth=1, matmul_rate=1, part=(i, 3)) for i in range(3)]
     assert [run.own("abcdefg") for run in runs] == [list("adg"), list("be"), list("cf")]
-    parts = [harness.save([record] * (i + 1), f"op.{i}", tmp_path) for i in range(3)]
+    cases = [[replace(record, case=f"{i}x{j}") for j in range(i + 1)] for i in range(3)]
+    parts = [harness.save(records, f"op.{i}", tmp_path) for i, records in enumerate(cases)]
     harness.merge(parts, tmp_path / "op.json")
     assert len(json.loads((tmp_path / "op.json").read_text())) == 6
+
+
+def test_later_records_replace_those_of_their_case(record, tmp_path):
+    """Whatever their baselines: the best algorithm, say, may be another one now."""
+    old = [replace(record, tokens=t, baseline=b) for t in (8, 16) for b in ("id 1", "F.linear")]
+    new = [replace(record, tokens=16, baseline="id 2"), replace(record, tokens=32)]
+    files = [
+        harness.save(records, "op", tmp_path / name) for name, records in (("a", old), ("b", new))
+    ]
+    harness.merge(files, files[0])
+    found = [harness.Record(**fields) for fields in json.loads(files[0].read_text())]
+    assert found == [*old[:2], *new]
+
+
+def test_only_the_items_that_are_wanted():
+    items = [((64, 32), torch.float16, 8), ((64, 32), torch.float16, 512), ((8, 8), "x", 8)]
+    options = {"quick": False, "bandwidth": 1, "matmul_rate": 1}
+    assert harness.Run(**options, only=r"float16, (8|64)\)").own(items) == items[:1]
+    assert harness.Run(**options, only="32", part=(1, 2)).own(items) == items[1:2]
 
 
 def test_record_without_limit(record):
