@@ -426,7 +426,7 @@ def main(
             "--only",
             default="",
             metavar="REGEX",
-            help="only items whose text holds this, e.g. 'float16, (64|512)'",
+            help="only items whose text holds this, e.g. 'torch.float16, (64|512)\\)'",
         )
         parser.add_argument(
             "--merge",
