@@ -113,14 +113,14 @@ def register(
     ``check`` raises RuntimeError that names op and argument, before anything is computed. ``cuda``
     is for ops without a compiled kernel of their own that are made of ops which have one.
 
-    Gradients are what torch.library knows of the op: a reference records none, and writes to leaves
-    that require one, as a compiled kernel does.
+    Gradients, views and versions are what torch.library knows of the op: a reference runs below
+    autograd, as a compiled kernel does.
     """
 
     @functools.wraps(reference)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
-        with torch.no_grad():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return reference(*args, **kwargs)
 
     @functools.wraps(reference)

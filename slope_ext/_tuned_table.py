@@ -164,18 +164,17 @@ def read(path: Path) -> dict[str, list[Entry]]:
     """
     try:
         content = json.loads(path.read_text())
-        if isinstance(content["format"], int) and content["format"] > FORMAT:
-            raise LaterFormatError(f"format {content['format']} is later than {FORMAT}")
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, not {FORMAT}")
-        return {
-            environment: [Entry(**entry) for entry in found]
-            for environment, found in content["environments"].items()
-        }
-    except LaterFormatError as error:
-        raise LaterFormatError(f"{path} is of a later version of slope_ext: {error}") from None
+        found = content["format"]
+        if found == FORMAT:
+            return {
+                environment: [Entry(**entry) for entry in entries]
+                for environment, entries in content["environments"].items()
+            }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no table of slope_ext: {error}") from error
+    if isinstance(found, int) and found > FORMAT:
+        raise LaterFormatError(f"{path} is of a later version of slope_ext: format {found}")
+    raise ValueError(f"{path} is no table of slope_ext: format {found}, not {FORMAT}")
 
 
 def load(path: Path) -> dict[str, list[Entry]]:
@@ -189,58 +188,51 @@ def load(path: Path) -> dict[str, list[Entry]]:
         return {}
 
 
-def save(path: Path, added: Mapping[str, Iterable[Entry]]) -> None:
-    """Merges entries, by environment, into the file at ``path``; nothing to add leaves it alone.
-
-    A file that is no table is put aside with a warning. What cannot be written, or is of a later
-    format, is a warning too, and stays as it is.
-    """
-    if not added:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            write(path, added, over=_present(path))
-    except (OSError, LaterFormatError) as error:
-        warnings.warn(f"slope_ext: tuned algorithms are not kept: {error}", stacklevel=2)
-
-
-def write(
-    path: Path, added: Mapping[str, Iterable[Entry]], over: Mapping[str, Iterable[Entry]]
+def merge_into(
+    path: Path, added: Mapping[str, Iterable[Entry]], *, put_aside: bool = False
 ) -> None:
-    """Writes a table of ``added`` laid over ``over``, in one step.
+    """Lays entries, by environment, over those of the file at ``path``, under a lock.
+
+    ``put_aside`` renames a file that is no table, with a warning, and starts a new one.
 
     Raises:
-        OSError: it cannot be written.
+        OSError, ValueError: it cannot be written; or it is no table and stays as it is.
     """
-    merged: dict[str, list[Entry]] = {}
-    _merge(merged, over)
-    _merge(merged, added)
-    content = {
-        "format": FORMAT,
-        "environments": {
-            name: [asdict(entry) for entry in found] for name, found in merged.items()
-        },
-    }
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as new:
-        json.dump(content, new, indent=1)
-    os.replace(new.name, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        merged: dict[str, list[Entry]] = {}
+        try:
+            merged = read(path)
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            if not put_aside or isinstance(error, LaterFormatError):
+                raise
+            aside = path.with_suffix(".corrupt")
+            warnings.warn(f"slope_ext: {error}; moved to {aside}", stacklevel=3)
+            os.replace(path, aside)
+        _merge(merged, added)
+        content = {
+            "format": FORMAT,
+            "environments": {
+                name: [asdict(entry) for entry in found] for name, found in merged.items()
+            },
+        }
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=path.name, delete=False
+        ) as new:
+            json.dump(content, new, indent=1)
+        os.replace(new.name, path)
 
 
-def _present(path: Path) -> dict[str, list[Entry]]:
-    """The table at ``path``, {} where there is none; what is no table goes aside."""
+def save(path: Path, added: Mapping[str, Iterable[Entry]]) -> None:
+    """merge_into for the user's own table, where what cannot be done is a warning."""
     try:
-        return read(path)
-    except FileNotFoundError:
-        return {}
-    except LaterFormatError:
-        raise
-    except ValueError as error:
-        aside = path.with_suffix(".corrupt")
-        warnings.warn(f"slope_ext: {error}; moved to {aside}", stacklevel=3)
-        os.replace(path, aside)
-        return {}
+        if added:
+            merge_into(path, added, put_aside=True)
+    except (OSError, LaterFormatError) as error:
+        warnings.warn(f"slope_ext: tuned algorithms are not kept: {error}", stacklevel=2)
 
 
 def _merge(tables: dict[str, list[Entry]], added: Mapping[str, Iterable[Entry]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slope_ext import ops, reference
 from slope_ext._check import BACKENDS, FLOAT_DTYPES, dtype_name
-from slope_ext.fuse import FUSIONS, Fusion, fused_layers, unfuse
+from slope_ext.fuse import FUSIONS, Fusion, SwiGLUMLP, fused_layers, unfuse
 from slope_ext.linear import DERIVED_BUFFERS, BackwardCopy, SLoPeLinear
 from slope_ext.ops.spmm import Backend
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
@@ -115,12 +115,12 @@ def convert(
     Handles ``nn.Linear`` and Hugging Face's ``Conv1D`` (GPT-2). Output heads, weights tied to
     something that is no linear layer, layers whose ``forward`` was replaced (accelerate's hooks do
     that: convert before ``dispatch_model``), and shapes that the pattern does not divide stay
-    dense; one
-    SlopeConversionWarning lists every targeted layer that does, with its reason. Kept: bias, dtype,
-    device (on the meta device load a sparse state_dict, or reset parameters, after ``to_empty``),
-    training mode, requires_grad, module hooks, attributes of modules and Parameters, and weights
-    shared between layers. Hooks of a weight itself are not: its gradient has another shape. Build
-    the optimizer afterwards.
+    dense; one SlopeConversionWarning lists every targeted layer that does, with its reason.
+
+    Kept: bias, dtype, device (on the meta device load a sparse state_dict, or reset parameters,
+    after ``to_empty``), training mode, requires_grad, module hooks, attributes of modules and
+    Parameters, and weights shared between layers. Hooks of a weight itself are not: its gradient
+    has another shape. Build the optimizer afterwards.
 
     DistributedDataParallel would broadcast every buffer in each forward pass. The model that is
     converted tells it to leave out what layers derive from weight and bitmask, which each rank
@@ -129,8 +129,8 @@ def convert(
     Args:
         model: any module; if it is itself a linear layer, use the return value.
         config: see SlopeConfig; None is SlopeConfig().
-        filter_fn: called with (module, name); False, for any of a layer's names, leaves it dense
-            without a word.
+        filter_fn: called with (module, name) of every dense linear layer; False, for any of a
+            layer's names, leaves it dense without a word.
 
     Returns:
         ``model``, or its replacement if it is itself a linear layer.
@@ -220,7 +220,12 @@ def _require_own_forwards(model: nn.Module) -> None:
 def _check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
     if targets == "all-linear":
         return
-    names = [name for name, m in model.named_modules(remove_duplicate=False) if _is_linear_like(m)]
+    names = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _is_linear_like(module):
+            names.append(name)
+        elif isinstance(module, SwiGLUMLP):  # as it was converted, and may be again
+            names += [f"{name}.gate_proj", f"{name}.up_proj"]
     patterns: list[str | Sequence[str]]
     patterns = [targets] if isinstance(targets, str) else [[target] for target in targets]
     for pattern in patterns:
@@ -301,8 +306,11 @@ def _obstacle(
 
 
 def _has_replaced_forward(module: nn.Module) -> bool:
-    # On the module itself; it would go on computing with that module's weight.
-    return "forward" in vars(module)
+    # On the module itself: it would go on computing with that module's weight. Its class's own may
+    # be there too, bound, where accelerate took a hook away.
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not (own and getattr(forward, "__self__", None) is module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -487,13 +495,14 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
     return twin
 
 
-# What a sparse layer knows and a dense one has no use for.
-_SPARSE_ATTRIBUTES = (
+# What a sparse layer knows and a dense one has no use for; and what is bound to the old module.
+_NOT_CARRIED_OVER = (
     "_prepared",
     "activation",
     "backend",
     "backward_copy",
     "dense_type",
+    "forward",
     "lora_scale",
     "m",
     "n",
@@ -504,7 +513,7 @@ _SPARSE_ATTRIBUTES = (
 def _carry_over(old: nn.Module, new: nn.Module) -> None:
     """Hooks (the same dicts, so that their handles still remove them), mode, user attributes."""
     for key, value in vars(old).items():
-        if "hook" in key or (key not in vars(new) and key not in _SPARSE_ATTRIBUTES):
+        if "hook" in key or (key not in vars(new) and key not in _NOT_CARRIED_OVER):
             vars(new)[key] = value
     new.train(old.training)
 

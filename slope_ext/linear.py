@@ -308,7 +308,8 @@ class SLoPeLinear(SparseLayer, nn.Linear):
                 self._allocate_transposed_values()
             capturing = _backward_copy.is_capturing(weight)
             # Backward would choose it too, but not where hooks hand it copies of saved tensors.
-            written = choose_mask and not capturing and self._transposed_mask_is_due()
+            due = self._transposed_mask_is_due()
+            written = due and choose_mask and not capturing
             if written:
                 self.update_transposed_mask()
             if not weight.is_cuda:
@@ -320,7 +321,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             # What was only captured is not done yet. Holding the mask's storage keeps its address
             # from being used again.
             storage = self.weight_bitmask.untyped_storage()
-            ready = not capturing and not self._transposed_mask_is_due()
+            ready = not capturing and (written or not due)
             self._prepared = (self._state(), operand, storage) if ready else None
             return operand
 
@@ -351,13 +352,8 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        # A copy has all buffers, metadata too: who pairs them with the model's wants as many.
         return {**super().__getstate__(), "_prepared": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # At once: who pairs the buffers of a copy with the model's (AveragedModel) wants them all.
-        if not self.weight.is_meta:
-            self._prepare(choose_mask=False)
 
     def dense_weight(self) -> Tensor:
         """The weight [out, in] with its zeros; differentiable in ``weight``."""

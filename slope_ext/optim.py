@@ -22,6 +22,7 @@ from slope_ext.sparse_layer import SparseLayer, layers_by_weight
 
 _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
 _TRANSPOSED_MASK = "transposed_mask"
+_DECOUPLED = "decoupled_weight_decay"
 
 
 class _Clipping(NamedTuple):
@@ -108,6 +109,7 @@ class AdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         self._clipping = None
         for group in self.param_groups:
+            group.pop(_DECOUPLED, None)  # of torch's Adam; here it is so
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
@@ -116,7 +118,7 @@ class AdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: an option is out of range; the message names it.
-            TypeError: a parameter is a tensor of tensors, such as a DTensor.
+            TypeError: a trained parameter is a tensor of tensors, such as a DTensor.
         """
         options = {**self.defaults, **param_group}
         _require_our_algorithm(options)
@@ -130,7 +132,7 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"AdamW: betas must be in [0, 1), got {options['betas']}")
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
-            if is_traceable_wrapper_subclass(param):
+            if param.requires_grad and is_traceable_wrapper_subclass(param):
                 del self.param_groups[-1]
                 raise TypeError(
                     f"AdamW: params must be plain tensors, got a {type(param).__name__}; "
@@ -314,16 +316,25 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores moments, masters and transposed masks, each in the dtype it was saved in.
 
-        But 16-bit moments of torch's AdamW become fp32, unless the checkpoint says half_moments.
+        But 16-bit moments of torch's AdamW become fp32, unless this optimizer has half_moments.
 
         Raises:
             ValueError: it is of another algorithm (amsgrad, coupled weight decay), or a transposed
                 mask is not of its weight. Nothing has changed then.
         """
-        for group in state_dict["param_groups"]:
-            _require_our_algorithm(group)
-        self._check_transposed_masks(state_dict)
-        super().load_state_dict(state_dict)
+
+        def check(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> None:
+            nonlocal state_dict
+            state_dict = hooked  # as the hooks of others left it
+            for group in hooked["param_groups"]:
+                _require_our_algorithm(group)
+            self._check_transposed_masks(hooked)
+
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if "mask_step" not in saved_group:  # of torch.optim.AdamW
                 states = [state_dict["state"].get(i, {}) for i in saved_group["params"]]
@@ -352,7 +363,8 @@ class AdamW(torch.optim.Optimizer):
                 try:
                     layer.check_transposed_mask(saved[_TRANSPOSED_MASK])
                 except ValueError as error:
-                    raise ValueError(f"AdamW: state_dict: {error}") from None
+                    shape = list(param.shape)
+                    raise ValueError(f"AdamW: state_dict: values {shape}: {error}") from None
 
     def _saved_states(
         self, state_dict: dict[str, Any]
@@ -372,7 +384,7 @@ def _require_our_algorithm(options: dict[str, Any]) -> None:
     """Raises where options of torch's Adam or AdamW say what this class does not do."""
     if options.get("amsgrad"):
         raise ValueError("AdamW: amsgrad must be False")
-    if options.get("weight_decay") and not options.get("decoupled_weight_decay", True):
+    if options.get("weight_decay") and not options.get(_DECOUPLED, True):
         raise ValueError("AdamW: decoupled_weight_decay must be True; Adam's decay is another")
 
 

@@ -270,25 +270,25 @@ def tuned(device: int = 0) -> list[Entry]:
 
 
 def export_table(path: str | Path) -> None:
-    """Writes the table of every environment that this user ever tuned in, over entries there.
+    """Merges the table of every environment that this user ever tuned in into the file at ``path``.
 
     Raises:
         OSError, ValueError: the file cannot be written; it, or this user's own, is no table.
     """
-    own, target = table_path(), Path(path)
-    added, over = (_tuned_table.read(file) if file.exists() else {} for file in (own, target))
-    _tuned_table.write(target, added, over)
+    own = table_path()
+    _tuned_table.merge_into(Path(path), _tuned_table.read(own) if own.exists() else {})
 
 
 def import_table(path: str | Path) -> None:
     """Merges an exported table into this user's; entries there win. Plans are forgotten.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such table, or it is not one.
+        OSError, ValueError: there is no such table, or it is not one; or this user's own cannot be
+            written, or is not one.
     """
     found = _tuned_table.read(Path(path))
     with _lock:
-        _tuned_table.save(table_path(), found)
+        _tuned_table.merge_into(table_path(), found)
     forget_tables()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-_SECONDS = 120  # for all ranks together; some ten are usual, most of them imports
+_SECONDS = 120  # from the start of all ranks; some ten are usual, most of them imports
 
 
 def run_ranks(worker: Callable[..., None], *args: Any, folder: os.PathLike, ranks: int = 2) -> None:
@@ -23,11 +23,11 @@ def run_ranks(worker: Callable[..., None], *args: Any, folder: os.PathLike, rank
         folder: an empty one; the ranks find each other through a file in it.
 
     Raises:
-        TimeoutError: some rank hangs; each has printed where.
+        TimeoutError: some rank hangs; those that came to their work have printed where.
     """
     arguments = (worker, args, os.fspath(folder), ranks)
     context = mp.spawn(_run, args=arguments, nprocs=ranks, join=False)
-    deadline = time.monotonic() + _SECONDS + 10
+    deadline = time.monotonic() + _SECONDS
     while not context.join(timeout=max(0, deadline - time.monotonic())):
         if time.monotonic() > deadline:
             for process in context.processes:
@@ -36,7 +36,7 @@ def run_ranks(worker: Callable[..., None], *args: Any, folder: os.PathLike, rank
 
 
 def _run(rank: int, worker: Callable[..., None], args: Any, folder: str, ranks: int) -> None:
-    faulthandler.dump_traceback_later(_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(_SECONDS / 2)
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import functools
+import types
 import warnings
 
 import numpy as np
@@ -140,6 +141,14 @@ def test_a_replaced_forward_is_not_carried_over():
     with pytest.raises(ValueError, match="to_dense: 1 has a forward that was replaced"):
         slope.to_dense(model)
     assert sparse_names(model) == ["1"]
+
+    for layer in model:  # what is left where a hook was taken away
+        layer.forward = types.MethodType(type(layer).forward, layer)
+    slope.convert(model)
+    assert sparse_names(model) == ["0", "1"]
+    for layer in slope.to_dense(model):
+        assert type(layer) is nn.Linear
+        assert "forward" not in vars(layer)
 
 
 def test_filter_fn_and_idempotence():

@@ -126,6 +126,15 @@ def twins(device, dtype=torch.float32, **options):
     return model, fused
 
 
+def test_a_fused_model_may_be_converted_again_by_the_same_targets():
+    config = slope.SlopeConfig(
+        fuse=["swiglu"], target_modules=["gate_proj", "up_proj", "down_proj"]
+    )
+    model = slope.convert(llama(), config)
+    before = list(model.modules())
+    assert list(slope.convert(model, config).modules()) == before
+
+
 def close(found, expected):
     tolerance = 1e-5 if found.dtype == torch.float32 else 0.04
     size = float(expected.detach().abs().max())

@@ -525,26 +525,53 @@ def test_mask_is_chosen_before_hooks_copy_it(backward_copy, device):
 
 
 def test_averaged_model(device):
-    """It pairs the buffers of its copy with the model's, by place."""
+    """It pairs the buffers of its copy with the model's, by place, and copies them. (With
+    ``use_buffers`` it would average masks.)"""
     model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 24), nn.Linear(24, 16)).to(device)
     model[2].weight = model[0].weight  # buffers of tied layers are one
     slope.convert(model)
-    for use_buffers in (False, True):
-        averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=use_buffers)
-        assert averaged.module[0]._buffers is averaged.module[2]._buffers
-        weights = []
-        for _ in range(2):
-            with torch.no_grad():
-                model[0].weight.add_(torch.randn_like(model[0].weight))
-                if not use_buffers:  # else masks would be averaged, too
-                    model[0].weight_bitmask.copy_(model[0].weight_bitmask.flip(0))
-            averaged.update_parameters(model)
-            weights.append(model[0].weight.detach().clone())
-        torch.testing.assert_close(averaged.module[0].weight, (weights[0] + weights[1]) / 2)
-        assert torch.equal(averaged.module[0].weight_bitmask, model[0].weight_bitmask)
-        x = torch.randn(3, 24, device=device)
-        dense = slope.to_dense(copy.deepcopy(averaged.module))
-        torch.testing.assert_close(averaged(x), dense(x))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    assert averaged.module[0]._buffers is averaged.module[2]._buffers
+    weights = []
+    for _ in range(2):
+        with torch.no_grad():
+            model[0].weight.add_(torch.randn_like(model[0].weight))
+            model[0].weight_bitmask.copy_(model[0].weight_bitmask.flip(0))
+        averaged.update_parameters(model)
+        weights.append(model[0].weight.detach().clone())
+    torch.testing.assert_close(averaged.module[0].weight, (weights[0] + weights[1]) / 2)
+    assert torch.equal(averaged.module[0].weight_bitmask, model[0].weight_bitmask)
+    x = torch.randn(3, 24, device=device)
+    dense = slope.to_dense(copy.deepcopy(averaged.module))
+    torch.testing.assert_close(averaged(x), dense(x))
+
+
+@pytest.mark.parametrize(
+    ("activation", "frozen"),
+    [("none", False), ("none", True), ("relu", True), ("swiglu", False), ("swiglu", True)],
+)  # the gradient of a ReLU wants its result as it was, torch's too
+def test_result_may_be_written_in_place(activation, frozen, device):
+    layer = slope.SLoPeLinear(24, 32, device=device, activation=activation)
+    layer.requires_grad_(not frozen)
+    residual = torch.randn(2, 3, 16 if activation == "swiglu" else 32, device=device)
+    residual.requires_grad_()
+    x = torch.randn(2, 3, 24, device=device)
+    y = layer(x)
+    expected = y.detach() + 2 * residual.detach()
+    y += 2 * residual
+    y.sum().backward()
+    torch.testing.assert_close(y.detach(), expected)
+    assert (residual.grad == 2).all()
+    assert (layer.weight.grad is None) == frozen
+
+
+def test_legacy_files_fill_tensors_after_the_layer_is_there(device):
+    """torch.load of the old format: what a layer computed when it was unpickled would be wrong."""
+    layer = drifted_layer(device)
+    file = io.BytesIO()
+    torch.save(layer, file, _use_new_zipfile_serialization=False)
+    file.seek(0)
+    assert_same_function(layer, torch.load(file, weights_only=False))
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

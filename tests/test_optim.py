@@ -220,6 +220,28 @@ def test_checkpoints_of_other_algorithms_are_refused(make, message):
         slope.optim.AdamW([{**state["param_groups"][0], "params": list(layer.parameters())}])
     assert optimizer.param_groups[0]["lr"] == 0.5
     optimizer.load_state_dict(torch.optim.Adam(layer.parameters()).state_dict())  # decays nothing
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_hooks_see_a_checkpoint_before_it_is_checked():
+    layer = slope.SLoPeLinear(24, 16)
+    optimizer = slope.optim.AdamW(layer.parameters())
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["amsgrad"] = True
+    moment = torch.full_like(layer.weight, 3.0)
+
+    def repair(_, state_dict):
+        state_dict = copy.deepcopy(state_dict)
+        state_dict["param_groups"][0]["amsgrad"] = False
+        state_dict["state"][0]["exp_avg"] = moment
+        return state_dict
+
+    optimizer.register_load_state_dict_pre_hook(repair)
+    optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.state[layer.weight]["exp_avg"], moment)
 
 
 def test_tensors_of_tensors_are_refused():
@@ -229,6 +251,8 @@ def test_tensors_of_tensors_are_refused():
     with pytest.raises(TypeError, match="params must be plain tensors, got a TwoTensor"):
         optimizer.add_param_group({"params": [nested]})
     assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [nested.detach()]})  # frozen
+    optimizer.step()
 
 
 @pytest.mark.parametrize("spoil", [lambda m: m[:8], lambda m: m.int(), lambda m: m | 1 | 2 | 4])
@@ -243,7 +267,9 @@ def test_a_transposed_mask_of_no_such_weight_is_refused(spoil):
     for saved in state["state"].values():
         if "transposed_mask" in saved:
             saved["transposed_mask"] = spoil(saved["transposed_mask"])
-    with pytest.raises(ValueError, match="AdamW: state_dict: a transposed mask must"):
+    with pytest.raises(
+        ValueError, match=r"AdamW: state_dict: values \[\d+, \d+\]: a transposed mask must"
+    ):
         optimizer.load_state_dict(state)
     assert torch.equal(optimizer.state[net.up.weight]["exp_avg"], moment)
 

@@ -162,14 +162,40 @@ def test_export_of_nothing_is_a_table_too(tmp_path):
 
 
 def test_export_and_import_say_what_they_cannot_do(tmp_path):
-    with pytest.raises(OSError, match="missing"):
-        plan_cache.export_table(tmp_path / "missing" / "exported.json")
+    good, other = tmp_path / "good.json", tmp_path / "other.json"
+    _tuned_table.save(good, {ENVIRONMENT: [entry()]})
+    own = plan_cache.table_path()
     for text, message in (("notes", "is no table"), (LATER_TABLE, "of a later version")):
-        (tmp_path / "other.json").write_text(text)
+        other.write_text(text)
         for use in (plan_cache.export_table, plan_cache.import_table):
             with pytest.raises(ValueError, match=message):
-                use(tmp_path / "other.json")
-        assert (tmp_path / "other.json").read_text() == text
+                use(other)
+        assert other.read_text() == text
+        own.parent.mkdir(exist_ok=True)
+        own.write_text(text)
+        for use in (plan_cache.export_table, plan_cache.import_table):
+            with pytest.raises(ValueError, match=message):
+                use(good)
+        assert own.read_text() == text
+        own.unlink()
+    for use in (plan_cache.export_table, plan_cache.import_table):
+        with pytest.raises(OSError, match="other"):
+            use(other / "folder" / "table.json")
+
+
+def test_concurrent_exports_lose_nothing(tmp_path, monkeypatch):
+    """From several machines, say, into a file that they share."""
+    shared = tmp_path / "shared.json"
+
+    def export(number):
+        _tuned_table.merge_into(shared, {f"{ENVIRONMENT} {number}": [entry()]})
+
+    threads = [threading.Thread(target=export, args=(i,), daemon=True) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(_tuned_table.read(shared)) == 8
 
 
 def test_shipped_tables_are_readable_and_have_the_shapes_of_the_records():
