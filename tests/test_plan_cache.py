@@ -522,6 +522,22 @@ def test_split_k_entries_run():
 
 
 @pytest.mark.gpu
+@torch.no_grad()
+def test_a_workspace_does_not_outlive_its_call():
+    """torch.compile's CUDA graphs refuse memory of their pool that does."""
+    layer, x = layer_and_input(256, 1024, 16)
+    plan_cache._table(0).add(entry(256, 1024, 16, id=0, split_k=4))
+    plan_cache.clear()
+    assert_right(layer, x, layer(x))
+    if plan_cache.entries()[0]["workspace_bytes"] == 0:
+        pytest.skip("no workspace for a split of K here")
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_right(layer, x, compiled(x).clone())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "cusparselt"])
 def test_backends_agree(backend):
     o = Operands(64, 96, torch.float16, CUDA)
