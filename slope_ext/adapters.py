@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from slope_ext.sparse_layer import named_sparse_layers
 
@@ -24,8 +25,9 @@ class LazyAdapters:
     step, before the forward pass. At the switch it fills that group with the adapters (B = 0: the
     loss does not jump).
 
-    To resume, load this object's state before the model's and the optimizer's: it adds the adapters
-    if the checkpoint was past the switch, so that the other two fit.
+    To resume, load this object's state before the optimizer's, or the model's before that: either
+    adds the adapters if the checkpoint was past the switch, so that the rest fits. What was made
+    for the model's parameters before (an AveragedModel, say) must be made anew after the switch.
 
     With DistributedDataParallel pass the module inside, and wrap it again after the step that
     returns True: DDP reduces only the parameters that it saw when it wrapped.
@@ -41,8 +43,9 @@ class LazyAdapters:
             missing is taken from the optimizer's first group.
 
     Raises:
-        ValueError: an argument is out of range, ``model`` is wrapped by DDP, or the optimizer has a
-            scheduler already; the message names the argument.
+        ValueError: an argument is out of range, ``model`` is wrapped by DDP or sharded, or the
+            optimizer has a scheduler already or is a ZeroRedundancyOptimizer; the message names the
+            argument.
     """
 
     def __init__(
@@ -67,6 +70,16 @@ class LazyAdapters:
                 "LazyAdapters: model must be the module inside DistributedDataParallel; "
                 "wrap that again after the step that adds the adapters"
             )
+        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "LazyAdapters: optimizer must not be a ZeroRedundancyOptimizer, which deals out "
+                "parameters when a group is added and would never see the adapters"
+            )
+        if any(is_traceable_wrapper_subclass(p) for p in model.parameters()):
+            raise ValueError(
+                "LazyAdapters: model must not be sharded: nothing would reduce the gradients of "
+                "adapters that are added later; add_adapter to its layers before fully_shard"
+            )
         if not named_sparse_layers(model):
             raise ValueError(
                 "LazyAdapters: model has no sparse layer; call slope_ext.convert first"
@@ -87,6 +100,7 @@ class LazyAdapters:
         if _NAMES in options:  # all groups have names or none
             options[_NAMES] = []
         optimizer.add_param_group(options)
+        optimizer.register_load_state_dict_pre_hook(self._before_optimizer_loads)
 
     def step(self) -> bool:
         """Counts one optimizer step; returns True if it is the one that adds the adapters."""
@@ -112,6 +126,14 @@ class LazyAdapters:
                         group[_NAMES].append(f"{name}.{factor}" if name else factor)
         self.active = True
 
+    def _before_optimizer_loads(
+        self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+    ) -> None:
+        groups = state_dict["param_groups"]
+        past_the_switch = len(groups) > self._group_index and groups[self._group_index]["params"]
+        if past_the_switch and not self.active:
+            self.activate()
+
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "active": self.active, "rank": self.rank, "scale": self.scale}
 
@@ -119,8 +141,14 @@ class LazyAdapters:
         """Restores the count of steps, and the adapters if the checkpoint had them.
 
         Raises:
-            ValueError: the checkpoint's rank differs from this object's.
+            ValueError: the checkpoint's rank differs from this object's, or it has no adapters
+                where they are there already.
         """
+        if self.active and not state["active"]:
+            raise ValueError(
+                "LazyAdapters: the checkpoint is of before the switch, but the adapters are there; "
+                "load it into a model and an optimizer without"
+            )
         if state["active"] and state["rank"] != self.rank:
             raise ValueError(
                 f"LazyAdapters: rank is {self.rank}, but the checkpoint has {state['rank']}"

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from slope_ext import ops, reference
 from slope_ext._check import BACKENDS, FLOAT_DTYPES, dtype_name
@@ -124,7 +125,9 @@ def convert(
 
     DistributedDataParallel would broadcast every buffer in each forward pass. The model that is
     converted tells it to leave out what layers derive from weight and bitmask, which each rank
-    derives by itself; wrap that model, not one around it.
+    derives by itself; wrap that model, not one around it, and after this. Masks are broadcast when
+    it wraps and until its first forward pass that runs as Python (all compiled: pass
+    ``broadcast_buffers=False``). With FSDP2, convert first too; torch's optimizers train that.
 
     Args:
         model: any module; if it is itself a linear layer, use the return value.
@@ -137,10 +140,12 @@ def convert(
 
     Raises:
         ValueError: a mask or score does not fit its layer or names none; a target matches no linear
-            layer; or, with ``strict``, a targeted layer cannot be converted. The model is then as
-            it was.
+            layer; DistributedDataParallel wraps the model or a part of it; or, with ``strict``, a
+            targeted layer cannot be converted. The model is then as it was.
     """
     config = config or SlopeConfig()
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError("convert: model must not be wrapped by DistributedDataParallel yet")
     _check_targets(model, config.target_modules)
     plan, skipped = _plan(model, config, filter_fn)
     _check_given_names(config, [name for names in plan.values() for name in names])
@@ -290,6 +295,8 @@ def _obstacle(
         return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (weight_norm, prune, ...)"
+    if is_traceable_wrapper_subclass(module.weight):
+        return f"weight is a {type(module.weight).__name__}; convert before it is sharded"
     for other_name, other in owners[id(module.weight)]:
         if not _is_linear_like(other):
             return f"weight is tied to {other_name} ({type(other).__name__})"

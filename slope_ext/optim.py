@@ -45,7 +45,10 @@ class AdamW(torch.optim.Optimizer):
     leave the backward copies to backward passes.
 
     Load a checkpoint's model before its optimizer: the optimizer's state holds the transposed masks
-    too, which are chosen again when a model is loaded. A write through ``weight.data`` after
+    too, which are chosen again when a model is loaded (``set_model_state_dict``, then
+    ``set_optimizer_state_dict``; ``set_state_dict`` does it the other way round). Every rank must
+    step every parameter: as a ZeroRedundancyOptimizer's class take ``mask_interval=0``, and call
+    :func:`slope_ext.update_transposed_masks` on all ranks. A write through ``weight.data`` after
     ``step()`` (clamping, say) is invisible to torch and needs
     ``SLoPeLinear.mark_backward_copy_stale()``; under ``torch.no_grad()`` without ``.data`` it does
     not.
@@ -222,17 +225,14 @@ class AdamW(torch.optim.Optimizer):
 
         # Buckets: what one adamw_ call can take. A layer whose mask is due gets its copy later.
         buckets: dict[Any, list[tuple[Tensor, SLoPeLinear | None]]] = defaultdict(list)
-        due = []
         for param, state in zip(params, states, strict=True):
-            layer = layers.get(id(param))
-            if layer is not None and choose:
-                due.append(layer)
-                layer = None
-            copied = _with_copy_to_write(layer)
+            copied = None if choose else _with_copy_to_write(layers.get(id(param)))
             key = (param.device, param.dtype, state["exp_avg"].dtype, "master" in state)
             buckets[(*key, copied is not None)].append((param, copied))
         for bucket in buckets.values():
             self._update(bucket, group, grad_scale, found_inf)
+        # Those too that had no gradient in this very step: experts that no token went to
+        due = [layers[id(p)] for p in group["params"] if id(p) in layers] if choose else []
         for layer in due:
             layer.update_transposed_mask()
 
@@ -294,7 +294,7 @@ class AdamW(torch.optim.Optimizer):
             _refuse_capture(param)
             wide = is_half(param.dtype) and not group["half_moments"]
             dtype = torch.float32 if wide else param.dtype
-            state["step"] = torch.zeros((), device=param.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
         wide = state["exp_avg"].dtype != param.dtype
@@ -304,13 +304,17 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict, and each sparse layer's transposed mask among its weight's state."""
+        """torch's state_dict, and a copy of the transposed mask in the state of a sparse weight.
+
+        A copy: who loads into these tensors (torch.distributed.checkpoint) loads a model before the
+        optimizer, and that chooses masks.
+        """
         result: dict[str, Any] = super().state_dict()
         state, layers = result["state"], layers_by_weight()
         for index, param in self._indexed_params():
             layer = layers.get(id(param))
             if layer is not None and index in state:
-                state[index] = {**state[index], _TRANSPOSED_MASK: layer.transposed_mask}
+                state[index] = {**state[index], _TRANSPOSED_MASK: layer.transposed_mask.clone()}
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

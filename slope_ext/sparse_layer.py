@@ -187,12 +187,12 @@ def update_transposed_masks(model: nn.Module) -> None:
 
 
 def transposed_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The transposed masks of ``model`` by layer name, to be saved beside its state_dict.
+    """Copies of the transposed masks of ``model`` by layer name, to be saved beside its state_dict.
 
     A state_dict leaves them out, since they can be derived; but a mask of an earlier weight cannot,
     so an exact resume needs them. ``slope_ext.optim.AdamW`` keeps them in its own state.
     """
-    return {name: layer.transposed_mask for name, layer in named_sparse_layers(model)}
+    return {name: layer.transposed_mask.clone() for name, layer in named_sparse_layers(model)}
 
 
 def load_transposed_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -214,6 +214,22 @@ def load_transposed_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None
 
 def named_sparse_layers(model: nn.Module) -> list[tuple[str, SparseLayer]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, SparseLayer)]
+
+
+def end_broadcasts_of_masks() -> None:
+    """Has DistributedDataParallel, if it runs this forward pass, broadcast masks no more.
+
+    It did when it was made, and training does not change them. In torch before 2.13 each broadcast
+    counts as a write, after which transposed masks are chosen again: in every pass.
+    """
+    ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+    if ddp is not None:
+        ddp.parameters_to_ignore |= {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, layer in named_sparse_layers(ddp.module)
+            for name in (layer.mask_name, layer.transposed_mask_name)
+        }
+        ddp._assign_modules_buffers()
 
 
 def layers_by_weight() -> dict[int, SparseLayer]:

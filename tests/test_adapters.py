@@ -207,3 +207,38 @@ def test_adapters_made_on_the_meta_device(pattern):
     assert layer.lora_scale == 0.5
     assert 0 < layer.lora_A.abs().max() <= 16**-0.5
     assert not layer.lora_B.any()
+
+
+@pytest.mark.parametrize("optimizer", [slope.optim.AdamW, torch.optim.AdamW])
+def test_resume_in_the_order_of_accelerate(optimizer):
+    """Model, optimizer, and only then what is registered for checkpoints."""
+    model, opt, adapters = make(optimizer=optimizer)
+    train(model, opt, adapters, 0, 17)
+    state = copy.deepcopy((model.state_dict(), opt.state_dict(), adapters.state_dict()))
+    masks = slope.transposed_masks(model)
+    expected = train(model, opt, adapters, 17, 20)
+    model, opt, adapters = make(optimizer=optimizer)
+    for each, saved in zip((model, opt, adapters), state, strict=True):
+        each.load_state_dict(saved)
+    slope.load_transposed_masks(model, masks)
+    assert train(model, opt, adapters, 17, 20) == expected
+
+
+def test_a_checkpoint_of_before_the_switch_does_not_go_over_adapters():
+    _, _, adapters = make()
+    before = adapters.state_dict()
+    adapters.activate()
+    with pytest.raises(ValueError, match="the checkpoint is of before the switch"):
+        adapters.load_state_dict(before)
+    assert adapters.active
+
+
+def test_optimizers_that_deal_out_parameters_are_refused():
+    class ZeroRedundancyOptimizer(torch.optim.AdamW):
+        pass
+
+    model = make_model()
+    opt = ZeroRedundancyOptimizer(model.parameters())
+    with pytest.raises(ValueError, match="must not be a ZeroRedundancyOptimizer"):
+        slope.LazyAdapters(model, opt, rank=2, total_steps=4)
+    assert len(opt.param_groups) == 1

@@ -151,6 +151,15 @@ def test_a_replaced_forward_is_not_carried_over():
         assert "forward" not in vars(layer)
 
 
+def test_a_wrapped_model_is_refused():
+    wrapped = object.__new__(nn.parallel.DistributedDataParallel)  # without a process group
+    nn.Module.__init__(wrapped)
+    wrapped.module = nn.Linear(16, 16)
+    for model in (wrapped, nn.Sequential(wrapped)):
+        with pytest.raises(ValueError, match="must not be wrapped by DistributedDataParallel"):
+            slope.convert(model)
+
+
 def test_filter_fn_and_idempotence():
     model = Model()
     quietly(model, filter_fn=lambda module, name: "q_proj" not in name)

@@ -574,6 +574,16 @@ def test_legacy_files_fill_tensors_after_the_layer_is_there(device):
     assert_same_function(layer, torch.load(file, weights_only=False))
 
 
+def test_forward_mode_is_refused_not_ignored():
+    layer, x = slope.SLoPeLinear(24, 16), torch.randn(3, 24)
+    layer.add_adapter(2)
+    for name in ("slope::linear_lowrank", "slope::linear"):
+        for use in (lambda: torch.func.jvp(layer, (x,), (x,)), lambda: torch.func.jacfwd(layer)(x)):
+            with pytest.raises(NotImplementedError, match=f"{name} has no forward-mode gradient"):
+                use()
+        layer.remove_adapter()
+
+
 # ---- torch.compile -------------------------------------------------------------------------------
 
 

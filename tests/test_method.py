@@ -5,9 +5,13 @@ The properties were collected from the paper (arXiv 2405.16325) and from the way
 implementation can miss it. Numbers in the names are theirs.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import oracle
 import slope_ext as slope
@@ -125,6 +129,9 @@ def _ddp_worker(rank, data, folder):
     assert id(model.module[0].weight_bitmask) in broadcast
     assert id(model.module[0].weight_t) not in broadcast, "each rank derives its own"
     _ddp_train(model, [batch.chunk(2)[rank] for batch in data])
+    version = model.module[0].weight_bitmask._version
+    model(data[0])
+    assert model.module[0].weight_bitmask._version == version, "masks are broadcast once"
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
 
 
@@ -163,6 +170,55 @@ def test_7_ddp_averages_compressed_gradients(tmp_path):
         state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, expected in model.state_dict().items():
             torch.testing.assert_close(state[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def _fsdp_worker(rank, data, folder):
+    mesh = init_device_mesh("cpu", (2,))
+    model = _ddp_model()
+    expected = copy.deepcopy(model)
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (model, expected)]
+
+    def train():
+        for batch in data:
+            for m, optimizer, part in zip(
+                (model, expected), optimizers, (batch.chunk(2)[rank], batch), strict=True
+            ):
+                optimizer.zero_grad()
+                m(part).square().mean().backward()
+                optimizer.step()
+
+    def assert_equal():
+        for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-4, atol=1e-5)
+        x = torch.randn(3, 16).requires_grad_(), torch.randn(3, 16).requires_grad_()
+        with torch.no_grad():
+            x[1].copy_(x[0])
+        for m, each in zip((model, expected), x, strict=True):
+            m(each).sum().backward()
+        torch.testing.assert_close(x[0].grad, x[1].grad, rtol=1e-4, atol=1e-5)
+
+    train()
+    assert_equal()
+    model.load_state_dict(model.state_dict())
+    expected.load_state_dict(expected.state_dict())
+    assert_equal()
+    slope.update_transposed_masks(model)
+    slope.update_transposed_masks(expected)
+    train()
+    assert_equal()
+    with pytest.raises(TypeError, match="params must be plain tensors, got a DTensor"):
+        slope.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="LazyAdapters: model must not be sharded"):
+        slope.LazyAdapters(model, optimizers[0], rank=2, total_steps=4)
+
+
+@pytest.mark.slow
+def test_7_fsdp2_equals_one_process(tmp_path):
+    """Training, loading, and masks that are chosen again; torch's optimizer."""
+    run_ranks(_fsdp_worker, torch.randn(4, 8, 16), tmp_path, folder=tmp_path)
 
 
 # ---- 8: memory, embeddings at full cost ----------------------------------------------------------

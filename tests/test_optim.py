@@ -280,6 +280,44 @@ def test_a_transposed_mask_of_no_such_weight_is_refused(spoil):
         assert torch.equal(mask, before[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_is_not_that_of_steps(dtype):
+    layer = slope.SLoPeLinear(24, 16, dtype=torch.float32)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = slope.optim.AdamW(layer.parameters())
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
+    assert optimizer.state[layer.weight]["step"].dtype == torch.float32
+
+
+def test_masks_of_layers_without_a_gradient_change_on_schedule_too(device):
+    """Experts that get no token in the very step at which masks are due."""
+    experts = [slope.SLoPeLinear(24, 16, device=device) for _ in range(2)]
+    optimizer = slope.optim.AdamW([e.weight for e in experts], lr=0.5, mask_interval=2)
+    before = [e.weight_t_bitmask.clone() for e in experts]
+    for expert in (experts[0], experts[1]):
+        optimizer.zero_grad()
+        expert.weight.grad = torch.randn_like(expert.weight)
+        optimizer.step()
+    for expert, mask in zip(experts, before, strict=True):
+        assert not torch.equal(expert.weight_t_bitmask, mask)
+
+
+def test_saved_masks_are_copies():
+    """torch.distributed.checkpoint loads into what state_dict returns."""
+    net = Net()
+    optimizer = slope.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, optimizer, 1, seed=1)
+    live = {mask.data_ptr() for mask in (net.up.weight_t_bitmask, net.down.weight_t_bitmask)}
+    saved = [s["transposed_mask"] for s in optimizer.state_dict()["state"].values() if len(s) > 3]
+    for mask in (*saved, *slope.transposed_masks(net).values()):
+        assert mask.data_ptr() not in live
+
+
 def test_state_round_trip_of_a_parameter_without_gradient():
     net = Net()
     net.up.requires_grad_(False)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from slope_ext import _backward_copy, reference
@@ -273,9 +274,12 @@ def call_directly(
     """
     x = differentiable[0]
     assert x is not None
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    if forward_ad._current_level >= 0:  # torch.library's ops drop tangents without a word
+        raise NotImplementedError(f"{op.name()} has no forward-mode gradient")
     if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or type(x) is not Tensor
         or x.is_meta
         or torch._C._is_any_autocast_enabled()
