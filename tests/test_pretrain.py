@@ -592,6 +592,83 @@ def test_resume_with_changed_text_is_refused(
     assert f"--data {text}: its text changed" in capsys.readouterr().err
 
 
+def test_what_cannot_start_deletes_nothing(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = arguments(inputs, tmp_path, "--steps", 4, "--save-interval", 2)
+    assert main(options) == 0
+    checkpoints = tmp_path / "checkpoints"
+    precious = checkpoints / "step-best" / "notes.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    before = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    for option, value in (("--data", "corpuz"), ("--model", "llamma"), ("--seq-len", 10**6)):
+        assert main([*options, "--resume", "never", option, str(value)]) == 2
+        assert option in capsys.readouterr().err
+        assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == before
+    assert main([*options, "--resume", "never", "--stop-after", "1"]) == 0
+    assert newest(tmp_path).name == "step-000001"
+    assert not (tmp_path / "summary.json").exists()
+    assert precious.read_text() == "mine"
+
+
+def test_checkpoints_that_are_all_damaged_are_kept(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = arguments(inputs, tmp_path, "--save-interval", 2, "--stop-after", 4)
+    assert main(options) == 0
+    files = sorted((tmp_path / "checkpoints").rglob("model.safetensors"))
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(file.read_bytes() + b"!")
+    log = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.warns(UserWarning, match="skipping the checkpoint"):
+        assert main(options) == 2
+    assert "none of the checkpoints in" in capsys.readouterr().err
+    assert all(file.exists() for file in files)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
+def test_resume_with_a_changed_config_is_refused(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((inputs / "llama.json").read_text())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    options = arguments(inputs, tmp_path / "run", "--model", file)
+    assert main([*options, "--stop-after", "2"]) == 0
+    for change in ({"hidden_act": "relu"}, {"hidden_size": 64}):
+        file.write_text(json.dumps(config | change))
+        assert main(options) == 2
+        assert f"--model {file}: its config changed since" in capsys.readouterr().err
+    file.write_text(json.dumps(config))
+    assert main([*options, "--stop-after", "3"]) == 0
+
+
+def test_a_directory_is_one_runs_at_a_time(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pretrain.only_run_in(tmp_path):
+        assert main(arguments(inputs, tmp_path)) == 2
+    assert "another run writes to it now" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("spoil", ["truncate", "no tokenizer"])
+def test_spoilt_tokens_are_made_anew(inputs: Path, tmp_path: Path, spoil: str) -> None:
+    arguments_ = (str(inputs / "text"), 0.3, "train", 300)
+    first = tokenize_corpus(tmp_path, *arguments_)
+    train = np.array(first.train)
+    if spoil == "truncate":
+        file = tmp_path / "tokens" / "train.bin"
+        file.write_bytes(file.read_bytes()[:200])
+    else:
+        (tmp_path / "tokenizer.json").unlink()
+    again = tokenize_corpus(tmp_path, *arguments_)
+    assert again.digest == first.digest
+    assert np.array_equal(again.train, train)
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 
@@ -605,6 +682,7 @@ def test_resume_with_changed_text_is_refused(
         (["--lr", "-1"], "--lr"),
         (["--beta2", "1"], "--beta2"),
         (["--seed", "-1"], "--seed"),
+        (["--seed", "4294967296"], "--seed"),
         (["--vocab-size", "256"], "--vocab-size"),
         (["--valid-fraction", "0"], "--valid-fraction"),
         (["--valid-fraction", "1"], "--valid-fraction"),
@@ -613,6 +691,8 @@ def test_resume_with_changed_text_is_refused(
         (["--method", "magic"], "--method"),
         (["--model", "llama-9t"], "--model llama-9t"),
         (["--model", "{inputs}/text/0.txt"], "--model"),
+        (["--model", "{inputs}/t5.json"], "--model: no causal LM of type t5"),
+        (["--model", "{inputs}/narrow.json"], "model has no sparse layer"),
         (["--seq-len", "65"], "--seq-len 65"),
         (["--data", "{inputs}/nothing"], "--data"),
         (["--data", "{inputs}"], "--data"),
@@ -643,6 +723,10 @@ def test_mistakes_are_named(
     (bad / "short.txt").write_text("too short")
     (bad / "latin.txt").write_bytes("é".encode("latin-1"))
     (bad / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    (bad / "t5.json").write_text('{"model_type": "t5"}')
+    narrow = json.loads((inputs / "llama.json").read_text())
+    narrow |= {"hidden_size": 28, "intermediate_size": 36, "num_attention_heads": 2}
+    (bad / "narrow.json").write_text(json.dumps(narrow | {"num_key_value_heads": 2}))
     files = {file.name for file in bad.iterdir()}
     options = [
         option.replace("{inputs}", str(bad if Path(option).name in files else inputs))

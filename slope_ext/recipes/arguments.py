@@ -82,6 +82,7 @@ def _number(
 
 _count = _number(int, 1, float("inf"), "a positive integer")
 _count_or_zero = _number(int, 0, float("inf"), "a non-negative integer")
+_seed = _number(int, 0, 2**32 - 1, "an integer from 0 to 2**32 - 1")
 _non_negative = _number(float, 0, 1e300, "a non-negative number")
 _share = _number(float, 0, 1, "a number between 0 and 1")
 _decay_rate = _number(float, 0, 1 - 1e-12, "a number from 0 to below 1")
@@ -226,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     optimization.add_argument(
         "--seed",
-        type=_count_or_zero,
+        type=_seed,
         default=0,
         help="seed of the weights, random masks, data order, dropout and sample",
     )

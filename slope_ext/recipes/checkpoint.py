@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from slope_ext.recipes import UsageError
+
 WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
 CHECKSUMS = "checksums.json"
@@ -61,13 +63,27 @@ def save_checkpoint(
 
 
 def find_checkpoint(root: Path) -> Path | None:
-    """The newest whole checkpoint under ``root``; warns about each damaged one it passes over."""
+    """The newest whole checkpoint under ``root``; warns about each damaged one it passes over.
+
+    None if there is no checkpoint; raises :class:`UsageError` if there are some, but none is whole.
+    """
     for path in reversed(_steps(root)):
         problem = damage(path)
         if problem is None:
             return path
         warnings.warn(f"skipping the checkpoint {path}: {problem}", stacklevel=2)
+    if _steps(root):
+        raise UsageError(
+            f"--resume auto: none of the checkpoints in {root} is whole; "
+            "--resume never deletes them and starts anew"
+        )
     return None
+
+
+def discard_checkpoints(root: Path) -> None:
+    """Delete every checkpoint under ``root``, and nothing else there."""
+    for path in (*_steps(root), *root.glob("tmp-*")):
+        shutil.rmtree(path)
 
 
 def damage(path: Path) -> str | None:
@@ -131,7 +147,10 @@ def _unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _steps(root: Path) -> list[Path]:
-    return sorted(root.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    """The checkpoints, the oldest first; a copy that somebody put beside them is none."""
+    numbers = {path: path.name.removeprefix("step-") for path in root.glob("step-*")}
+    found = [path for path, number in numbers.items() if number.isdecimal()]
+    return sorted(found, key=lambda path: int(numbers[path]))
 
 
 def checksum(file: Path) -> str:

@@ -293,7 +293,8 @@ def tokenize_corpus(
         else _identity(filter(Path.is_file, [_tokenizer_file(tokenizer)]), "--tokenizer"),
     }
     description = _read_description(cache)
-    if description.get("made_from") != made_from:
+    kept = description.get("made_from") == made_from and (directory / "tokenizer.json").is_file()
+    if not kept or description.get("bytes") != _sizes(cache):
         shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir(parents=True)
         train, valid, note = split_documents(source, valid_fraction)
@@ -315,6 +316,7 @@ def tokenize_corpus(
             "made_from": made_from,
             "dtype": dtype,
             "note": note,
+            "bytes": _sizes(cache),
             "digest": digest.hexdigest(),
         }
         # Written last, under its final name only when whole: it vouches for the token files.
@@ -328,6 +330,11 @@ def tokenize_corpus(
         note=description["note"],
         digest=description["digest"],
     )
+
+
+def _sizes(cache: Path) -> dict[str, int]:
+    """Bytes of the token files that are there."""
+    return {file.name: file.stat().st_size for file in sorted(cache.glob("*.bin"))}
 
 
 def _read_description(cache: Path) -> dict[str, Any]:

@@ -126,12 +126,19 @@ def model_config(name: str, vocab_size: int, end_of_text: int, seq_len: int) -> 
 
 
 def build_model(config: Any, dtype: torch.dtype, gradient_checkpointing: bool) -> nn.Module:
-    """A causal LM with fresh weights in ``dtype``, drawn from torch's global generator."""
+    """A causal LM with fresh weights in ``dtype``, drawn from torch's global generator.
+
+    Raises :class:`UsageError` where transformers has no such model, or none with sdpa attention.
+    """
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", dtype=dtype
-    )
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=dtype
+        )
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--model: no causal LM of type {config.model_type} ({reason})") from error
     if gradient_checkpointing:
         # The older name warns where transformers has the newer one.
         name = "activation_checkpointing_enable"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -34,6 +34,7 @@ from slope_ext.recipes.arguments import parse_arguments, require_same
 from slope_ext.recipes.checkpoint import (
     WEIGHTS,
     damage,
+    discard_checkpoints,
     find_checkpoint,
     load_state,
     load_weights,
@@ -187,8 +188,12 @@ class Run:
         np.random.seed(args.seed)
         random.seed(args.seed)
         model = build_model(config, getattr(torch, args.dtype), args.gradient_checkpointing)
+        self.config = json.dumps(_plain_config(config), sort_keys=True, default=str)
         self.model = model.to(self.device)
-        self.optimizer, self.adapters = METHODS[args.method](self.model, args)
+        try:
+            self.optimizer, self.adapters = METHODS[args.method](self.model, args)
+        except ValueError as error:  # no layer that can be sparse, say
+            raise UsageError(f"--model {args.model}: {error}") from error
         self.forward = torch.compile(self.model) if args.compile else self.model
 
     @property
@@ -228,6 +233,7 @@ class Run:
             "step": self.step,
             "arguments": vars(self.args),
             "corpus": self.corpus.digest,
+            "config": self.config,
             "optimizer": self.optimizer.state_dict(),
             "adapters": self.adapters.state_dict() if self.adapters is not None else None,
             "rng": rng_state(),
@@ -237,9 +243,14 @@ class Run:
         )
 
     def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Continue from ``state``, read from ``checkpoint``; UsageError if the data changed."""
+        """Continue from ``state``, read from ``checkpoint``.
+
+        Raises :class:`UsageError` if the data or the model's config changed.
+        """
         if state["corpus"] != self.corpus.digest:
             raise UsageError(f"--data {self.args.data}: its text changed since {checkpoint}")
+        if state.get("config", self.config) != self.config:
+            raise UsageError(f"--model {self.args.model}: its config changed since {checkpoint}")
         # The adapters come first: they add the parameters that the other two states refer to.
         if self.adapters is not None:
             self.adapters.load_state_dict(state["adapters"])
@@ -247,6 +258,11 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])
         self.step = state["step"]
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    """What a config says of the model, whatever version of transformers reads it."""
+    return {k: v for k, v in config.to_dict().items() if k != "transformers_version"}
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -324,8 +340,7 @@ def choose_checkpoint(resume: str, root: Path) -> Path | None:
     """The checkpoint that ``--resume`` asks for; None to start anew."""
     if resume == "auto":
         return find_checkpoint(root)
-    if resume == "never":
-        shutil.rmtree(root, ignore_errors=True)
+    if resume == "never":  # what is there goes once the new run is ready to start
         return None
     problem = damage(Path(resume))
     if problem is not None:
@@ -364,6 +379,22 @@ def pretrain(args: argparse.Namespace) -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output-dir {output}: {error.strerror}") from error
+    with only_run_in(output):
+        return _pretrain(args, output, processes)
+
+
+@contextlib.contextmanager
+def only_run_in(output: Path) -> Iterator[None]:
+    """Within the context no other run writes to ``output``; UsageError if one does."""
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--output-dir {output}: another run writes to it now") from error
+        yield
+
+
+def _pretrain(args: argparse.Namespace, output: Path, processes: Processes) -> int:
     checkpoint = choose_checkpoint(args.resume, output / "checkpoints")
     state = load_state(checkpoint) if checkpoint is not None else None
     summary_file = output / "summary.json"
@@ -373,7 +404,6 @@ def pretrain(args: argparse.Namespace) -> int:
             print(f"{output}: the run is complete")
             print(format_summary(json.loads(summary_file.read_text())))
             return 0
-    summary_file.unlink(missing_ok=True)
 
     corpus = tokenize_corpus(
         output, args.data, args.valid_fraction, args.tokenizer, args.vocab_size
@@ -382,6 +412,10 @@ def pretrain(args: argparse.Namespace) -> int:
     if checkpoint is not None and state is not None:
         run.restore(checkpoint, state)
         print(f"resuming after step {run.step} from {checkpoint}")
+    # Nothing of an earlier run goes before this one can start.
+    summary_file.unlink(missing_ok=True)
+    if args.resume == "never":
+        discard_checkpoints(run.checkpoints)
     (output / "arguments.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     print(
