@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -98,11 +99,32 @@ class SlopeConfig:
             parse_pattern(self.pattern)
         except ValueError as error:
             raise ValueError(f"SlopeConfig: {error}") from None
+        for name in ("target_modules", "exclude_modules"):
+            _check_names(name, getattr(self, name))
+        for name, kind in (("masks", Mapping), ("scores", Mapping), ("seed", Integral)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"SlopeConfig: {name} must be a {kind.__name__}, got {getattr(self, name)!r}"
+                )
 
     @property
     def compressed(self) -> bool:
         """Whether layers become SLoPeLinear rather than MaskedLinear."""
-        return self.pattern == "2:4" and not self.simulate
+        return parse_pattern(self.pattern) == (2, 4) and not self.simulate
+
+
+def _check_names(argument: str, names: Any) -> None:
+    """Raises unless these are a regular expression or a collection of names."""
+    if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(f"SlopeConfig: {argument} is no regular expression: {error}") from None
+    elif not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"SlopeConfig: {argument} must be a regular expression or a sequence of names, "
+            f"got {names!r}"
+        )
 
 
 # ---- convert -------------------------------------------------------------------------------------
@@ -143,7 +165,9 @@ def convert(
             layer; DistributedDataParallel wraps the model or a part of it; or, with ``strict``, a
             targeted layer cannot be converted. The model is then as it was.
     """
-    config = config or SlopeConfig()
+    config = SlopeConfig() if config is None else config
+    if not isinstance(config, SlopeConfig):
+        raise TypeError(f"convert: config must be a SlopeConfig, got {config!r}")
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError("convert: model must not be wrapped by DistributedDataParallel yet")
     _check_targets(model, config.target_modules)
@@ -270,12 +294,29 @@ def _plan(
         else:
             skipped[name] = reason
 
+    skipped |= {
+        name: "experts in one Parameter, no linear layers; convert takes layers"
+        for name in _experts(model)
+        if _matches(config.target_modules, name) and not _matches(config.exclude_modules, name)
+    }
+
     for module, names in list(plan.items()):
         dense = [name for name, owner in owners[id(module.weight)] if owner not in plan]
         if dense:
             del plan[module]
             skipped |= dict.fromkeys(names, f"weight is tied to {dense[0]}, which stays dense")
     return plan, skipped
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """Names of Parameters [experts, .., ..] of modules that are not torch's own."""
+    return [
+        f"{name}.{parameter_name}" if name else parameter_name
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.")
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.shape[0] > 1
+    ]
 
 
 def _obstacle(

@@ -24,7 +24,7 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     Raises:
         ValueError: pattern is not N:M with 1 <= N < M.
     """
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if match is None or not 1 <= int(match[1]) < int(match[2]):
         raise ValueError(f"pattern must be 'N:M' with 1 <= N < M, got {pattern!r}")
     return int(match[1]), int(match[2])

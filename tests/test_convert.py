@@ -160,6 +160,34 @@ def test_a_wrapped_model_is_refused():
             slope.convert(model)
 
 
+def test_experts_in_one_parameter_are_named():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.zeros(4, 16, 32))
+            self.router = nn.Linear(16, 8)
+            self.attention = nn.MultiheadAttention(16, 2)
+            self.position = nn.Parameter(torch.zeros(1, 9, 16))
+
+    model = nn.ModuleDict({"mlp": Experts()})
+    config = slope.SlopeConfig(exclude_modules=["out_proj"])
+    with pytest.warns(
+        slope.SlopeConversionWarning, match=r"mlp\.up_proj: experts in one"
+    ) as caught:
+        slope.convert(model, config)
+    assert "position" not in str(caught[0].message)
+    assert sparse_names(model) == ["mlp.router"]
+    with pytest.raises(ValueError, match=r"strict[\s\S]*mlp\.up_proj: experts"):
+        slope.convert(model, slope.SlopeConfig(strict=True, exclude_modules=["out_proj"]))
+
+
+def test_a_pattern_is_what_it_says_not_how_it_is_written():
+    layer = slope.convert(nn.Linear(16, 16), slope.SlopeConfig(pattern="02:4"))
+    assert type(layer) is slope.SLoPeLinear
+    with pytest.raises(TypeError, match="convert: config must be a SlopeConfig, got '2:4'"):
+        slope.convert(nn.Linear(16, 16), "2:4")
+
+
 def test_filter_fn_and_idempotence():
     model = Model()
     quietly(model, filter_fn=lambda module, name: "q_proj" not in name)
