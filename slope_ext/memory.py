@@ -45,12 +45,12 @@ class MemoryReport:
     @property
     def training_ratio(self) -> float:
         """Training state over that of the dense model; below 1 is smaller."""
-        return self.training / self.dense_training
+        return self.training / self.dense_training if self.dense_training else 1.0
 
     @property
     def inference_ratio(self) -> float:
         """Weights over those of the dense model; below 1 is smaller."""
-        return self.weights / self.dense_weights
+        return self.weights / self.dense_weights if self.dense_weights else 1.0
 
 
 def memory_report(

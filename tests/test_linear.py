@@ -2,8 +2,10 @@
 """SLoPeLinear: numerics against the oracle, and everything that torch does to modules."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -563,6 +565,19 @@ def test_result_may_be_written_in_place(activation, frozen, device):
     torch.testing.assert_close(y.detach(), expected)
     assert (residual.grad == 2).all()
     assert (layer.weight.grad is None) == frozen
+
+
+def test_a_weight_that_was_computed_is_not_held(device):
+    layer = slope.SLoPeLinear(24, 16, device=device)
+    weight = layer.weight * 2
+    x = torch.randn(3, 24, device=device)
+    torch.func.functional_call(layer, {"weight": weight}, (x,)).sum().backward()
+    assert layer.weight.grad is not None
+    reference = weakref.ref(weight)
+    del weight
+    gc.collect()
+    assert reference() is None
+    copy.deepcopy(layer)
 
 
 def test_legacy_files_fill_tensors_after_the_layer_is_there(device):
