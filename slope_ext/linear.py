@@ -323,7 +323,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             # What was only captured is not done yet. Holding the mask's storage keeps its address
             # from being used again.
             storage = self.weight_bitmask.untyped_storage()
-            # A weight that was computed (functional_call, parametrize) would be held with its graph.
+            # A weight that was computed (functional_call, say) would be held with its graph.
             ready = weight.is_leaf and not capturing and (written or not due)
             self._prepared = (self._state(), operand, storage) if ready else None
             return operand
