@@ -21,7 +21,7 @@ from slope_ext.fuse import FUSIONS, Fusion, SwiGLUMLP, fused_layers, unfuse
 from slope_ext.linear import DERIVED_BUFFERS, BackwardCopy, SLoPeLinear
 from slope_ext.ops.spmm import Backend
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
-from slope_ext.sparse_layer import SparseLayer
+from slope_ext.sparse_layer import SparseLayer, end_broadcasts_of_masks
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -148,8 +148,9 @@ def convert(
     DistributedDataParallel would broadcast every buffer in each forward pass. The model that is
     converted tells it to leave out what layers derive from weight and bitmask, which each rank
     derives by itself; wrap that model, not one around it, and after this. Masks are broadcast when
-    it wraps and until its first forward pass that runs as Python (all compiled: pass
-    ``broadcast_buffers=False``). With FSDP2, convert first too; torch's optimizers train that.
+    it wraps and until the first forward pass, where a hook of the model ends that (if all of it is
+    compiled, pass ``broadcast_buffers=False``). With FSDP2 convert first, too, and train by torch's
+    optimizers.
 
     Args:
         model: any module; if it is itself a linear layer, use the return value.
@@ -188,7 +189,7 @@ def convert(
     model = _replace(model, _sparse_twins(plan, config))
     for fusion in config.fuse:
         FUSIONS[fusion](model)
-    _have_ddp_ignore(model, derived)
+    _tell_ddp(model, derived)
     return model
 
 
@@ -219,7 +220,7 @@ def to_dense(model: nn.Module) -> nn.Module:
                 dense.weight = by_weight.setdefault(id(layer.weight), dense).weight
             replacements[layer] = dense
     model = _replace(model, replacements)
-    _have_ddp_ignore(model, derived)
+    _tell_ddp(model, derived)
     return model
 
 
@@ -583,8 +584,14 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> n
     return replacements.get(model, model)
 
 
-def _have_ddp_ignore(model: nn.Module, derived_before: set[str]) -> None:
-    """Tells DistributedDataParallel of the model's derived buffers instead of those before."""
+def _tell_ddp(model: nn.Module, derived_before: set[str]) -> None:
+    """Has DistributedDataParallel ignore the model's derived buffers instead of those before, and
+    masks after its first forward pass."""
     ignored = [name for name in vars(model).pop(_DDP_IGNORES, ()) if name not in derived_before]
     if ignored := ignored + _derived_buffers(model):
         setattr(model, _DDP_IGNORES, ignored)
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is end_broadcasts_of_masks]:
+        del hooks[key]
+    if any(isinstance(module, SparseLayer) for module in model.modules()):
+        model.register_forward_pre_hook(end_broadcasts_of_masks)

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from slope_ext import _backward_copy, _freshness, _packed, ops
 from slope_ext._check import ACTIVATIONS, BACKENDS, GATE_ROWS, has_two_of_four
 from slope_ext.ops.spmm import Activation, Backend
-from slope_ext.sparse_layer import SparseLayer, end_broadcasts_of_masks
+from slope_ext.sparse_layer import SparseLayer
 
 BackwardCopy = Literal["cached", "recompute"]
 # Buffers that a layer derives from weight and bitmask; the mask of the backward copy may be of an
@@ -312,7 +312,6 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             due = self._transposed_mask_is_due()
             written = due and choose_mask and not capturing
             if written:
-                end_broadcasts_of_masks()
                 self.update_transposed_mask()
             if not weight.is_cuda:
                 self.weight_metadata = None

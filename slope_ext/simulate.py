@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from slope_ext import _freshness
-from slope_ext.sparse_layer import SparseLayer, end_broadcasts_of_masks
+from slope_ext.sparse_layer import SparseLayer
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -165,7 +165,6 @@ class MaskedLinear(SparseLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Y = X (M W)^T + b [+ lora_scale (X A^T) B^T]; x [..., in] -> [..., out]."""
         if not torch.compiler.is_compiling() and not self.transposed_mask_is_fresh():
-            end_broadcasts_of_masks()
             self.update_transposed_mask()
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias

@@ -16,6 +16,7 @@ from slope_ext import _freshness
 from slope_ext._check import dtype_name
 
 _layers: weakref.WeakSet[SparseLayer] = weakref.WeakSet()
+_end_broadcasts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # see end_broadcasts_of_masks
 
 
 class SparseLayer(nn.Module):
@@ -216,20 +217,26 @@ def named_sparse_layers(model: nn.Module) -> list[tuple[str, SparseLayer]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, SparseLayer)]
 
 
-def end_broadcasts_of_masks() -> None:
+def end_broadcasts_of_masks(*_: Any) -> None:
     """Has DistributedDataParallel, if it runs this forward pass, broadcast masks no more.
 
     It did when it was made, and training does not change them. In torch before 2.13 each broadcast
-    counts as a write, after which transposed masks are chosen again: in every pass.
+    counts as a write, after which transposed masks are chosen again: in every pass. A forward
+    pre-hook of converted models, since all ranks must end it in the same pass, whatever layers they
+    come to.
     """
+    if torch.compiler.is_compiling():
+        return
     ddp = nn.parallel.DistributedDataParallel._active_ddp_module
-    if ddp is not None:
-        ddp.parameters_to_ignore |= {
-            f"{prefix}.{name}" if prefix else name
-            for prefix, layer in named_sparse_layers(ddp.module)
-            for name in (layer.mask_name, layer.transposed_mask_name)
-        }
-        ddp._assign_modules_buffers()
+    if ddp is None or ddp in _end_broadcasts:
+        return
+    _end_broadcasts.add(ddp)
+    ddp.parameters_to_ignore |= {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in named_sparse_layers(ddp.module)
+        for name in (layer.mask_name, layer.transposed_mask_name)
+    }
+    ddp._assign_modules_buffers()
 
 
 def layers_by_weight() -> dict[int, SparseLayer]:
