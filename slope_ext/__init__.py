@@ -17,6 +17,7 @@ from slope_ext.convert import SlopeConfig, SlopeConversionWarning, convert, to_d
 from slope_ext.linear import SLoPeLinear
 from slope_ext.simulate import MaskedLinear
 from slope_ext.sparse_layer import (
+    end_mask_broadcasts,
     load_transposed_masks,
     transposed_masks,
     update_transposed_masks,
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "accumulate_in_place",
     "convert",
+    "end_mask_broadcasts",
     "is_available",
     "load_transposed_masks",
     "ops",

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY_FILE = Path(__file__).with_name("_ops.so")
 FORCE_REFERENCE = os.environ.get("SLOPE_EXT_FORCE_REFERENCE", "0") not in ("", "0")
@@ -156,6 +157,12 @@ def _warn_reference_on_gpu(name: str) -> None:
         "right, speed and memory are not. See `python -m slope_ext.env_report`.",
         stacklevel=2,
     )
+
+
+def refuse_forward_mode(op: Any) -> None:
+    """Raises inside of torch.func.jvp and its like, as torch.library's ops would drop tangents."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{op.name()} has no forward-mode gradient")
 
 
 def register_write(name: str, *arguments: str) -> None:

@@ -199,7 +199,7 @@ def merge_into(
         OSError, ValueError: it cannot be written; or it is no table and stays as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
+    with open(path.with_name(f"{path.name}.lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         merged: dict[str, list[Entry]] = {}
         try:
@@ -223,6 +223,7 @@ def merge_into(
             "w", dir=path.parent, prefix=path.name, delete=False
         ) as new:
             json.dump(content, new, indent=1)
+            os.fchmod(new.fileno(), os.fstat(lock.fileno()).st_mode & 0o777)  # as the umask has it
         os.replace(new.name, path)
 
 

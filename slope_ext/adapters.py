@@ -70,7 +70,7 @@ class LazyAdapters:
                 "LazyAdapters: model must be the module inside DistributedDataParallel; "
                 "wrap that again after the step that adds the adapters"
             )
-        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        if "ZeroRedundancyOptimizer" in [kind.__name__ for kind in type(optimizer).__mro__]:
             raise ValueError(
                 "LazyAdapters: optimizer must not be a ZeroRedundancyOptimizer, which deals out "
                 "parameters when a group is added and would never see the adapters"
@@ -99,8 +99,11 @@ class LazyAdapters:
         options = {**optimizer.param_groups[0], **(group or {}), "params": []}
         if _NAMES in options:  # all groups have names or none
             options[_NAMES] = []
+        inner = optimizer  # of a wrapper such as accelerate's, which has no hooks
+        while not hasattr(inner, "_optimizer_load_state_dict_pre_hooks"):
+            inner = inner.optimizer  # type: ignore[attr-defined]
+        inner.register_load_state_dict_pre_hook(self._before_optimizer_loads)
         optimizer.add_param_group(options)
-        optimizer.register_load_state_dict_pre_hook(self._before_optimizer_loads)
 
     def step(self) -> bool:
         """Counts one optimizer step; returns True if it is the one that adds the adapters."""

@@ -21,7 +21,7 @@ from slope_ext.fuse import FUSIONS, Fusion, SwiGLUMLP, fused_layers, unfuse
 from slope_ext.linear import DERIVED_BUFFERS, BackwardCopy, SLoPeLinear
 from slope_ext.ops.spmm import Backend
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
-from slope_ext.sparse_layer import SparseLayer, end_broadcasts_of_masks
+from slope_ext.sparse_layer import SparseLayer
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -147,9 +147,8 @@ def convert(
 
     DistributedDataParallel would broadcast every buffer in each forward pass. The model that is
     converted tells it to leave out what layers derive from weight and bitmask, which each rank
-    derives by itself; wrap that model, not one around it, and after this. Masks are broadcast when
-    it wraps and until the first forward pass, where a hook of the model ends that (if all of it is
-    compiled, pass ``broadcast_buffers=False``). With FSDP2 convert first, too, and train by torch's
+    derives by itself; wrap that model, not one around it, and call
+    :func:`slope_ext.end_mask_broadcasts` then. With FSDP2 convert first, too, and train by torch's
     optimizers.
 
     Args:
@@ -165,6 +164,7 @@ def convert(
         ValueError: a mask or score does not fit its layer or names none; a target matches no linear
             layer; DistributedDataParallel wraps the model or a part of it; or, with ``strict``, a
             targeted layer cannot be converted. The model is then as it was.
+        TypeError: ``config`` is something else.
     """
     config = SlopeConfig() if config is None else config
     if not isinstance(config, SlopeConfig):
@@ -174,12 +174,19 @@ def convert(
     _check_targets(model, config.target_modules)
     plan, skipped = _plan(model, config, filter_fn)
     _check_given_names(config, [name for names in plan.values() for name in names])
+    listing = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
+    if skipped and config.strict:
+        raise ValueError(f"convert: strict, but these layers cannot be converted:\n{listing}")
     if skipped:
-        listing = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
-        if config.strict:
-            raise ValueError(f"convert: strict, but these layers cannot be converted:\n{listing}")
         warnings.warn(
             f"slope_ext.convert left {len(skipped)} linear layers dense:\n{listing}",
+            SlopeConversionWarning,
+            stacklevel=2,
+        )
+    if experts := _experts(model, config):
+        warnings.warn(
+            "slope_ext.convert takes linear layers; these Parameters, of experts it seems, stay "
+            f"dense: {', '.join(experts)}",
             SlopeConversionWarning,
             stacklevel=2,
         )
@@ -189,7 +196,7 @@ def convert(
     model = _replace(model, _sparse_twins(plan, config))
     for fusion in config.fuse:
         FUSIONS[fusion](model)
-    _tell_ddp(model, derived)
+    _have_ddp_ignore(model, derived)
     return model
 
 
@@ -220,7 +227,7 @@ def to_dense(model: nn.Module) -> nn.Module:
                 dense.weight = by_weight.setdefault(id(layer.weight), dense).weight
             replacements[layer] = dense
     model = _replace(model, replacements)
-    _tell_ddp(model, derived)
+    _have_ddp_ignore(model, derived)
     return model
 
 
@@ -295,12 +302,6 @@ def _plan(
         else:
             skipped[name] = reason
 
-    skipped |= {
-        name: "experts in one Parameter, no linear layers; convert takes layers"
-        for name in _experts(model)
-        if _matches(config.target_modules, name) and not _matches(config.exclude_modules, name)
-    }
-
     for module, names in list(plan.items()):
         dense = [name for name, owner in owners[id(module.weight)] if owner not in plan]
         if dense:
@@ -309,15 +310,23 @@ def _plan(
     return plan, skipped
 
 
-def _experts(model: nn.Module) -> list[str]:
-    """Names of Parameters [experts, .., ..] of modules that are not torch's own."""
+def _experts(model: nn.Module, config: SlopeConfig) -> list[str]:
+    """Names of targeted Parameters [experts, .., ..] of modules that are none of torch's own."""
+    multiple = _multiple(config)
     return [
-        f"{name}.{parameter_name}" if name else parameter_name
+        full_name
         for name, module in model.named_modules()
-        if not type(module).__module__.startswith("torch.")
+        if not any(kind.__module__.startswith("torch.nn.modules") for kind in _own_kinds(module))
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.shape[0] > 1
+        if parameter.shape[1] % multiple == 0 and parameter.shape[2] % multiple == 0
+        if _matches(config.target_modules, full_name := f"{name}.{parameter_name}".lstrip("."))
+        and not _matches(config.exclude_modules, full_name)
     ]
+
+
+def _own_kinds(module: nn.Module) -> list[type]:
+    return [kind for kind in type(module).__mro__ if kind is not nn.Module]
 
 
 def _obstacle(
@@ -348,10 +357,15 @@ def _obstacle(
     if module.weight.dtype not in supported:
         return f"weight has dtype {dtype_name(module.weight.dtype)}"
     rows, columns = _logical_shape(module)
-    multiple = 8 if config.compressed else parse_pattern(config.pattern)[1]
+    multiple = _multiple(config)
     if rows % multiple != 0 or columns % multiple != 0 or rows == 0 or columns == 0:
         return f"out x in = {rows} x {columns}, both must be multiples of {multiple}"
     return None
+
+
+def _multiple(config: SlopeConfig) -> int:
+    """What out and in of a layer must be multiples of."""
+    return 8 if config.compressed else parse_pattern(config.pattern)[1]
 
 
 def _has_replaced_forward(module: nn.Module) -> bool:
@@ -584,14 +598,8 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> n
     return replacements.get(model, model)
 
 
-def _tell_ddp(model: nn.Module, derived_before: set[str]) -> None:
-    """Has DistributedDataParallel ignore the model's derived buffers instead of those before, and
-    masks after its first forward pass."""
+def _have_ddp_ignore(model: nn.Module, derived_before: set[str]) -> None:
+    """Tells DistributedDataParallel of the model's derived buffers instead of those before."""
     ignored = [name for name in vars(model).pop(_DDP_IGNORES, ()) if name not in derived_before]
     if ignored := ignored + _derived_buffers(model):
         setattr(model, _DDP_IGNORES, ignored)
-    hooks = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is end_broadcasts_of_masks]:
-        del hooks[key]
-    if any(isinstance(module, SparseLayer) for module in model.modules()):
-        model.register_forward_pre_hook(end_broadcasts_of_masks)

@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import Self
 
 from slope_ext import _backward_copy, _freshness, _packed, ops
 from slope_ext._check import ACTIVATIONS, BACKENDS, GATE_ROWS, has_two_of_four
 from slope_ext.ops.spmm import Activation, Backend
-from slope_ext.sparse_layer import SparseLayer
+from slope_ext.sparse_layer import SparseLayer, warn_of_broadcasts
 
 BackwardCopy = Literal["cached", "recompute"]
 # Buffers that a layer derives from weight and bitmask; the mask of the backward copy may be of an
@@ -312,6 +311,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             due = self._transposed_mask_is_due()
             written = due and choose_mask and not capturing
             if written:
+                warn_of_broadcasts(self)
                 self.update_transposed_mask()
             if not weight.is_cuda:
                 self.weight_metadata = None
@@ -370,16 +370,11 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     # ---- backward copy ---------------------------------------------------------------------------
 
     def update_transposed_mask(self) -> None:
-        """Chooses the mask of W^{R,C} again, from the present weight.
+        self._prepared = None  # it may be stale afterwards
+        super().update_transposed_mask()
 
-        Of a sharded weight (a DTensor) the next forward or backward pass does, which has it whole.
-        """
-        if is_traceable_wrapper_subclass(self.weight.data):
-            _freshness.mark_stale(self.weight_t_bitmask)
-            self._prepared = None
-            return
-        with torch.no_grad():
-            _backward_copy.choose_mask(self.weight, self.weight_bitmask, self.weight_t_bitmask)
+    def _choose_transposed_mask(self) -> None:
+        _backward_copy.choose_mask(self.weight, self.weight_bitmask, self.weight_t_bitmask)
         self._follow_transposed_mask()
 
     def set_transposed_mask(self, mask: Tensor) -> None:

@@ -324,7 +324,7 @@ class AdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: it is of another algorithm (amsgrad, coupled weight decay), or a transposed
-                mask is not of its weight. Nothing has changed then.
+                mask is not of its weight. The optimizer has not changed then.
         """
 
         def check(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> None:

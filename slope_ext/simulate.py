@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from slope_ext import _freshness
-from slope_ext.sparse_layer import SparseLayer
+from slope_ext.sparse_layer import SparseLayer, warn_of_broadcasts
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -154,17 +154,16 @@ class MaskedLinear(SparseLayer, nn.Linear):
             self.reset_adapter()
             self.update_transposed_mask()
 
-    def update_transposed_mask(self) -> None:
-        """Chooses the mask of W^{R,C} again, from the present weight."""
-        with torch.no_grad():
-            # A kept zero survives before what was pruned.
-            survivors = self.weight.abs().masked_fill(~self.weight_mask, -1.0)
-            kept = prune_nm(survivors.t(), self.n, self.m).t() & self.weight_mask
-            self.set_transposed_mask(kept)
+    def _choose_transposed_mask(self) -> None:
+        # A kept zero survives before what was pruned.
+        survivors = self.weight.abs().masked_fill(~self.weight_mask, -1.0)
+        kept = prune_nm(survivors.t(), self.n, self.m).t() & self.weight_mask
+        self.set_transposed_mask(kept)
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = X (M W)^T + b [+ lora_scale (X A^T) B^T]; x [..., in] -> [..., out]."""
         if not torch.compiler.is_compiling() and not self.transposed_mask_is_fresh():
+            warn_of_broadcasts(self)
             self.update_transposed_mask()
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import Self
 
 from slope_ext import _freshness
 from slope_ext._check import dtype_name
 
 _layers: weakref.WeakSet[SparseLayer] = weakref.WeakSet()
-_end_broadcasts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # see end_broadcasts_of_masks
+_BROADCASTS_ARE_WRITES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
 class SparseLayer(nn.Module):
@@ -58,7 +61,17 @@ class SparseLayer(nn.Module):
         raise NotImplementedError
 
     def update_transposed_mask(self) -> None:
-        """Chooses the mask of W^{R,C} again, from the present weight."""
+        """Chooses the mask of W^{R,C} again, from the present weight.
+
+        Of a sharded weight (a DTensor) the next forward or backward pass does, which has it whole.
+        """
+        if is_traceable_wrapper_subclass(self.weight.data):
+            _freshness.mark_stale(self.transposed_mask)
+        else:
+            with torch.no_grad():
+                self._choose_transposed_mask()
+
+    def _choose_transposed_mask(self) -> None:
         raise NotImplementedError
 
     def set_transposed_mask(self, mask: Tensor) -> None:
@@ -217,26 +230,36 @@ def named_sparse_layers(model: nn.Module) -> list[tuple[str, SparseLayer]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, SparseLayer)]
 
 
-def end_broadcasts_of_masks(*_: Any) -> None:
-    """Has DistributedDataParallel, if it runs this forward pass, broadcast masks no more.
+def end_mask_broadcasts(ddp: DDP) -> DDP:
+    """Has DistributedDataParallel leave masks alone from now on; returns it.
 
-    It did when it was made, and training does not change them. In torch before 2.13 each broadcast
-    counts as a write, after which transposed masks are chosen again: in every pass. A forward
-    pre-hook of converted models, since all ranks must end it in the same pass, whatever layers they
-    come to.
+    It broadcasts them from rank 0 when it is made, and then in every forward pass, though training
+    does not change them. In torch before 2.13 that counts as a write each time, after which the
+    transposed masks are chosen again. Call this on every rank right after wrapping, before masks or
+    an optimizer's state are loaded::
+
+        ddp = slope.end_mask_broadcasts(DistributedDataParallel(model))
     """
-    if torch.compiler.is_compiling():
-        return
-    ddp = nn.parallel.DistributedDataParallel._active_ddp_module
-    if ddp is None or ddp in _end_broadcasts:
-        return
-    _end_broadcasts.add(ddp)
     ddp.parameters_to_ignore |= {
         f"{prefix}.{name}" if prefix else name
         for prefix, layer in named_sparse_layers(ddp.module)
-        for name in (layer.mask_name, layer.transposed_mask_name)
+        for name in layer._buffers  # of masks or derived from them
     }
     ddp._assign_modules_buffers()
+    return ddp
+
+
+def warn_of_broadcasts(layer: SparseLayer) -> None:
+    """Warns once where a mask was written because DistributedDataParallel broadcasts it."""
+    ddp = DDP._active_ddp_module
+    if ddp is None or not _BROADCASTS_ARE_WRITES:
+        return
+    if any(buffer is layer.mask for buffer in ddp.modules_buffers):
+        warnings.warn(
+            "slope_ext: DistributedDataParallel broadcasts masks in every forward pass, and then "
+            "transposed masks are chosen again; call slope_ext.end_mask_broadcasts after wrapping",
+            stacklevel=2,
+        )
 
 
 def layers_by_weight() -> dict[int, SparseLayer]:

@@ -224,6 +224,41 @@ def test_resume_in_the_order_of_accelerate(optimizer):
     assert train(model, opt, adapters, 17, 20) == expected
 
 
+def test_an_optimizer_in_a_wrapper():
+    """As accelerate wraps it: an Optimizer by class alone, what it does not have is the inner's."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        param_groups = property(lambda self: self.optimizer.param_groups)
+
+        def add_param_group(self, group):
+            self.optimizer.add_param_group(group)
+
+        def load_state_dict(self, state):
+            self.optimizer.load_state_dict(state)
+
+        def step(self):
+            self.optimizer.step()
+
+        def zero_grad(self):
+            self.optimizer.zero_grad()
+
+    def make_wrapped():
+        model = make_model()
+        opt = Wrapper(torch.optim.AdamW(model.parameters(), lr=0.02))
+        return model, opt, slope.LazyAdapters(model, opt, rank=2, total_steps=4, fraction=0.5)
+
+    model, opt, adapters = make_wrapped()
+    train(model, opt, adapters, 0, 4)
+    assert model[0].lora_B.abs().sum() > 0
+    state = copy.deepcopy(opt.optimizer.state_dict())
+    model, opt, adapters = make_wrapped()
+    opt.load_state_dict(state)
+    assert adapters.active
+
+
 def test_a_checkpoint_of_before_the_switch_does_not_go_over_adapters():
     _, _, adapters = make()
     before = adapters.state_dict()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import oracle
 import slope_ext as slope
 from cases import LEADING, WEIGHT_SHAPES
-from slope_ext import _freshness
+from slope_ext import _freshness, ops
 
 
 def layer_and_twin(
@@ -597,6 +597,13 @@ def test_forward_mode_is_refused_not_ignored():
             with pytest.raises(NotImplementedError, match=f"{name} has no forward-mode gradient"):
                 use()
         layer.remove_adapter()
+    compiled = torch.compile(lambda x: torch.func.jvp(layer, (x,), (x,)), backend="eager")
+    with pytest.raises(NotImplementedError, match="slope::linear has no forward-mode gradient"):
+        compiled(x)
+    torch._dynamo.reset()  # it went on in parts, which later tests would meet
+    values = layer.weight.detach()
+    with pytest.raises(NotImplementedError, match="slope::decompress has no forward-mode"):
+        torch.func.jvp(lambda v: ops.decompress(v, layer.weight_bitmask), (values,), (values,))
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ implementation can miss it. Numbers in the names are theirs.
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import oracle
 import slope_ext as slope
 from ranks import run_ranks
+from slope_ext import sparse_layer
 from slope_ext.memory import memory_report
 
 SHAPES = {"4d": (256, 64), "3.5d": (224, 64), "2.69d": (344, 128), "d": (64, 64), "d/4": (16, 64)}
@@ -110,9 +112,10 @@ def test_5_merged_adapter_equals_the_unmerged(shape, dtype):
 # 7: state_dict, GradScaler, clipping, accumulation: tests/test_linear.py and test_optim.py. DDP:
 
 
-def _ddp_model():
+def _ddp_model(pattern="2:4"):
     torch.manual_seed(0)
-    return slope.convert(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)))
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    return slope.convert(model, slope.SlopeConfig(pattern=pattern))
 
 
 def _ddp_train(model, batches):
@@ -124,14 +127,17 @@ def _ddp_train(model, batches):
 
 
 def _ddp_worker(rank, data, folder):
-    model = nn.parallel.DistributedDataParallel(_ddp_model())
+    model = _ddp_model()
+    if rank == 1:
+        model[0].reset_parameters()  # rank 0's weights and masks count
+    model = nn.parallel.DistributedDataParallel(model)
     broadcast = {id(buffer) for buffer in model.modules_buffers}
     assert id(model.module[0].weight_bitmask) in broadcast
     assert id(model.module[0].weight_t) not in broadcast, "each rank derives its own"
-    _ddp_train(model, [batch.chunk(2)[rank] for batch in data])
+    slope.end_mask_broadcasts(model)
     version = model.module[0].weight_bitmask._version
-    model(data[0])
-    assert model.module[0].weight_bitmask._version == version, "masks are broadcast once"
+    _ddp_train(model, [batch.chunk(2)[rank] for batch in data])
+    assert model.module[0].weight_bitmask._version == version
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
 
 
@@ -144,7 +150,7 @@ def _adapter_worker(rank, data, folder):
         slope.LazyAdapters(ddp, optimizer, rank=2, total_steps=4)
     for batch in data:
         if adapters.step():
-            ddp = nn.parallel.DistributedDataParallel(model)
+            ddp = slope.end_mask_broadcasts(nn.parallel.DistributedDataParallel(model))
         optimizer.zero_grad()
         ddp(batch.chunk(2)[rank]).square().mean().backward()
         optimizer.step()
@@ -172,9 +178,9 @@ def test_7_ddp_averages_compressed_gradients(tmp_path):
             torch.testing.assert_close(state[name], expected, rtol=1e-4, atol=1e-5)
 
 
-def _fsdp_worker(rank, data, folder):
+def _fsdp_worker(rank, data, pattern):
     mesh = init_device_mesh("cpu", (2,))
-    model = _ddp_model()
+    model = _ddp_model(pattern)
     expected = copy.deepcopy(model)
     for layer in (model[0], model[2]):
         fully_shard(layer, mesh=mesh)
@@ -216,9 +222,69 @@ def _fsdp_worker(rank, data, folder):
 
 
 @pytest.mark.slow
-def test_7_fsdp2_equals_one_process(tmp_path):
+@pytest.mark.parametrize("pattern", ["2:4", "2:8"])
+def test_7_fsdp2_equals_one_process(tmp_path, pattern):
     """Training, loading, and masks that are chosen again; torch's optimizer."""
-    run_ranks(_fsdp_worker, torch.randn(4, 8, 16), tmp_path, folder=tmp_path)
+    run_ranks(_fsdp_worker, torch.randn(4, 8, 16), pattern, folder=tmp_path)
+
+
+def _resume_worker(rank, data, folder):
+    """Wrapped first, then loaded, on ranks of which one gets fewer batches."""
+    model = _ddp_model()
+    optimizer = slope.optim.AdamW(model.parameters(), lr=0.1, mask_interval=0)
+    ddp = slope.end_mask_broadcasts(nn.parallel.DistributedDataParallel(model))
+    masks = slope.transposed_masks(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.randn_like(parameter))
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)
+    slope.load_transposed_masks(model, masks)
+    with ddp.join():
+        for batch in data[: 3 - rank]:
+            optimizer.zero_grad()
+            ddp(batch).square().mean().backward()
+            optimizer.step()
+    for name, mask in slope.transposed_masks(model).items():
+        assert torch.equal(mask, masks[name]), "chosen again"
+
+
+@pytest.mark.slow
+def test_7_ddp_keeps_masks_that_were_loaded(tmp_path):
+    torch.manual_seed(1)
+    run_ranks(_resume_worker, torch.randn(4, 8, 16), tmp_path, folder=tmp_path)
+
+
+def test_7_broadcasts_of_masks_are_told_where_they_count_as_writes(monkeypatch):
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.parameters_to_ignore = module, {"mine"}
+            self._assign_modules_buffers()
+
+        def _assign_modules_buffers(self):
+            named = self.module.named_buffers()
+            self.modules_buffers = [b for n, b in named if n not in self.parameters_to_ignore]
+
+    for pattern in ("2:4", "2:8"):
+        model = slope.convert(nn.Linear(16, 16), slope.SlopeConfig(pattern=pattern))
+        ddp = Wrapper(nn.Sequential(model))
+        monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", ddp)
+        for writes in (False, True):
+            monkeypatch.setattr(sparse_layer, "_BROADCASTS_ARE_WRITES", writes)
+            model.mask.copy_(model.mask.clone())
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model(torch.randn(2, 16))
+            assert len(caught) == writes
+        assert "call slope_ext.end_mask_broadcasts" in str(caught[0].message)
+        slope.end_mask_broadcasts(ddp)
+        assert not ddp.modules_buffers
+        assert "mine" in ddp.parameters_to_ignore
+        model.mask.copy_(model.mask.clone())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(torch.randn(2, 16))
 
 
 # ---- 8: memory, embeddings at full cost ----------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slope_ext import reference
 from slope_ext._check import Checker
-from slope_ext._library import register
+from slope_ext._library import refuse_forward_mode, register
 
 
 def compress(dense: Tensor, bitmask: Tensor) -> Tensor:
@@ -26,6 +26,7 @@ def compress(dense: Tensor, bitmask: Tensor) -> Tensor:
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
+    refuse_forward_mode(torch.ops.slope.compress.default)
     return torch.ops.slope.compress.default(dense, bitmask)  # type: ignore[no-any-return]
 
 
@@ -42,6 +43,7 @@ def decompress(values: Tensor, bitmask: Tensor) -> Tensor:
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
     """
+    refuse_forward_mode(torch.ops.slope.decompress.default)
     return torch.ops.slope.decompress.default(values, bitmask)  # type: ignore[no-any-return]
 
 

@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
-from slope_ext._library import COMPOSED, register, register_autocast
+from slope_ext._library import COMPOSED, refuse_forward_mode, register, register_autocast
 from slope_ext.ops.weight_grad import gradient_of
 from slope_ext.reference import swiglu
 
@@ -274,10 +273,9 @@ def call_directly(
     """
     x = differentiable[0]
     assert x is not None
+    refuse_forward_mode(op)
     if torch.compiler.is_compiling():
         return op(*arguments)
-    if forward_ad._current_level >= 0:  # torch.library's ops drop tangents without a word
-        raise NotImplementedError(f"{op.name()} has no forward-mode gradient")
     if (
         torch._C._are_functorch_transforms_active()
         or type(x) is not Tensor

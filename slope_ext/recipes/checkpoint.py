@@ -93,7 +93,7 @@ def damage(path: Path) -> str | None:
         for name, expected in sums.items():
             if checksum(path / name) != expected:
                 return f"{name} is damaged"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return str(error)
     return None
 

@@ -253,14 +253,26 @@ class TokenizedCorpus:
     """Token ids of both splits, each document followed by the end-of-text token.
 
     ``train`` and ``valid`` are 1-D memory maps of uint16 or uint32; ``digest`` is a hash of both,
-    by which a resumed run knows that it has the same data.
+    by which a resumed run knows that it has the same data. What was made anew lies in ``fresh``
+    until :meth:`keep` puts it in the place of what an earlier run had.
     """
+
+    directory: Path
+    fresh: Path | None
 
     tokenizer: Tokenizer
     train: npt.NDArray[Any]
     valid: npt.NDArray[Any]
     note: str
     digest: str
+
+    def keep(self) -> None:
+        """Replaces the tokenizer and tokens of an earlier run by those that were made anew."""
+        if self.fresh is not None:
+            cache = self.directory / "tokens"
+            shutil.rmtree(cache, ignore_errors=True)
+            os.replace(self.fresh / "tokenizer.json", self.directory / "tokenizer.json")
+            self.fresh.rename(cache)
 
     @property
     def vocab_size(self) -> int:
@@ -276,14 +288,15 @@ class TokenizedCorpus:
 def tokenize_corpus(
     directory: Path, data: str, valid_fraction: float, tokenizer: str, vocab_size: int
 ) -> TokenizedCorpus:
-    """Tokenize ``data`` into ``directory``, or reuse what an earlier call left there.
+    """Tokenize ``data`` beside ``directory/tokens``, or reuse what an earlier run kept there.
 
-    Writes ``tokenizer.json`` and ``tokens/{train,valid}.bin`` with their description
+    That is ``tokenizer.json`` and ``tokens/{train,valid}.bin`` with their description
     ``tokens/tokens.json``. Raises :class:`UsageError` for a corpus or tokenizer that cannot be
     used.
     """
     source = open_source(data)
-    cache = directory / "tokens"
+    cache, tokenizer_folder = directory / "tokens", directory
+    fresh = None
     made_from = {
         "data": [data, source.identity],
         "valid_fraction": valid_fraction,
@@ -295,6 +308,7 @@ def tokenize_corpus(
     description = _read_description(cache)
     kept = description.get("made_from") == made_from and (directory / "tokenizer.json").is_file()
     if not kept or description.get("bytes") != _sizes(cache):
+        fresh = cache = tokenizer_folder = directory / "tokens.new"
         shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir(parents=True)
         train, valid, note = split_documents(source, valid_fraction)
@@ -303,7 +317,7 @@ def tokenize_corpus(
             if tokenizer == "train"
             else load_tokenizer(tokenizer)
         )
-        codec.save(str(directory / "tokenizer.json"))
+        codec.save(str(cache / "tokenizer.json"))
         dtype = "uint16" if _vocab_size(codec) <= 2**16 else "uint32"
         # The tokenizer too: other letters in the same places give the same numbers.
         digest = hashlib.blake2b(codec.to_str().encode(), digest_size=16)
@@ -324,7 +338,9 @@ def tokenize_corpus(
         temporary.write_text(json.dumps(description, indent=2) + "\n")
         os.replace(temporary, cache / "tokens.json")
     return TokenizedCorpus(
-        tokenizer=load_tokenizer(str(directory)),
+        directory=directory,
+        fresh=fresh,
+        tokenizer=load_tokenizer(str(tokenizer_folder)),
         train=_map_tokens(cache / "train.bin", description["dtype"]),
         valid=_map_tokens(cache / "valid.bin", description["dtype"]),
         note=description["note"],

@@ -188,7 +188,7 @@ class Run:
         np.random.seed(args.seed)
         random.seed(args.seed)
         model = build_model(config, getattr(torch, args.dtype), args.gradient_checkpointing)
-        self.config = json.dumps(_plain_config(config), sort_keys=True, default=str)
+        self.config = json.dumps(config.to_dict(), default=str)
         self.model = model.to(self.device)
         try:
             self.optimizer, self.adapters = METHODS[args.method](self.model, args)
@@ -249,7 +249,9 @@ class Run:
         """
         if state["corpus"] != self.corpus.digest:
             raise UsageError(f"--data {self.args.data}: its text changed since {checkpoint}")
-        if state.get("config", self.config) != self.config:
+        if not _same_where_both_have(
+            json.loads(state.get("config", "{}")), json.loads(self.config)
+        ):
             raise UsageError(f"--model {self.args.model}: its config changed since {checkpoint}")
         # The adapters come first: they add the parameters that the other two states refer to.
         if self.adapters is not None:
@@ -260,9 +262,14 @@ class Run:
         self.step = state["step"]
 
 
-def _plain_config(config: Any) -> dict[str, Any]:
-    """What a config says of the model, whatever version of transformers reads it."""
-    return {k: v for k, v in config.to_dict().items() if k != "transformers_version"}
+# What a config says of the library that read it, and what --dtype says.
+_NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+
+
+def _same_where_both_have(saved: dict[str, Any], present: dict[str, Any]) -> bool:
+    """Whether two configs are of one model; versions of transformers differ in the keys."""
+    keys = (saved.keys() & present.keys()) - _NOT_OF_THE_MODEL
+    return all(saved[key] == present[key] for key in keys)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -386,11 +393,14 @@ def pretrain(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def only_run_in(output: Path) -> Iterator[None]:
     """Within the context no other run writes to ``output``; UsageError if one does."""
-    with (output / ".lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
+            lock = stack.enter_context((output / ".lock").open("a"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(f"--output-dir {output}: another run writes to it now") from error
+        except OSError as error:
+            raise UsageError(f"--output-dir {output}: {error.strerror}") from error
         yield
 
 
@@ -413,6 +423,7 @@ def _pretrain(args: argparse.Namespace, output: Path, processes: Processes) -> i
         run.restore(checkpoint, state)
         print(f"resuming after step {run.step} from {checkpoint}")
     # Nothing of an earlier run goes before this one can start.
+    corpus.keep()
     summary_file.unlink(missing_ok=True)
     if args.resume == "never":
         discard_checkpoints(run.checkpoints)
