@@ -238,7 +238,7 @@ def _input_grad_on_cuda(
     )
     adapter = (lora_B.t(), lora_A.t())  # those of the transposed layer
     rest = (scale, None, None, None, metadata_t, None, backend)
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         dx, dt = torch.ops.slope.linear_lowrank.default(dy, values_t, bitmask_t, *adapter, *rest)
     return dx, dt
 
@@ -287,7 +287,7 @@ class _LinearLowrank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             y, t = torch.ops.slope.linear_lowrank.default(*arguments)
         _setup_context(ctx, (*arguments[:-1], "none"), (y, t))
         return y, t

@@ -169,7 +169,7 @@ def _input_grad_on_cuda(
     values_t, metadata_t = _backward_copy.follow(
         values, bitmask, bitmask_t, values_t, metadata_t, backend
     )
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return _LINEAR(  # type: ignore[no-any-return]
             dy, values_t, bitmask_t, None, None, None, metadata_t, None, backend
         )
@@ -285,7 +285,7 @@ def call_directly(
         return op(*arguments)
     if wants_grad(*differentiable):
         return with_gradient(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return op(*arguments)
 
 
@@ -330,7 +330,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # A setup_context method would have torch inspect signatures in every call.
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             y: Tensor = _LINEAR(*arguments)
         _setup_context(ctx, (*arguments[:-1], "none"), y)
         return y
