@@ -99,10 +99,11 @@ class LazyAdapters:
         options = {**optimizer.param_groups[0], **(group or {}), "params": []}
         if _NAMES in options:  # all groups have names or none
             options[_NAMES] = []
-        inner = optimizer  # of a wrapper such as accelerate's, which has no hooks
-        while not hasattr(inner, "_optimizer_load_state_dict_pre_hooks"):
-            inner = inner.optimizer  # type: ignore[attr-defined]
-        inner.register_load_state_dict_pre_hook(self._before_optimizer_loads)
+        inner: Any = optimizer  # of a wrapper such as accelerate's, which has no hooks
+        while inner is not None and not hasattr(inner, "_optimizer_load_state_dict_pre_hooks"):
+            inner = getattr(inner, "optimizer", None)
+        if inner is not None:
+            inner.register_load_state_dict_pre_hook(self._before_optimizer_loads)
         optimizer.add_param_group(options)
 
     def step(self) -> bool:
