@@ -81,7 +81,7 @@ def find_checkpoint(root: Path) -> Path | None:
 
 
 def discard_checkpoints(root: Path) -> None:
-    """Delete every checkpoint under ``root``, and nothing else there."""
+    """Delete every checkpoint under ``root``, finished or not, and nothing else there."""
     for path in (*_steps(root), *root.glob("tmp-*")):
         shutil.rmtree(path)
 
