@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import harness
 import slope_ext
+from slope_ext._check import dtype_name
 from slope_ext.memory import memory_report
 from slope_ext.recipes.models import SIZES
 
@@ -39,7 +40,7 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
                     report = memory_report(module, moments=moments, on_gpu=True)
                     yield harness.bytes_record(
                         bench="train_memory",
-                        case=f"{name};{part};{backward_copy};moments={str(moments)[6:]};state",
+                        case=f"{name};{part};{backward_copy};moments={dtype_name(moments)};state",
                         dtype=torch.bfloat16,
                         tokens=0,
                         ours=report.training,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from slope_ext.sparse_layer import named_sparse_layers
+from slope_ext.sparse_layer import named_sparse_layers, qualified_name
 
 _NAMES = "param_names"  # what torch's optimizers call parameters that were given with names
 
@@ -127,7 +127,7 @@ class LazyAdapters:
                 if id(parameter) not in known:
                     group["params"].append(parameter)
                     if _NAMES in group:
-                        group[_NAMES].append(f"{name}.{factor}" if name else factor)
+                        group[_NAMES].append(qualified_name(name, factor))
         self.active = True
 
     def _before_optimizer_loads(

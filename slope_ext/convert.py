@@ -21,7 +21,7 @@ from slope_ext.fuse import FUSIONS, Fusion, SwiGLUMLP, fused_layers, unfuse
 from slope_ext.linear import DERIVED_BUFFERS, BackwardCopy, SLoPeLinear
 from slope_ext.ops.spmm import Backend
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
-from slope_ext.sparse_layer import SparseLayer
+from slope_ext.sparse_layer import SparseLayer, qualified_name
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -316,17 +316,19 @@ def _experts(model: nn.Module, config: SlopeConfig) -> list[str]:
     return [
         full_name
         for name, module in model.named_modules()
-        if not any(kind.__module__.startswith("torch.nn.modules") for kind in _own_kinds(module))
+        if not _is_a_torch_layer(module)
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.shape[0] > 1
         if parameter.shape[1] % multiple == 0 and parameter.shape[2] % multiple == 0
-        if _matches(config.target_modules, full_name := f"{name}.{parameter_name}".lstrip("."))
+        if _matches(config.target_modules, full_name := qualified_name(name, parameter_name))
         and not _matches(config.exclude_modules, full_name)
     ]
 
 
-def _own_kinds(module: nn.Module) -> list[type]:
-    return [kind for kind in type(module).__mro__ if kind is not nn.Module]
+def _is_a_torch_layer(module: nn.Module) -> bool:
+    """Whether its class is one of torch.nn, or derives from one."""
+    kinds = (kind for kind in type(module).__mro__ if kind is not nn.Module)
+    return any(kind.__module__.startswith("torch.nn.modules") for kind in kinds)
 
 
 def _obstacle(
@@ -583,7 +585,7 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
 
 def _derived_buffers(model: nn.Module) -> list[str]:
     return [
-        f"{prefix}.{name}" if prefix else name
+        qualified_name(prefix, name)
         for prefix, module in model.named_modules()
         if isinstance(module, SLoPeLinear)
         for name in DERIVED_BUFFERS

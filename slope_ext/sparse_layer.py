@@ -230,6 +230,11 @@ def named_sparse_layers(model: nn.Module) -> list[tuple[str, SparseLayer]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, SparseLayer)]
 
 
+def qualified_name(module: str, name: str) -> str:
+    """What a module's parameter or buffer is called in the model; the model's own name is ""."""
+    return f"{module}.{name}" if module else name
+
+
 def end_mask_broadcasts(ddp: DDP) -> DDP:
     """Has DistributedDataParallel leave masks alone from now on; returns it.
 
@@ -241,7 +246,7 @@ def end_mask_broadcasts(ddp: DDP) -> DDP:
         ddp = slope.end_mask_broadcasts(DistributedDataParallel(model))
     """
     ddp.parameters_to_ignore |= {
-        f"{prefix}.{name}" if prefix else name
+        qualified_name(prefix, name)
         for prefix, layer in named_sparse_layers(ddp.module)
         for name in layer._buffers  # of masks or derived from them
     }

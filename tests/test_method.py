@@ -228,7 +228,7 @@ def test_7_fsdp2_equals_one_process(tmp_path, pattern):
     run_ranks(_fsdp_worker, torch.randn(4, 8, 16), pattern, folder=tmp_path)
 
 
-def _resume_worker(rank, data, folder):
+def _resume_worker(rank, data):
     """Wrapped first, then loaded, on ranks of which one gets fewer batches."""
     model = _ddp_model()
     optimizer = slope.optim.AdamW(model.parameters(), lr=0.1, mask_interval=0)
@@ -252,7 +252,7 @@ def _resume_worker(rank, data, folder):
 @pytest.mark.slow
 def test_7_ddp_keeps_masks_that_were_loaded(tmp_path):
     torch.manual_seed(1)
-    run_ranks(_resume_worker, torch.randn(4, 8, 16), tmp_path, folder=tmp_path)
+    run_ranks(_resume_worker, torch.randn(4, 8, 16), folder=tmp_path)
 
 
 def test_7_broadcasts_of_masks_are_told_where_they_count_as_writes(monkeypatch):

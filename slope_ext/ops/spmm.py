@@ -274,10 +274,9 @@ def call_directly(
     x = differentiable[0]
     assert x is not None
     refuse_forward_mode(op)
-    if torch.compiler.is_compiling():
-        return op(*arguments)
     if (
-        torch._C._are_functorch_transforms_active()
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
         or type(x) is not Tensor
         or x.is_meta
         or torch._C._is_any_autocast_enabled()

@@ -259,7 +259,6 @@ class TokenizedCorpus:
 
     directory: Path
     fresh: Path | None
-
     tokenizer: Tokenizer
     train: npt.NDArray[Any]
     valid: npt.NDArray[Any]
@@ -295,8 +294,7 @@ def tokenize_corpus(
     used.
     """
     source = open_source(data)
-    cache, tokenizer_folder = directory / "tokens", directory
-    fresh = None
+    cache, fresh = directory / "tokens", None
     made_from = {
         "data": [data, source.identity],
         "valid_fraction": valid_fraction,
@@ -308,7 +306,7 @@ def tokenize_corpus(
     description = _read_description(cache)
     kept = description.get("made_from") == made_from and (directory / "tokenizer.json").is_file()
     if not kept or description.get("bytes") != _sizes(cache):
-        fresh = cache = tokenizer_folder = directory / "tokens.new"
+        fresh = cache = directory / "tokens.new"
         shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir(parents=True)
         train, valid, note = split_documents(source, valid_fraction)
@@ -340,7 +338,7 @@ def tokenize_corpus(
     return TokenizedCorpus(
         directory=directory,
         fresh=fresh,
-        tokenizer=load_tokenizer(str(tokenizer_folder)),
+        tokenizer=load_tokenizer(str(fresh or directory)),
         train=_map_tokens(cache / "train.bin", description["dtype"]),
         valid=_map_tokens(cache / "valid.bin", description["dtype"]),
         note=description["note"],
