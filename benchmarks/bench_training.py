@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole training step of decoder layers: forward, backward, optimizer; dense and 2:4.
 
-As many layers of a Hugging Face model as LAYERS says, 8192 tokens as 4 sequences of 2048, bf16, the
-input's gradient included, embeddings and head left out. Methods, each with AdamW whose moments are
-bf16 (torch's fused kernel keeps no other for bf16 parameters):
+As many layers of a Hugging Face model as LAYERS says, 8192 tokens (for some models 16384 too) in
+sequences of 2048, bf16, the input's gradient included, embeddings and head left out. Methods, each
+with AdamW whose moments are bf16 (torch's fused kernel keeps no other for bf16 parameters):
 
 dense           torch.optim.AdamW(fused=True)
 slope           every linear layer 2:4, OPT's ReLU in the product's kernel,
@@ -36,6 +36,7 @@ import gc
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,8 +56,7 @@ import slope_ext
 from model_shapes import adapter_rank
 from slope_ext.recipes.models import SIZES
 
-SEQUENCES, LENGTH = 4, 2048
-TOKENS = SEQUENCES * LENGTH
+LENGTH = 2048  # of a sequence, tokens
 STEPS = 4  # of a timed turn
 ROUNDS = 7
 PHASES = ("forward", "backward", "optimizer")
@@ -73,7 +73,31 @@ PARTS: dict[str, tuple[Any, Any]] = {
     "mistral": (MistralDecoderLayer, MistralRotaryEmbedding),
     "opt": (OPTDecoderLayer, None),
 }
-COMMON: dict[str, Any] = {"dtype": torch.bfloat16, "tokens": TOKENS}
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Some layers of a model and what goes through them in a step."""
+
+    model: str
+    tokens: int
+
+    @property
+    def label(self) -> str:
+        """What a record's case begins with."""
+        return f"{self.model};layers={LAYERS[self.model]}"
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What all its records have."""
+        return {"dtype": DTYPE, "tokens": self.tokens}
+
+
+WORKLOADS = [
+    *(Workload(model, 8192) for model in LAYERS),
+    *(Workload(model, 16384) for model in ("LLaMA-3-8B", "OPT-13B")),
+]
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -130,27 +154,27 @@ class TorchTwoFourLinear(nn.Linear):
         return y.view(*x.shape[:-1], -1)
 
 
-def model_flops(model: Layers) -> float:
+def model_flops(model: Layers, tokens: int) -> float:
     """FLOPs of a step of the dense model: its linear layers, and attention below the diagonal."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weights = sum(module.in_features * module.out_features for module in linears)
     attention = 2 * LENGTH / 2 * model.hidden * len(model.layers)  # scores, and values by them
-    return 3 * 2 * TOKENS * (weights + attention)
+    return 3 * 2 * tokens * (weights + attention)
 
 
-def product_seconds(model: nn.Module, run: harness.Run) -> float:
+def product_seconds(model: nn.Module, tokens: int, run: harness.Run) -> float:
     """Least time of the products of a step: sparse ones at twice the rate of dense ones."""
     flops = 0.0
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            dense = 2.0 * TOKENS * module.in_features * module.out_features
+            dense = 2.0 * tokens * module.in_features * module.out_features
             flops += 3 * dense
             if isinstance(module, TorchTwoFourLinear):
                 flops -= dense
             if isinstance(module, slope_ext.SLoPeLinear):
                 flops -= dense
                 rank = 0 if module.lora_A is None else module.lora_A.shape[0]
-                flops += 6.0 * TOKENS * rank * (module.in_features + module.out_features)
+                flops += 6.0 * tokens * rank * (module.in_features + module.out_features)
     return flops / run.matmul_rate
 
 
@@ -160,12 +184,13 @@ def product_seconds(model: nn.Module, run: harness.Run) -> float:
 class Method:
     """A model, its optimizer, and a step of both."""
 
-    def __init__(self, name: str, model: str, how: str, rank: int | None = None) -> None:
+    def __init__(self, name: str, work: Workload, how: str, rank: int | None = None) -> None:
         torch.manual_seed(0)
         self.name, self.how = name, how
         with torch.device("cuda"):
-            self.model = Layers(model).bfloat16().train()
-            self.x = torch.randn(SEQUENCES, LENGTH, self.model.hidden).bfloat16().requires_grad_()
+            self.model = Layers(work.model).to(DTYPE).train()
+            x = torch.randn(work.tokens // LENGTH, LENGTH, self.model.hidden)
+            self.x = x.to(DTYPE).requires_grad_()
             self.dy = torch.randn_like(self.x)
         options: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
         if name == "torch-2:4":
@@ -286,11 +311,11 @@ def _rounded(value: float, relative_spread: float, digits: int) -> tuple[float, 
     return round(value, digits), round(value * relative_spread, digits)
 
 
-def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
-    """Records of one model but for captured steps."""
+def bench_model(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
+    """Records of one workload but for captured steps."""
     torch._dynamo.reset()
     methods, peaks, phases = [], {}, {}
-    hidden = Layers.hidden_of(model)
+    hidden = Layers.hidden_of(work.model)
     ranks = (adapter_rank(hidden), hidden // 16)
     wanted: list[tuple[str, str, int | None]] = [
         *(("dense", how, None) for how in ("eager", "compiled", "compiled-optimizer")),
@@ -301,7 +326,7 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
     for name, how, its_rank in wanted:
         gc.collect()  # what earlier models left
         before = torch.cuda.memory_allocated()
-        method = Method(name, model, how, its_rank)
+        method = Method(name, work, how, its_rank)
         method.prepare()
         for kind, accumulating in PEAKS.items():
             peaks[f"{name};{how}", kind] = method.peak(accumulating) - before
@@ -309,94 +334,91 @@ def bench_model(model: str, run: harness.Run) -> Iterator[harness.Record]:
             phases[f"{name};{how}"] = time_phases(method)
         methods.append(method)
     try:
-        method = Method("torch-2:4", model, "eager")
+        method = Method("torch-2:4", work, "eager")
         method.prepare()
         methods.append(method)
     except RuntimeError as error:
         print(f"left out: torch 2:4 ({str(error).splitlines()[0]})", flush=True)
 
-    yield from step_records(methods, model, run)
+    yield from step_records(methods, work, run)
     for name, phase in itertools.product(phases, PHASES):
         yield harness.time_record(
             bench="train_phase",
-            case=f"{layers_of(model)};{name};{phase}",
+            case=f"{work.label};{name};{phase}",
             ours=phases[name][phase],
             baseline="dense;compiled-optimizer",
             theirs=phases["dense;compiled-optimizer"][phase],
-            **COMMON,
+            **work.common,
         )
     names = ("slope;eager", "slope;compiled", "slope;recompute;compiled")
     for name, kind in itertools.product(names, PEAKS):
         baseline = f"dense;{name.rpartition(';')[2]}"
         yield harness.bytes_record(
             bench="train_memory",
-            case=f"{layers_of(model)};{name};{kind}",
+            case=f"{work.label};{name};{kind}",
             ours=peaks[name, kind],
             baseline=baseline,
             theirs=peaks[baseline, kind],
-            **COMMON,
+            **work.common,
         )
 
 
-def bench_captured(model: str, run: harness.Run) -> Iterator[harness.Record]:
-    """Records of a model's captured steps, and of a dense one that is not."""
+def bench_captured(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
+    """Records of a workload's captured steps, and of a dense one that is not."""
     torch._dynamo.reset()
     gc.collect()
     wanted = (("dense", "compiled-optimizer"), ("dense", "captured"), ("slope", "captured"))
-    methods = [Method(name, model, how) for name, how in wanted]
+    methods = [Method(name, work, how) for name, how in wanted]
     for method in methods:
         method.prepare()
-    for record in step_records(methods, model, run):
+    for record in step_records(methods, work, run):
         if record.case.endswith("captured"):
             yield record
 
 
-def step_records(methods: list[Method], model: str, run: harness.Run) -> Iterator[harness.Record]:
+def step_records(
+    methods: list[Method], work: Workload, run: harness.Run
+) -> Iterator[harness.Record]:
     """Times of a step, tokens per second and MFU, in turns against each other."""
     timings = time_methods(methods)
-    limits = {method.name: product_seconds(method.model, run) for method in methods}
+    limits = {method.name: product_seconds(method.model, work.tokens, run) for method in methods}
     best = min((n for n in timings if n.startswith("dense")), key=lambda n: timings[n].median)
     for name, timing in timings.items():
         yield harness.time_record(
             bench="train_step",
-            case=f"{layers_of(model)};{name}",
+            case=f"{work.label};{name}",
             ours=timing,
             baseline=best,
             theirs=timings[best],
             limit=limits[name.rpartition(";")[0]],
-            **COMMON,
+            **work.common,
         )
-    rates = [("train_rate", "tokens per second", "/s", float(TOKENS), 0)]
+    rates = [("train_rate", "tokens per second", "/s", float(work.tokens), 0)]
     if peak := PEAK_FLOPS.get(torch.cuda.get_device_name()):
-        work_of_peak = 100 * model_flops(methods[0].model) / peak
-        rates.append(("train_mfu", "model FLOPs utilization", "%", work_of_peak, 1))
+        per_cent = 100 * model_flops(methods[0].model, work.tokens) / peak
+        rates.append(("train_mfu", "model FLOPs utilization", "%", per_cent, 1))
     for name, timing in timings.items():
         ours, theirs = ((t.median, t.iqr / t.median) for t in (timing, timings[best]))
-        for bench_name, metric, unit, work, digits in rates:
+        for bench_name, metric, unit, done, digits in rates:
             yield harness.record_of(
                 bench=bench_name,
-                case=f"{layers_of(model)};{name}",
+                case=f"{work.label};{name}",
                 metric=metric,
                 unit=unit,
-                ours=_rounded(work / ours[0], ours[1], digits),
+                ours=_rounded(done / ours[0], ours[1], digits),
                 baseline=best,
-                theirs=_rounded(work / theirs[0], theirs[1], digits),
+                theirs=_rounded(done / theirs[0], theirs[1], digits),
                 ratio=round(theirs[0] / ours[0], 3),
-                **COMMON,
+                **work.common,
             )
 
 
-def layers_of(model: str) -> str:
-    """What a record's case begins with."""
-    return f"{model};layers={LAYERS[model]}"
-
-
 def bench(run: harness.Run) -> Iterator[harness.Record]:
-    """Records of every model; captured steps last: after one no backward copy counts as fresh."""
-    models = run.own(run.first(list(LAYERS), 2))
+    """Records of all workloads; captured steps last: after one no backward copy counts as fresh."""
+    workloads = run.own(run.first(WORKLOADS, 2))
     for bench_of in (bench_model, bench_captured):
-        for model in models:
-            yield from bench_of(model, run)
+        for work in workloads:
+            yield from bench_of(work, run)
             torch.cuda.empty_cache()
 
 

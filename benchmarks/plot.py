@@ -261,7 +261,7 @@ CHARTS = [
     Chart(
         "training",
         ("training", "memory"),
-        lambda r: r["bench"] == "train_step"
+        lambda r: (r["bench"] == "train_step" and r["tokens"] == 8192)
         or (r["bench"] == "train_memory" and re.search(";whole;.*=float32", r["case"]) is not None),
         draw_training,
         panels=2,
