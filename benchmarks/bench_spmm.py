@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear and input_grad against cuBLAS, torch's own 2:4 layer and the best algorithm of a sweep.
 
-On the backend that "auto" takes: the own product on Hopper, plans elsewhere, which are then tuned
-ahead, as training does it in its first steps. What a plan or a call costs the host is in
+On the backend that "auto" takes of itself: the own product on Hopper, plans elsewhere, which are
+tuned ahead, as training does it in its first steps. What a plan or a call costs the host is in
 bench_host_overhead.py and bench_first_call.py.
 
 linear_forward           F.linear with the dense weight; a SparseSemiStructuredTensor (algorithm 0);
@@ -55,6 +55,12 @@ def make_layers(
     """Layers of one shape with random weights."""
     weights = (torch.randn(*shape, device="cuda").to(dtype) for _ in range(count))
     return [SLoPeLinear.from_dense(weight, backend=backend) for weight in weights]
+
+
+def tune_plans(layer: SLoPeLinear, tokens: int, *, backward: bool = True) -> None:
+    """Tunes what runs by plans; times of the own product would have "auto" choose anew."""
+    if layer.weight_metadata is not None and layer.weight_metadata.dtype == torch.uint8:
+        plan_cache.tune(layer, tokens, backward=backward)
 
 
 def backward_operand(layer: SLoPeLinear) -> tuple[Tensor | None, ...]:
@@ -139,7 +145,7 @@ def bench_forward(
     layers = make_layers(shape, dtype, sets)
     dense = [layer.dense_weight().detach() for layer in layers]
     xs = [torch.randn(tokens, shape[1], device="cuda").to(dtype) for _ in range(sets)]
-    plan_cache.tune(layers[0], tokens=[tokens], backward=False)
+    tune_plans(layers[0], tokens, backward=False)
     cases = forward_cases(layers, dense, xs)
     by_hand = hand_swept_cases(dense, xs) if shape in BAR_SHAPES else {}
     timings = harness.time_cases(cases | by_hand, sets, optional=(TORCH_LINEAR, TORCH_SEARCHED))
@@ -201,7 +207,7 @@ def bench_input_grad(
     layers = make_layers(shape, dtype, sets)
     dense = [layer.dense_weight().detach() for layer in layers]
     dys = [torch.randn(tokens, shape[0], device="cuda").to(dtype) for _ in range(sets)]
-    plan_cache.tune(layers[0], tokens=[tokens])
+    tune_plans(layers[0], tokens)
     operands = [backward_operand(layer) for layer in layers]
     timings = harness.time_cases(
         {

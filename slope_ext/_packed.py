@@ -21,8 +21,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from slope_ext import _C, _library
-from slope_ext._check import fits_native, fits_plan, is_half, metadata_bytes, metadata_words
+from slope_ext import _C, _library, _tuned_table
+from slope_ext._check import (
+    dtype_name,
+    fits_native,
+    fits_plan,
+    is_half,
+    metadata_bytes,
+    metadata_words,
+)
 
 
 class _Bytes:
@@ -45,16 +52,25 @@ def native_takes(rows: int, columns: int, dtype: torch.dtype, backend: str) -> b
 
 
 def backend_of(
-    rows: int, columns: int, dtype: torch.dtype, device: torch.device, backend: str
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    may_move: bool = True,
 ) -> Literal["native", "cusparselt"] | None:
-    """What multiplies by a weight [rows, columns] of a layer with that backend; None: cuBLAS."""
-    on_cuda = device.type == "cuda"
+    """What multiplies by a weight [rows, columns] of a layer with that backend; None: cuBLAS.
+
+    Where both products take it, and the weight may move to packed memory, the faster by the tuned
+    table; the own product where it has no times of both.
+    """
     taken = native_takes(rows, columns, dtype, backend)
-    if on_cuda and taken and _native_runs_here(device.index or 0):
-        return "native"
-    if backend in ("auto", "cusparselt") and is_packable(rows, columns, dtype, device):
-        return "cusparselt"
-    return None
+    native = device.type == "cuda" and taken and _native_runs_here(device.index or 0)
+    plan = backend in ("auto", "cusparselt") and is_packable(rows, columns, dtype, device)
+    if native and plan and may_move:
+        table = _tuned_table.of_device(device.index or 0)
+        native = not table.prefers_plans(rows, columns, dtype_name(dtype))
+    return "native" if native else "cusparselt" if plan else None
 
 
 @functools.cache

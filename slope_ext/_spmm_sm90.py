@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The own sparse product through its C symbol, every choice open: for tests and benchmarks."""
+"""The own sparse product through its C symbol, every choice open: for tests, benchmarks, tuning."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from slope_ext.ops.spmm import Activation
 # rows of W, tokens, segments of W's columns; kTiles of csrc/ops/spmm_sm90.cpp
 TILES = [
     *((256, 192, 1), (256, 176, 1), (256, 168, 1), (256, 160, 1), (256, 152, 1), (256, 128, 1)),
-    *((128, 256, 1), (128, 128, 1), (128, 128, 2), (128, 128, 4)),
+    *((128, 256, 1), (128, 128, 1), (128, 128, 2), (128, 128, 3), (128, 128, 4)),
+    *((128, 64, 1), (128, 64, 2), (128, 64, 3), (128, 64, 4)),
 ]
 
 
@@ -67,6 +69,22 @@ def spmm_sm90(
     Raises:
         RuntimeError: the launch failed.
     """
+    launcher(x, values, words, y, tail=tail, bias=bias, activation=activation, tile=tile)()
+    return y
+
+
+def launcher(
+    x: Tensor,
+    values: Tensor,
+    words: Tensor,
+    y: Tensor,
+    *,
+    tail: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    activation: Activation = "none",
+    tile: int = -1,
+) -> Callable[[], None]:
+    """:func:`spmm_sm90` with its arguments bound; operands must outlive it."""
     tail_x, tail_weight = tail or (None, None)
     tensors = (x, values, words, tail_x, tail_weight, bias, y)
     rank = 0 if tail_x is None else tail_x.shape[1]
@@ -75,7 +93,10 @@ def spmm_sm90(
     applied = ACTIVATIONS.index(activation)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     params = _Params(*addresses, *sizes, kind, tile, x.device.index, applied)
-    status = _symbol()(ctypes.byref(params), torch.cuda.current_stream(x.device).cuda_stream)
-    if status != 0:
-        raise RuntimeError(f"spmm_sm90: CUDA error {status}")
-    return y
+    symbol, stream = _symbol(), torch.cuda.current_stream(x.device).cuda_stream
+
+    def launch() -> None:
+        if (status := symbol(ctypes.byref(params), stream)) != 0:
+            raise RuntimeError(f"spmm_sm90: CUDA error {status}")
+
+    return launch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of tuned algorithms: what is in it, its file, and looking up.
+"""The table of tuned products: what is in it, its file, and looking up.
 
 The file is JSON: {"format": 1, "environments": {environment: [entry, ...]}}. An environment names
 all that an algorithm's speed depends on: capability, GPU, driver, cuSPARSELt. Writers merge under a
@@ -15,8 +15,9 @@ import json
 import math
 import os
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +25,31 @@ from typing import Any, NamedTuple
 import torch
 
 from slope_ext import _C
-from slope_ext._tuner import Candidate, bucket
 
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tuned")
+
+_lock = threading.Lock()
+_tables: dict[int, Table] = {}  # by CUDA ordinal
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An algorithm of a sweep: cuSPARSELt's id, split of K, time, and whether it was right."""
+
+    algorithm: int
+    split_k: int
+    split_k_mode: int
+    seconds: float
+    ok: bool
+
+
+class Sweep(NamedTuple):
+    """What a sweep found: cuSPARSELt's algorithms, right ones first, fastest first; and the seconds
+    of the own product in the same turns, None where it was not tried, infinity if it was wrong."""
+
+    candidates: list[Candidate]
+    native_seconds: float | None
 
 
 class Key(NamedTuple):
@@ -44,7 +66,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest right algorithm of a sweep; times in seconds."""
+    """The fastest right algorithm of a sweep, and the own product beside it; times in seconds."""
 
     rows: int
     columns: int
@@ -55,6 +77,7 @@ class Entry:
     split_k_mode: int
     seconds: float
     default_seconds: float
+    native_seconds: float | None = None
 
     @property
     def key(self) -> Key:
@@ -65,15 +88,20 @@ class Entry:
         return _C.SpmmAlgorithm(self.id, self.split_k, self.split_k_mode)
 
 
+def bucket(tokens: int) -> int:
+    """The largest token count that shares an entry with ``tokens``: the next power of two."""
+    return 1 << max(3, math.ceil(math.log2(tokens)))
+
+
 def key_of(problem: Any) -> Key:
     """The key that a problem of the plan cache falls under."""
     dtype = "bfloat16" if problem.bfloat16 else "float16"
     return Key(problem.rows, problem.columns, bucket(problem.tokens), dtype)
 
 
-def entry_of(problem: Any, candidates: Sequence[Candidate]) -> Entry | None:
+def entry_of(problem: Any, found: Sweep) -> Entry | None:
     """The entry that a sweep's result makes; None if no algorithm was right."""
-    right = [candidate for candidate in candidates if candidate.ok]
+    right = [candidate for candidate in found.candidates if candidate.ok]
     if not right:
         return None
     best = min(right, key=lambda candidate: candidate.seconds)
@@ -85,6 +113,7 @@ def entry_of(problem: Any, candidates: Sequence[Candidate]) -> Entry | None:
         split_k_mode=best.split_k_mode,
         seconds=best.seconds,
         default_seconds=default[0] if default else math.nan,
+        native_seconds=found.native_seconds,
     )
 
 
@@ -134,6 +163,33 @@ class Table:
         ]
         return min(near, key=lambda entry: sum(_steps(entry.key, key)), default=None)
 
+    def prefers_plans(self, rows: int, columns: int, dtype: str) -> bool:
+        """Whether a weight is multiplied faster by plans than by the own product.
+
+        By the geometric mean over the token counts that the table has times of both for.
+        """
+        ratios = [
+            entry.seconds / entry.native_seconds
+            for key, related in list(self._related.items())
+            if (key.rows, key.columns, key.dtype) == (rows, columns, dtype)
+            and (entry := self._own.get(key, related)).native_seconds is not None
+        ]
+        return math.prod(ratios) < 1
+
+
+def of_device(device: int) -> Table:
+    """The table that holds for a CUDA device, read when first asked for."""
+    with _lock:
+        if device not in _tables:
+            _tables[device] = Table(environment_of(device), load_all(user_path()))
+        return _tables[device]
+
+
+def forget() -> None:
+    """Reads the tables from their files again, when next asked."""
+    with _lock:
+        _tables.clear()
+
 
 def _steps(a: Key, b: Key) -> list[float]:
     """Factors of two between rows, columns and tokens."""
@@ -142,6 +198,12 @@ def _steps(a: Key, b: Key) -> list[float]:
 
 
 # ---- file ----------------------------------------------------------------------------------------
+
+
+def user_path() -> Path:
+    """The file that the user's table persists in."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope_ext"
+    return Path(os.environ.get("SLOPE_EXT_CACHE_DIR") or default) / "tuned.json"
 
 
 def load_all(path: Path) -> dict[str, list[Entry]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sweep: every algorithm of cuSPARSELt for a shape, checked, then timed.
+"""The sweep: every algorithm of cuSPARSELt for a shape, and the own product, checked, then timed.
 
 Operands are random. An algorithm counts only if its product is that of a dense GEMM, to rounding;
 the fastest must also be right with bias, with an addend, and at both ends of the token counts that
@@ -12,9 +12,10 @@ rested one.
 
 from __future__ import annotations
 
-import math
+import functools
 import random
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slope_ext import _C, ops
+from slope_ext import _C, _packed, _spmm_sm90, ops
+from slope_ext._tuned_table import Candidate, Sweep, bucket
 
 # (split of K, cusparseLtSplitKMode_t: 1 one kernel, 2 two). On sm_90 the library refuses those and
 # has "segments" of K instead, of which elsewhere the making of a plan can hang.
@@ -37,22 +39,10 @@ _SECONDS = 0.5  # spent on timing one shape, about
 _ROW_FLOP = 1e12  # of the dense products of a row, which takes a millisecond or two
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An algorithm of a sweep: cuSPARSELt's id, split of K, time, and whether it was right."""
-
-    algorithm: int
-    split_k: int
-    split_k_mode: int
-    seconds: float
-    ok: bool
-
-
 @dataclass
 class _Trial:
-    algorithm: Any
-    plan: Any
-    workspace: Tensor
+    algorithm: Any  # None: the own product
+    launch: Callable[[], None]
     samples: list[float] = field(default_factory=list)
 
     @property
@@ -74,11 +64,6 @@ def algorithm_ids(bfloat16: bool, device: int, count: int) -> range:
     return range(min(count, _FP16_IDS.get((major, _C.cusparselt_version()), 1)))
 
 
-def bucket(tokens: int) -> int:
-    """The largest token count that shares a tuned entry with ``tokens``: the next power of two."""
-    return 1 << max(3, math.ceil(math.log2(tokens)))
-
-
 def launches(operand_bytes: int, l2_bytes: int, flop: int) -> int:
     """How many launches of a dense product's ``flop`` are timed as one sample."""
     return max(2, round(_ROW_FLOP / flop)) if operand_bytes > 2 * l2_bytes else 1
@@ -98,14 +83,14 @@ class _Sweep:
         rows, columns, tokens = problem.rows, problem.columns, problem.tokens
         self.problem = problem
         values = torch.randn(rows, columns // 2, dtype=dtype, device=self.device)
-        bitmask = _random_mask(rows, columns, self.device)
-        self.packed = ops.pack(values, bitmask)
+        self.bitmask = _random_mask(rows, columns, self.device)
+        self.packed = ops.pack(values, self.bitmask)
         self.x = torch.randn(tokens, columns, dtype=dtype, device=self.device)
         self.y = torch.empty(tokens, rows, dtype=dtype, device=self.device)
         self.bias = None
         if problem.bias:
             self.bias = 10 * torch.randn(rows, dtype=dtype, device=self.device)
-        self.expected = F.linear(self.x, ops.decompress(values, bitmask), self.bias)
+        self.expected = F.linear(self.x, ops.decompress(values, self.bitmask), self.bias)
         # An addend must be there; without one nothing of y may be.
         self.before = 5.0 if problem.accumulate else float("nan")
         if problem.accumulate:
@@ -121,25 +106,40 @@ class _Sweep:
             plan = _C.SpmmPlan(self.problem, algorithm)
             bytes_ = max(1, plan.workspace_bytes)
             workspace = torch.empty(bytes_, dtype=torch.uint8, device=self.device)
-            trial = _Trial(algorithm, plan, workspace)
-            self.y.fill_(self.before)
-            self.run(trial)
+            trial = _Trial(algorithm, functools.partial(self._run_plan, plan, workspace))
+            return trial if self._is_right(trial) else None
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except RuntimeError:
             return None
-        off = (self.y - self.expected).abs_().amax()  # NaN stays NaN
-        return trial if bool(off <= self.allowed) else None
+
+    def native_trial(self) -> _Trial | None:
+        """The own product on the same operands; None if the result is off."""
+        rows, columns = self.problem.rows, self.problem.columns
+        self.words = _packed.empty_words(rows, columns, self.device)
+        ops.pack_metadata(self.bitmask, self.words)
+        values = self.packed[: rows * columns].view(self.x.dtype).view(rows, columns // 2)
+        trial = _Trial(None, _spmm_sm90.launcher(self.x, values, self.words, self.y))
+        return trial if self._is_right(trial) else None
 
     def run(self, trial: _Trial) -> None:
-        trial.plan.run(
+        trial.launch()
+
+    def _run_plan(self, plan: Any, workspace: Tensor) -> None:
+        plan.run(
             self.packed.data_ptr(),
             self.x.data_ptr(),
             0 if self.bias is None else self.bias.data_ptr(),
             self.y.data_ptr(),
-            trial.workspace.data_ptr(),
+            workspace.data_ptr(),
             torch.cuda.current_stream(self.device).cuda_stream,
         )
+
+    def _is_right(self, trial: _Trial) -> bool:
+        self.y.fill_(self.before)
+        self.run(trial)
+        off = (self.y - self.expected).abs_().amax()  # NaN stays NaN
+        return bool(off <= self.allowed)
 
     def time(self, trials: list[_Trial], turns: int) -> None:
         cold = torch.zeros(2 * self.l2_bytes // 4, dtype=torch.int32, device=self.device)
@@ -161,8 +161,8 @@ class _Sweep:
 
 
 @torch.no_grad()
-def sweep(problem: Any) -> list[Candidate]:
-    """Times every algorithm for a problem of the plan cache; right ones first, fastest first."""
+def sweep(problem: Any, *, native: bool = False) -> Sweep:
+    """Times every algorithm for a problem of the plan cache; ``native``: the own product too."""
     with (
         torch.cuda.device(problem.device),
         torch.autocast("cuda", enabled=False),
@@ -181,12 +181,15 @@ def sweep(problem: Any) -> list[Candidate]:
             wanted = [_C.SpmmAlgorithm(t.algorithm.id, *split) for t in best for split in splits]
             trials += _timed(job, wanted)
             tried += wanted
+        own = job.native_trial() if native else None
         if trials:
             fastest = min(trial.seconds for trial in trials)
             close = [trial for trial in trials if trial.seconds <= _DROP * fastest]
             seconds = sum(job.launches * trial.seconds + 1e-4 for trial in close)
             turns = int(_SECONDS / seconds)
+            close += [] if own is None else [own]
             job.time(close, min(max(turns, _FEWEST_TURNS), _MORE_TURNS))
+        native_seconds = own.seconds if own is not None and trials else float("inf")
         del job
         right = {id(trial.algorithm): trial.seconds for trial in _verified(plain, trials)}
     candidates = [
@@ -199,7 +202,8 @@ def sweep(problem: Any) -> list[Candidate]:
         )
         for algorithm in tried
     ]
-    return sorted(candidates, key=lambda candidate: candidate.seconds)
+    by_time = sorted(candidates, key=lambda candidate: candidate.seconds)
+    return Sweep(by_time, native_seconds if native else None)
 
 
 def _timed(job: _Sweep, algorithms: list[Any]) -> list[_Trial]:

@@ -451,7 +451,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     def _pack(self, may_move: bool) -> bool:
         """Brings weight_metadata up to date; whether anything was to do."""
         weight, metadata = self.weight, self.weight_metadata
-        kind = self._kind(self.out_features, self.in_features)
+        kind = self._kind(self.out_features, self.in_features, self._can_move())
         if metadata is None or not _packed.fits(weight, metadata, kind):
             metadata = None
             if may_move and kind == "native":
@@ -465,11 +465,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def _move_to_packed(self) -> Tensor | None:
         """Gives ``weight`` memory with room for metadata behind it; returns that, if there is."""
-        weight = self.weight
-        owns_memory = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
-        # A DTensor and its like, or a part of somebody's flat buffer, must stay what it is.
-        if type(weight.data) is not Tensor or not owns_memory:
+        if not self._can_move():
             return None
+        weight = self.weight
         with torch.inference_mode(False), torch.no_grad():
             values, metadata = _packed.empty(
                 self.out_features, self.in_features, weight.dtype, weight.device
@@ -478,9 +476,16 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             weight.data = values
         return metadata
 
-    def _kind(self, rows: int, columns: int) -> str | None:
+    def _can_move(self) -> bool:
+        """A DTensor and its like, or a part of somebody's flat buffer, must stay what it is."""
         weight = self.weight
-        return _packed.backend_of(rows, columns, weight.dtype, weight.device, self.backend)
+        owns_memory = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+        return type(weight.data) is Tensor and owns_memory
+
+    def _kind(self, rows: int, columns: int, may_move: bool = True) -> str | None:
+        weight = self.weight
+        place = (weight.dtype, weight.device)
+        return _packed.backend_of(rows, columns, *place, self.backend, may_move)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._prepared = None

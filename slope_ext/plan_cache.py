@@ -4,7 +4,8 @@
 A plan is made in the first call of a shape and kept (:func:`info`, :func:`entries`,
 :func:`set_capacity`, :func:`clear`). cuSPARSELt offers some twenty algorithms for a shape, up to
 twice as fast as each other; which is best depends on the shape, the number of tokens and the GPU.
-A sweep by hand, each algorithm checked before it may win, fills a table that persists:
+A sweep by hand, each algorithm checked before it may win, fills a table that persists. On Hopper
+:func:`tune` times the own product beside them, and layers of ``backend="auto"`` go by the result.
 
 ==================  ================================================================================
 ``"on_first_use"``  sweep in the first call of a shape that the table lacks (the default)
@@ -31,8 +32,7 @@ import torch
 from torch import nn
 
 from slope_ext import _C, _library, _packed, _tuned_table, _tuner
-from slope_ext._tuned_table import Entry, Key, Table
-from slope_ext._tuner import Candidate
+from slope_ext._tuned_table import Candidate, Entry, Key
 from slope_ext.linear import SLoPeLinear
 
 __all__ = [
@@ -55,7 +55,6 @@ __all__ = [
 Policy = Literal["on_first_use", "ahead", "off"]
 
 _lock = threading.RLock()
-_tables: dict[int, Table] = {}  # by CUDA ordinal
 _warned: set[Key] = set()
 
 
@@ -147,8 +146,13 @@ def tune(
 ) -> list[Entry]:
     """Sweeps the algorithms of every 2:4 layer of ``model`` ahead of use, and keeps the best.
 
+    Where the own product takes a weight too it is timed with them. A layer of ``backend="auto"``
+    then runs by the one that is the faster for its weight in the geometric mean over the token
+    counts in the table; its values move if that changes, so tune before capturing CUDA graphs.
+
     Args:
-        model: a layer or a model with layers on CUDA; other layers are passed over.
+        model: a layer or a model with layers on CUDA; other layers, and those of other backends
+            than "auto" and "cusparselt", are passed over.
         tokens: token counts (product of the leading dimensions of the input) to tune for. Counts
             share an entry up to the next power of two.
         backward: tune the input gradient too.
@@ -162,12 +166,15 @@ def tune(
     """
     added = []
     for problem in _problems(model, [tokens] if isinstance(tokens, int) else tokens, backward):
-        key = _tuned_table.key_of(problem)
-        if again or _table(problem.device).exact(key) is None:
-            entry = _sweep_into_table(problem)
+        native = _own_product_takes(problem)
+        known = _tuned_table.of_device(problem.device).exact(_tuned_table.key_of(problem))
+        if again or known is None or (native and known.native_seconds is None):
+            entry = _sweep_into_table(problem, native)
             if entry is not None:
                 added.append(entry)
     clear()
+    for layer in _layers(model):
+        layer.prepare()
     return added
 
 
@@ -182,7 +189,7 @@ def sweep(layer: nn.Module, tokens: int) -> list[Candidate]:
     problems = _problems(layer, [tokens], backward=False)
     if len(problems) != 1:
         raise ValueError("sweep: layer must be one SLoPeLinear on CUDA whose product runs by plans")
-    return _tuner.sweep(problems[0])
+    return _tuner.sweep(problems[0]).candidates
 
 
 def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[Any]:
@@ -190,45 +197,53 @@ def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[A
     if counts and counts[0] < 1:
         raise ValueError(f"tune, sweep: tokens must be at least 1, got {counts[0]}")
     found = {}
-    for module in model.modules():
-        if not isinstance(module, SLoPeLinear) or not module.weight.is_cuda:
+    for layer in _layers(model):
+        weight = layer.weight
+        if layer.backend not in ("auto", "cusparselt"):
             continue
-        module.prepare()
-        shapes = [(module.out_features, module.in_features)]
+        shapes = [(layer.out_features, layer.in_features)]
         if backward:
-            shapes.append((module.in_features, module.out_features))
-        weight, backend = module.weight, module.backend
-        by_plan = [
-            shape
-            for shape in shapes
-            if _packed.backend_of(*shape, weight.dtype, weight.device, backend) == "cusparselt"
-        ]
-        for rows, columns in by_plan:
+            shapes.append((layer.in_features, layer.out_features))
+        for rows, columns in shapes:
+            if not _packed.is_packable(rows, columns, weight.dtype, weight.device):
+                continue
             for count in counts:
                 problem = _C.SpmmProblem(
                     rows=rows,
                     columns=columns,
                     tokens=-(-count // 8) * 8,
-                    device=module.weight.device.index,
-                    bfloat16=module.weight.dtype == torch.bfloat16,
+                    device=weight.device.index,
+                    bfloat16=weight.dtype == torch.bfloat16,
                 )
                 found[(problem.device, _tuned_table.key_of(problem))] = problem
     return list(found.values())
 
 
-def _sweep_into_table(problem: Any) -> Entry | None:
+def _layers(model: nn.Module) -> list[SLoPeLinear]:
+    """The 2:4 layers on CUDA."""
+    modules = model.modules()
+    return [m for m in modules if isinstance(m, SLoPeLinear) and m.weight.is_cuda]
+
+
+def _own_product_takes(problem: Any) -> bool:
+    dtype = torch.bfloat16 if problem.bfloat16 else torch.float16
+    device = torch.device("cuda", problem.device)
+    return _packed.backend_of(problem.rows, problem.columns, dtype, device, "native") == "native"
+
+
+def _sweep_into_table(problem: Any, native: bool) -> Entry | None:
     try:
-        candidates = _tuner.sweep(problem)
+        found = _tuner.sweep(problem, native=native)
     except torch.OutOfMemoryError:
         warnings.warn(
             f"slope_ext: no memory to tune {_tuned_table.key_of(problem)}; see plan_cache.tune",
             stacklevel=2,
         )
         return None
-    entry = _tuned_table.entry_of(problem, candidates)
+    entry = _tuned_table.entry_of(problem, found)
     if entry is not None:
         with _lock:
-            table = _table(problem.device)
+            table = _tuned_table.of_device(problem.device)
             table.add(entry)
             _tuned_table.save(table_path(), {table.environment: [entry]})
     return entry
@@ -238,12 +253,13 @@ def _choose(problem: Any, capturing: bool) -> Any:
     """What a new plan takes; called by the op library, on any thread."""
     with _lock:
         key = _tuned_table.key_of(problem)
-        table = _table(problem.device)
+        table = _tuned_table.of_device(problem.device)
         entry = table.exact(key)
         # A sweep's winner depends on timing.
         may_sweep = not capturing and not torch.are_deterministic_algorithms_enabled()
         if entry is None and _policy == "on_first_use" and may_sweep:
-            entry = _sweep_into_table(problem)
+            # Of the algorithms alone: what layers run by must not change under their feet.
+            entry = _sweep_into_table(problem, native=False)
         if entry is None and _policy == "ahead" and key not in _warned:
             _warned.add(key)
             warnings.warn(
@@ -259,14 +275,13 @@ def _choose(problem: Any, capturing: bool) -> Any:
 
 def table_path() -> Path:
     """The file that the table persists in."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope_ext"
-    return Path(os.environ.get("SLOPE_EXT_CACHE_DIR") or default) / "tuned.json"
+    return _tuned_table.user_path()
 
 
 def tuned(device: int = 0) -> list[Entry]:
     """The entries that hold for a CUDA device."""
     with _lock:
-        return _table(device).entries()
+        return _tuned_table.of_device(device).entries()
 
 
 def export_table(path: str | Path) -> None:
@@ -295,15 +310,8 @@ def import_table(path: str | Path) -> None:
 def forget_tables() -> None:
     """Reads the tables from their files again, when next asked; plans are forgotten."""
     with _lock:
-        _tables.clear()
+        _tuned_table.forget()
     clear()
-
-
-def _table(device: int) -> Table:
-    if device not in _tables:
-        environment = _tuned_table.environment_of(device)
-        _tables[device] = Table(environment, _tuned_table.load_all(table_path()))
-    return _tables[device]
 
 
 def _has_plans() -> bool:

@@ -33,4 +33,4 @@ def _own_plan_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SLOPE_EXT_CACHE_DIR", str(tmp_path / "plan_cache"))
     monkeypatch.setattr(_tuned_table, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(plan_cache, "_policy", "off")
-    monkeypatch.setattr(plan_cache, "_tables", {})
+    monkeypatch.setattr(_tuned_table, "_tables", {})

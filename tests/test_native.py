@@ -57,7 +57,7 @@ def test_words_are_those_of_the_drawing(shape, device):
 
 def test_tiles_are_those_of_the_source():
     source = Path(__file__).parent.parent / "csrc" / "ops" / "spmm_sm90.cpp"
-    found = re.findall(r"^    tile_of<(\d+), (\d+), \d, \d(?:, (\d))?>", source.read_text(), re.M)
+    found = re.findall(r"^    tile_of<(\d+), (\d+), \d+, \d(?:, (\d))?>", source.read_text(), re.M)
     assert [(int(r), int(t), int(k or 1)) for r, t, k in found] == TILES
 
 
@@ -488,16 +488,19 @@ def test_copies_and_moves():
 
 
 @pytest.mark.gpu
-def test_only_what_runs_by_plans_is_tuned():
+def test_what_may_run_by_plans_is_tuned():
     skip_unless_it_runs()
-    layer, _ = twins(64, 96)
+    layer, _ = twins(64, 96, backend="native")
     assert plan_cache.tune(layer, tokens=[16]) == []
     with pytest.raises(ValueError, match="sweep: layer must be one SLoPeLinear"):
         plan_cache.sweep(layer, 16)
     mixed, _ = twins(48, 64)  # its input gradient has in = 48
     assert mixed.weight_metadata.dtype == torch.int32
     assert mixed.weight_t_metadata.dtype == torch.uint8
-    assert [(e.rows, e.columns) for e in plan_cache.tune(mixed, tokens=[16])] == [(64, 48)]
+    timed = {(e.rows, e.columns): e.native_seconds for e in plan_cache.tune(mixed, tokens=[16])}
+    assert timed.keys() == {(48, 64), (64, 48)}
+    assert timed[48, 64] > 0
+    assert timed[64, 48] is None
     x = torch.randn(16, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     mixed(x).backward(torch.ones(16, 48, device=CUDA, dtype=torch.bfloat16))
     torch.testing.assert_close(

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 import slope_ext as slope
 from cases import Operands
 from slope_ext import _tuned_table, _tuner, ops, plan_cache
-from slope_ext._tuned_table import Entry, Key, Table
-from slope_ext._tuner import Candidate
+from slope_ext._tuned_table import Candidate, Entry, Key, Sweep, Table
 
 SHIPPED = _tuned_table.SHIPPED  # the package's own; tests see another folder
 ENVIRONMENT = "sm_90 | cuSPARSELt 0.8.0 | GPU A | driver 13000"
@@ -51,9 +50,10 @@ def test_the_fastest_right_candidate_wins():
         Candidate(7, 1, 0, 1e-5, False),
         Candidate(5, -1, 0, 2e-5, True),
     ]
-    made = _tuned_table.entry_of(Problem(32, 64, 9), candidates)
+    made = _tuned_table.entry_of(Problem(32, 64, 9), Sweep(candidates, 4e-5))
     assert (made.id, made.split_k, made.seconds, made.default_seconds) == (5, -1, 2e-5, 3e-5)
-    assert _tuned_table.entry_of(Problem(32, 64, 9), candidates[1:2]) is None
+    assert made.native_seconds == 4e-5
+    assert _tuned_table.entry_of(Problem(32, 64, 9), Sweep(candidates[1:2], 4e-5)) is None
 
 
 def test_lookup_is_exact_then_related_then_nearest():
@@ -76,6 +76,24 @@ def test_lookup_is_exact_then_related_then_nearest():
     assert table.nearest(Key(4096, 4096, 128, "bfloat16")).id == 7, "a split is not taken over"
     assert table.nearest(Key(4096, 4096, 32, "bfloat16")) is None, "too far"
     assert table.nearest(Key(64, 64, 8, "float16")) is None
+
+
+def test_plans_are_preferred_where_both_were_timed_and_they_are_the_faster():
+    def faster(*entries, own=()):
+        by_environment = {RELATIVE: list(entries), ENVIRONMENT: list(own)}
+        table = Table(ENVIRONMENT, by_environment)
+        return table.prefers_plans(64, 64, "bfloat16")
+
+    slow, fast = entry(native_seconds=9e-6), entry(native_seconds=2e-5)
+    assert not faster()
+    assert not faster(entry()), "no time of the own product"
+    assert not faster(slow)
+    assert faster(fast)
+    assert faster(entry(native_seconds=math.inf)), "a wrong product never wins"
+    assert faster(fast, entry(tokens=4096, seconds=1e-3, native_seconds=6e-4)), "the mean of both"
+    assert not faster(fast, entry(tokens=4096, seconds=1e-3, native_seconds=4e-4))
+    assert faster(fast, entry(128, 64, native_seconds=1e-9)), "another weight"
+    assert not faster(fast, own=[slow]), "this GPU's own time counts"
 
 
 def test_file_round_trip_merges(tmp_path):
@@ -403,7 +421,7 @@ def test_clear_while_others_multiply():
 @pytest.mark.gpu
 def test_an_algorithm_that_is_not_offered_falls_back_to_the_default():
     layer, x = layer_and_input()
-    table = plan_cache._table(0)
+    table = _tuned_table.of_device(0)
     table.add(entry(64, 96, 32, id=9999))
     plan_cache.clear()
     assert_right(layer, x, layer(x))
@@ -421,10 +439,44 @@ def test_tuning_persists_and_is_used():
     stored = json.loads(plan_cache.table_path().read_text())
     assert len(stored["environments"][_tuned_table.environment_of(0)]) == 2
 
-    plan_cache._tables.clear()  # as another process would start
+    _tuned_table.forget()  # as another process would start
     assert_right(layer, x, layer(x))
     chosen = {e["rows"]: e["algorithm"] for e in plan_cache.entries()}
     assert chosen[256] == {e.rows: e.id for e in plan_cache.tuned()}[256]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("movable", [True, False])
+@pytest.mark.parametrize("native_seconds", [1e-9, 1.0])
+def test_auto_goes_by_the_table(native_seconds, movable, monkeypatch):
+    """A layer that both products take runs by the faster, but for a weight that must not move."""
+    layer, x = layer_and_input(256, 512, 64, backend="auto")
+    if layer.weight_metadata.dtype != torch.int32:
+        pytest.skip("the own product does not run here")
+    if not movable:
+        layer.weight.data = torch.cat([layer.weight.data, layer.weight.data])[:256]
+    sweep = _tuner.sweep
+
+    def biased(problem, native):
+        found = sweep(problem, native=native)
+        assert 0 < found.native_seconds < 1e-3
+        return found._replace(native_seconds=native_seconds)
+
+    monkeypatch.setattr(_tuner, "sweep", biased)
+    assert len(plan_cache.tune(layer, 64)) == 2
+    assert plan_cache.tune(layer, 64) == []
+    _tuned_table.forget()  # as another process would start
+    for tuned in (layer, layer_and_input(256, 512, 64, backend="auto")[0]):
+        own = native_seconds < 1 or (tuned is layer and not movable)
+        assert tuned.weight_metadata.dtype == (torch.int32 if own else torch.uint8)
+        metadata_t = tuned.weight_t_metadata
+        assert metadata_t.dtype == (torch.int32 if native_seconds < 1 else torch.uint8)
+        dy, leaf = torch.randn(64, 256, device="cuda").bfloat16(), x.clone().requires_grad_()
+        y = tuned(leaf)
+        y.backward(dy)
+        assert_right(tuned, x, y)
+        dx = dy @ tuned.backward_weight()
+        torch.testing.assert_close(leaf.grad, dx, rtol=2e-2, atol=2e-2 * dx.abs().amax().item())
 
 
 @pytest.mark.gpu
@@ -487,7 +539,9 @@ def test_sweep_leaves_random_numbers_alone():
 @pytest.mark.gpu
 def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch):
     swept = []
-    monkeypatch.setattr(_tuner, "sweep", lambda problem: swept.append(problem) or [])
+    monkeypatch.setattr(
+        _tuner, "sweep", lambda problem, native: swept.append(problem) or Sweep([], None)
+    )
     layer, x = layer_and_input(128, 208, 64)
     plan_cache.clear()
     plan_cache.set_policy("on_first_use")
@@ -515,7 +569,7 @@ def test_split_k_entries_run():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("segments of K are for sm_90")
     layer, x = layer_and_input(256, 1024, 16)
-    plan_cache._table(0).add(entry(256, 1024, 16, id=0, split_k=-1))
+    _tuned_table.of_device(0).add(entry(256, 1024, 16, id=0, split_k=-1))
     plan_cache.clear()
     assert_right(layer, x, layer(x))
     assert plan_cache.entries()[0]["split_k"] == -1
@@ -526,7 +580,7 @@ def test_split_k_entries_run():
 def test_a_workspace_does_not_outlive_its_call():
     """torch.compile's CUDA graphs refuse memory of their pool that does."""
     layer, x = layer_and_input(256, 1024, 16)
-    plan_cache._table(0).add(entry(256, 1024, 16, id=0, split_k=4))
+    _tuned_table.of_device(0).add(entry(256, 1024, 16, id=0, split_k=4))
     plan_cache.clear()
     assert_right(layer, x, layer(x))
     if plan_cache.entries()[0]["workspace_bytes"] == 0:

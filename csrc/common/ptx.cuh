@@ -281,11 +281,11 @@ struct Wgmma;
 #define SLOPE_DECADE(t)                                                                            \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
   "9"
-#define SLOPE_DECADES_6                                                             \
-  SLOPE_DECADE()                                                                    \
-  ", " SLOPE_DECADE(1) ", " SLOPE_DECADE(2) ", " SLOPE_DECADE(3) ", " SLOPE_DECADE( \
-      4) ", " SLOPE_DECADE(5)
+#define SLOPE_DECADES_3 SLOPE_DECADE() ", " SLOPE_DECADE(1) ", " SLOPE_DECADE(2)
+#define SLOPE_DECADES_6 \
+  SLOPE_DECADES_3 ", " SLOPE_DECADE(3) ", " SLOPE_DECADE(4) ", " SLOPE_DECADE(5)
 #define SLOPE_DECADES_8 SLOPE_DECADES_6 ", " SLOPE_DECADE(6) ", " SLOPE_DECADE(7)
+#define SLOPE_NAMES_32 SLOPE_DECADES_3 ", %30, %31"
 #define SLOPE_NAMES_64 SLOPE_DECADES_6 ", %60, %61, %62, %63"
 #define SLOPE_NAMES_76 SLOPE_DECADES_6 ", " SLOPE_DECADE(6) ", %70, %71, %72, %73, %74, %75"
 #define SLOPE_NAMES_80 SLOPE_DECADES_8
@@ -298,7 +298,8 @@ struct Wgmma;
 
 #define SLOPE_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
 #define SLOPE_D16(i) SLOPE_D4(i), SLOPE_D4((i) + 4), SLOPE_D4((i) + 8), SLOPE_D4((i) + 12)
-#define SLOPE_D64 SLOPE_D16(0), SLOPE_D16(16), SLOPE_D16(32), SLOPE_D16(48)
+#define SLOPE_D32 SLOPE_D16(0), SLOPE_D16(16)
+#define SLOPE_D64 SLOPE_D32, SLOPE_D16(32), SLOPE_D16(48)
 #define SLOPE_D76 SLOPE_D64, SLOPE_D4(64), SLOPE_D4(68), SLOPE_D4(72)
 #define SLOPE_D80 SLOPE_D64, SLOPE_D16(64)
 #define SLOPE_D84 SLOPE_D80, SLOPE_D4(80)
@@ -332,6 +333,7 @@ struct Wgmma;
   SLOPE_WGMMA(kHalf, "f16", kN, n, a, b, e, p, s) \
   SLOPE_WGMMA(kBFloat16, "bf16", kN, n, a, b, e, p, s)
 
+SLOPE_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36)
 SLOPE_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68)
 SLOPE_WGMMA_BOTH(152, 76, 76, 77, 78, 79, 80)
 SLOPE_WGMMA_BOTH(160, 80, 80, 81, 82, 83, 84)
@@ -344,6 +346,7 @@ SLOPE_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132)
 #undef SLOPE_WGMMA
 #undef SLOPE_D4
 #undef SLOPE_D16
+#undef SLOPE_D32
 #undef SLOPE_D64
 #undef SLOPE_D76
 #undef SLOPE_D80
@@ -351,6 +354,7 @@ SLOPE_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132)
 #undef SLOPE_D88
 #undef SLOPE_D96
 #undef SLOPE_D128
+#undef SLOPE_NAMES_32
 #undef SLOPE_NAMES_64
 #undef SLOPE_NAMES_76
 #undef SLOPE_NAMES_80
@@ -358,6 +362,7 @@ SLOPE_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132)
 #undef SLOPE_NAMES_88
 #undef SLOPE_NAMES_96
 #undef SLOPE_NAMES_128
+#undef SLOPE_DECADES_3
 #undef SLOPE_DECADES_6
 #undef SLOPE_DECADES_8
 #undef SLOPE_DECADE

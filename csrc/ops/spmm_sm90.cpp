@@ -34,7 +34,7 @@ constexpr Tile tile_of(double stage_us, double next_us, double sum_us = 0.0) {
 
 // Times by a fit to products of 16 shapes with 1 to 8192 tokens on an H200, in bursts and at the
 // power limit; what counts is which tile has the least.
-constexpr std::array<Tile, 10> kTiles{{
+constexpr std::array<Tile, 15> kTiles{{
     tile_of<256, 192, 4, 2>(0.661, 2.3),
     tile_of<256, 176, 4, 2>(0.619, 2.0),
     tile_of<256, 168, 4, 2>(0.583, 3.1),
@@ -44,7 +44,12 @@ constexpr std::array<Tile, 10> kTiles{{
     tile_of<128, 256, 4, 2>(0.435, 2.9),
     tile_of<128, 128, 6, 1>(0.264, 1.6),
     tile_of<128, 128, 6, 1, 2>(0.254, 0.0, 1.2),
+    tile_of<128, 128, 6, 1, 3>(0.170, 0.0, 3.9),
     tile_of<128, 128, 6, 1, 4>(0.260, 0.0, 2.4),
+    tile_of<128, 64, 10, 1>(0.219, 1.3),
+    tile_of<128, 64, 10, 1, 2>(0.181, 0.0, 0.4),
+    tile_of<128, 64, 10, 1, 3>(0.171, 0.0, 3.2),
+    tile_of<128, 64, 10, 1, 4>(0.189, 0.0, 2.0),
 }};
 constexpr double kLateStartUs = 1.4;  // of a kernel that waits for the one before it to end
 

@@ -27,15 +27,15 @@
 // Metadata goes from global memory to registers, four stages ahead, before a tile ends already for
 // the next one: see Metadata.
 //
-// Segments. Where tiles are too few for the multiprocessors, W's columns are cut into two or four
+// Segments. Where tiles are too few for the multiprocessors, W's columns are cut into two to four
 // segments: a block each, a cluster for a tile. Each block multiplies its own; then it leaves the
 // sums that others store where its ring was, reads from their shared memory those that it stores,
 // and adds them, so that they are always added in the same order:
 //
-//                   two segments            four segments
-//                   tokens 0 .. 127         tokens 0 .. 63     64 .. 127
-//   rows  0 ..  63  block 0 stores          block 0            block 1
-//   rows 64 .. 127  block 1                 block 2            block 3
+//                   two segments      three segments              four segments
+//                   tokens 0 .. 127   tokens 0 .. 63  64 .. 127   tokens 0 .. 63  64 .. 127
+//   rows  0 ..  63  block 0 stores    block 0         block 0     block 0         block 1
+//   rows 64 .. 127  block 1           block 1         block 2     block 2         block 3
 //
 // Output. By chunks of 64 rows of W x 64 tokens: bias, activation, conversion, stmatrix.trans into
 // one of four buffers of 8 KB (a token a row, 128-byte swizzle), TMA store; two chunks at a time,
@@ -88,7 +88,7 @@ constexpr int kOutRowBytes = kSm90OutBox * kElementBytes;  // 128
 constexpr int kGatedRowBytes = kOutRowBytes / 2;
 constexpr int kOutBytes = kSm90OutBox * kOutRowBytes;
 constexpr int kOutBuffers = 4;          // of each consumer
-constexpr int kOutTogether = 2;         // chunks that are written, then stored, together
+constexpr int kOutTogether = 2;         // chunks, at most, that are written, then stored, together
 constexpr int kSharedAlignment = 1024;  // of the 128-byte swizzle
 constexpr int kMaxSharedBytes = 227 * 1024;
 
@@ -122,7 +122,6 @@ struct Tile {
 
   // Sums of segments lie where the ring was, 64 rows x 64 tokens together
   static_assert(kSegments == 1 || (kCluster == 1 && kBlocks == 1 && kRestTokens == 0));
-  static_assert(kSegments == 1 || kSegments == kConsumers || kSegments == kConsumers * kOutChunks);
   static_assert(kSegments == 1 || kRows * kTokens * 4 <= kOut);
 };
 
@@ -314,12 +313,8 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
 // Whether this block stores a chunk of 64 tokens of a consumer's 64 rows: it alone of its cluster.
 template <typename T>
 __device__ __forceinline__ bool stores(int consumer, int chunk) {
-  constexpr int kChunks = T::kSegments / kConsumers;  // that are of different blocks
-  if constexpr (T::kSegments == 1) {
-    return true;
-  } else {
-    return consumer * kChunks + chunk % kChunks == segment_of<T::kSegments>();
-  }
+  const int number = consumer * T::kOutChunks + chunk;
+  return number * T::kSegments / (kConsumers * T::kOutChunks) == segment_of<T::kSegments>();
 }
 
 // Adds up the segments of a tile with `tokens` tokens. A block leaves in its shared memory what
@@ -455,7 +450,8 @@ __device__ __forceinline__ void store_sums(const SpmmSm90Args& args,
                                            int thread) {
   constexpr bool kGated = kActivation == Activation::kSwiglu;
   constexpr int kChunks = T::kBlocks * T::kOutChunks;
-  static_assert(kChunks % kOutTogether == 0 && kOutBuffers % kOutTogether == 0);
+  constexpr int kTogether = kOutTogether < kChunks ? kOutTogether : kChunks;
+  static_assert(kChunks % kTogether == 0 && kOutBuffers % kTogether == 0);
   const auto row_of = [&](int chunk) { return place.row + chunk / T::kOutChunks * kSm90BlockRows; };
   const auto token_of = [&](int chunk) {
     return place.token + chunk % T::kOutChunks * kSm90OutBox;
@@ -477,13 +473,13 @@ __device__ __forceinline__ void store_sums(const SpmmSm90Args& args,
   }
 
 #pragma unroll
-  for (int first = 0; first < kChunks; first += kOutTogether) {
+  for (int first = 0; first < kChunks; first += kTogether) {
     // The buffers are free once the stores of the tile before, or of this, have read them
-    const bool is_used = first + kOutTogether > kOutBuffers;
+    const bool is_used = first + kTogether > kOutBuffers;
     if (first == 0 || is_used) {
       if (thread == 0) {
         if (is_used) {
-          ptx::tma_store_wait_read<kOutBuffers / kOutTogether - 1>();
+          ptx::tma_store_wait_read<kOutBuffers / kTogether - 1>();
         } else {
           ptx::tma_store_wait_read<0>();
         }
@@ -493,7 +489,7 @@ __device__ __forceinline__ void store_sums(const SpmmSm90Args& args,
 
     const auto buffer_of = [&](int chunk) { return buffers + chunk % kOutBuffers * kOutBytes; };
 #pragma unroll
-    for (int chunk = first; chunk < first + kOutTogether; ++chunk) {
+    for (int chunk = first; chunk < first + kTogether; ++chunk) {
       constexpr int kChunkOctets = kSm90OutBox / 8;
       const int i = chunk / T::kOutChunks;
       const int octet = chunk % T::kOutChunks * kChunkOctets;
@@ -511,7 +507,7 @@ __device__ __forceinline__ void store_sums(const SpmmSm90Args& args,
     ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
     if (thread == 0) {
 #pragma unroll
-      for (int chunk = first; chunk < first + kOutTogether; ++chunk) {
+      for (int chunk = first; chunk < first + kTogether; ++chunk) {
         if (is_stored(chunk)) {
           const bool is_rest = T::kRestTokens != 0 && chunk % T::kOutChunks == T::kOutChunks - 1;
           ptx::tma_store(buffer_of(chunk), is_rest ? &args.y_rest : &args.y,
