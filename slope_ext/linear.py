@@ -75,7 +75,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         in_features, out_features: logical sizes, multiples of 8.
         bias: whether to learn a bias.
         device, dtype: as in ``nn.Linear``; fp16, bf16, fp32 (or fp64 on the CPU).
-        backend: "auto", "native", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`.
+        backend: "native", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`; or "auto",
+            the first of them that takes the weight, or what :func:`slope_ext.plan_cache.tune` found
+            to be faster.
         backward_copy: "cached" keeps the transposed values (fastest); "recompute" derives them in
             every backward (least memory). Take "recompute" for fp32 weights under autocast, which
             derives them from the cast weight anyway.
