@@ -78,10 +78,12 @@ def follow(
     return values_t, metadata_t
 
 
-def new_values_t(values: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+def new_values_t(
+    values: Tensor, backend: str, prefers_plans: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Uninitialised transposed values [in, out/2] and their metadata, as the backend wants them."""
     rows, columns = 2 * values.shape[1], values.shape[0]
-    kind = _packed.backend_of(rows, columns, values.dtype, values.device, backend)
+    kind = _packed.backend_of(rows, columns, values.dtype, values.device, backend, prefers_plans)
     if kind == "cusparselt":
         return _packed.empty(rows, columns, values.dtype, values.device)
     words = _packed.empty_words(rows, columns, values.device) if kind == "native" else None

@@ -57,20 +57,27 @@ def backend_of(
     dtype: torch.dtype,
     device: torch.device,
     backend: str,
-    may_move: bool = True,
+    prefers_plans: bool = False,
 ) -> Literal["native", "cusparselt"] | None:
     """What multiplies by a weight [rows, columns] of a layer with that backend; None: cuBLAS.
 
-    Where both products take it, and the weight may move to packed memory, the faster by the tuned
-    table; the own product where it has no times of both.
+    The own product where it takes the weight, unless a plan does too and is preferred.
     """
     taken = native_takes(rows, columns, dtype, backend)
     native = device.type == "cuda" and taken and _native_runs_here(device.index or 0)
-    plan = backend in ("auto", "cusparselt") and is_packable(rows, columns, dtype, device)
-    if native and plan and may_move:
-        table = _tuned_table.of_device(device.index or 0)
-        native = not table.prefers_plans(rows, columns, dtype_name(dtype))
-    return "native" if native else "cusparselt" if plan else None
+    if native and not (prefers_plans and backend == "auto"):
+        return "native"
+    if backend in ("auto", "cusparselt") and is_packable(rows, columns, dtype, device):
+        return "cusparselt"
+    return "native" if native else None
+
+
+def tuned_for_plans(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the tuned table has plans as the faster for a weight [rows, columns]."""
+    if not is_packable(rows, columns, dtype, device):
+        return False
+    table = _tuned_table.of_device(device.index or 0)
+    return table.prefers_plans(rows, columns, dtype_name(dtype))
 
 
 @functools.cache

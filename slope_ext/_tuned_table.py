@@ -29,6 +29,7 @@ from slope_ext import _C
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tuned")
 
+_CLEARLY = 0.98  # plan over own product
 _lock = threading.Lock()
 _tables: dict[int, Table] = {}  # by CUDA ordinal
 
@@ -46,7 +47,7 @@ class Candidate:
 
 class Sweep(NamedTuple):
     """What a sweep found: cuSPARSELt's algorithms, right ones first, fastest first; and the seconds
-    of the own product in the same turns, None where it was not tried, infinity if it was wrong."""
+    of the own product, None where it was not tried, infinity if it was wrong."""
 
     candidates: list[Candidate]
     native_seconds: float | None
@@ -78,6 +79,11 @@ class Entry:
     seconds: float
     default_seconds: float
     native_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for seconds in (self.seconds, 1.0 if self.native_seconds is None else self.native_seconds):
+            if not seconds > 0:
+                raise ValueError(f"times must be above 0 s, got {seconds}")
 
     @property
     def key(self) -> Key:
@@ -138,9 +144,15 @@ class Table:
             if name.split(" | ")[:2] == family
             for entry in found
         }
+        self._with_native: dict[Key, Entry] = {}  # those with the own product's time; own ones win
+        relatives = (e for name, e in by_environment.items() if name.split(" | ")[:2] == family)
+        for entries in (*relatives, by_environment.get(environment, [])):
+            self._with_native |= {e.key: e for e in entries if e.native_seconds is not None}
 
     def add(self, entry: Entry) -> None:
         self._own[entry.key] = self._related[entry.key] = entry
+        if entry.native_seconds is not None:
+            self._with_native[entry.key] = entry
 
     def entries(self) -> list[Entry]:
         return list(self._own.values())
@@ -164,17 +176,17 @@ class Table:
         return min(near, key=lambda entry: sum(_steps(entry.key, key)), default=None)
 
     def prefers_plans(self, rows: int, columns: int, dtype: str) -> bool:
-        """Whether a weight is multiplied faster by plans than by the own product.
+        """Whether a weight is multiplied clearly faster by plans than by the own product.
 
-        By the geometric mean over the token counts that the table has times of both for.
+        In the geometric mean over the token counts that the table has times of both for, by more
+        than 2 %: the best of twenty medians is low by chance.
         """
         ratios = [
-            entry.seconds / entry.native_seconds
-            for key, related in list(self._related.items())
+            entry.seconds / (entry.native_seconds or math.inf)
+            for key, entry in list(self._with_native.items())
             if (key.rows, key.columns, key.dtype) == (rows, columns, dtype)
-            and (entry := self._own.get(key, related)).native_seconds is not None
         ]
-        return math.prod(ratios) < 1
+        return bool(ratios) and math.prod(ratios) < _CLEARLY ** len(ratios)
 
 
 def of_device(device: int) -> Table:
@@ -202,8 +214,10 @@ def _steps(a: Key, b: Key) -> list[float]:
 
 def user_path() -> Path:
     """The file that the user's table persists in."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope_ext"
-    return Path(os.environ.get("SLOPE_EXT_CACHE_DIR") or default) / "tuned.json"
+    if folder := os.environ.get("SLOPE_EXT_CACHE_DIR"):
+        return Path(folder) / "tuned.json"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "slope_ext" / "tuned.json"
 
 
 def load_all(path: Path) -> dict[str, list[Entry]]:
@@ -299,7 +313,11 @@ def save(path: Path, added: Mapping[str, Iterable[Entry]]) -> None:
 
 
 def _merge(tables: dict[str, list[Entry]], added: Mapping[str, Iterable[Entry]]) -> None:
-    """Lays ``added`` over ``tables``, in place."""
+    """Lays ``added`` over ``tables``, in place; no time of the own product is lost."""
     for environment, entries in added.items():
-        by_key = {entry.key: entry for entry in (*tables.get(environment, ()), *entries)}
+        by_key = {entry.key: entry for entry in tables.get(environment, ())}
+        for entry in entries:
+            known = by_key.get(entry.key)
+            if known is None or known.native_seconds is None or entry.native_seconds is not None:
+                by_key[entry.key] = entry
         tables[environment] = list(by_key.values())

@@ -120,7 +120,12 @@ class _Sweep:
         ops.pack_metadata(self.bitmask, self.words)
         values = self.packed[: rows * columns].view(self.x.dtype).view(rows, columns // 2)
         trial = _Trial(None, _spmm_sm90.launcher(self.x, values, self.words, self.y))
-        return trial if self._is_right(trial) else None
+        try:
+            return trial if self._is_right(trial) else None
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except RuntimeError:
+            return None
 
     def run(self, trial: _Trial) -> None:
         trial.launch()
@@ -169,41 +174,47 @@ def sweep(problem: Any, *, native: bool = False) -> Sweep:
         torch.random.fork_rng(devices=[problem.device]),
     ):
         plain = _variant(problem, bias=False, accumulate=False)
-        count = _C.SpmmPlan(plain, _C.SpmmAlgorithm()).algorithm_count
-        ids = algorithm_ids(problem.bfloat16, problem.device, count)
-        job = _Sweep(plain)
-        tried = [_C.SpmmAlgorithm(i) for i in ids]
-        trials = _timed(job, tried)
-        if problem.rows * problem.tokens <= _SPLIT_OUTPUTS and len(ids) > 1:
-            segments = torch.cuda.get_device_capability(problem.device)[0] == 9
-            best = sorted(trials, key=lambda trial: trial.seconds)[:2]
-            splits = _SEGMENTS if segments else _SPLITS
-            wanted = [_C.SpmmAlgorithm(t.algorithm.id, *split) for t in best for split in splits]
-            trials += _timed(job, wanted)
-            tried += wanted
-        own = job.native_trial() if native else None
-        if trials:
-            fastest = min(trial.seconds for trial in trials)
-            close = [trial for trial in trials if trial.seconds <= _DROP * fastest]
-            seconds = sum(job.launches * trial.seconds + 1e-4 for trial in close)
-            turns = int(_SECONDS / seconds)
-            close += [] if own is None else [own]
-            job.time(close, min(max(turns, _FEWEST_TURNS), _MORE_TURNS))
-        native_seconds = own.seconds if own is not None and trials else float("inf")
-        del job
-        right = {id(trial.algorithm): trial.seconds for trial in _verified(plain, trials)}
+        tried, seconds, native_seconds = _time_all(plain, native)
+        right = _verified(plain, seconds)
     candidates = [
         Candidate(
             algorithm=algorithm.id,
             split_k=algorithm.split_k,
             split_k_mode=algorithm.split_k_mode,
-            seconds=right.get(id(algorithm), float("inf")),
-            ok=id(algorithm) in right,
+            seconds=right.get(algorithm, float("inf")),
+            ok=algorithm in right,
         )
         for algorithm in tried
     ]
     by_time = sorted(candidates, key=lambda candidate: candidate.seconds)
-    return Sweep(by_time, native_seconds if native else None)
+    return Sweep(by_time, native_seconds)
+
+
+def _time_all(problem: Any, native: bool) -> tuple[list[Any], dict[Any, float], float | None]:
+    """What was tried, the times of those that are right, and the own product's."""
+    count = _C.SpmmPlan(problem, _C.SpmmAlgorithm()).algorithm_count
+    ids = algorithm_ids(problem.bfloat16, problem.device, count)
+    job = _Sweep(problem)
+    tried = [_C.SpmmAlgorithm(i) for i in ids]
+    trials = _timed(job, tried)
+    if problem.rows * problem.tokens <= _SPLIT_OUTPUTS and len(ids) > 1:
+        segments = torch.cuda.get_device_capability(problem.device)[0] == 9
+        best = sorted(trials, key=lambda trial: trial.seconds)[:2]
+        splits = _SEGMENTS if segments else _SPLITS
+        wanted = [_C.SpmmAlgorithm(t.algorithm.id, *split) for t in best for split in splits]
+        trials += _timed(job, wanted)
+        tried += wanted
+    own = job.native_trial() if native else None
+    if trials:
+        fastest = min(trial.seconds for trial in trials)
+        close = [trial for trial in trials if trial.seconds <= _DROP * fastest]
+        seconds = sum(job.launches * trial.seconds + 1e-4 for trial in close)
+        turns = int(_SECONDS / seconds)
+        close += [] if own is None else [own]
+        job.time(close, min(max(turns, _FEWEST_TURNS), _MORE_TURNS))
+    native_seconds = own.seconds if own is not None and trials else float("inf")
+    times = {trial.algorithm: trial.seconds for trial in trials}
+    return tried, times, native_seconds if native else None
 
 
 def _timed(job: _Sweep, algorithms: list[Any]) -> list[_Trial]:
@@ -212,17 +223,17 @@ def _timed(job: _Sweep, algorithms: list[Any]) -> list[_Trial]:
     return trials
 
 
-def _verified(problem: Any, trials: list[_Trial]) -> list[_Trial]:
-    """``trials`` without those that are faster than the first which is right in every use."""
+def _verified(problem: Any, seconds: dict[Any, float]) -> dict[Any, float]:
+    """``seconds`` without those that are faster than the first which is right in every use."""
     largest = bucket(problem.tokens)
     jobs = [
         _Sweep(_variant(problem, tokens=largest, bias=True)),
         _Sweep(_variant(problem, tokens=max(8, largest // 2), accumulate=True)),
     ]
-    trials = sorted(trials, key=lambda trial: trial.seconds)
-    while trials and not all(job.trial(trials[0].algorithm) for job in jobs):
-        trials = trials[1:]
-    return trials
+    by_time = sorted(seconds, key=lambda algorithm: seconds[algorithm])
+    while by_time and not all(job.trial(by_time[0]) for job in jobs):
+        by_time = by_time[1:]
+    return {algorithm: seconds[algorithm] for algorithm in by_time}
 
 
 def _random_mask(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -52,7 +52,7 @@ class SlopeConfig:
         pattern: "2:4", compressed; any other N:M, or ``simulate``, is dense masked arithmetic.
         simulate: use MaskedLinear for 2:4 too.
         backward_copy: "cached" or "recompute", see SLoPeLinear.
-        backend: "auto", "native", "cusparselt" or "reference", see :func:`slope_ext.ops.linear`.
+        backend: "auto", "native", "cusparselt" or "reference", see :class:`slope_ext.SLoPeLinear`.
         fuse: what else the products of 2:4 layers do, see :mod:`slope_ext.fuse`: "relu" applies a
             ReLU that follows; "swiglu" makes one layer of an MLP's gate and up-projection.
         target_modules: "all-linear", a regular expression that must match the whole name, or a

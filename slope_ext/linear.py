@@ -433,14 +433,17 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     def _allocate_transposed_values(self) -> None:
         values_t = metadata_t = None
         if self.backward_copy == "cached":
-            values_t, metadata_t = _backward_copy.new_values_t(self.weight.data, self.backend)
+            prefers_plans = self._prefers_plans(self.in_features, self.out_features)
+            values_t, metadata_t = _backward_copy.new_values_t(
+                self.weight.data, self.backend, prefers_plans
+            )
         self.register_buffer("weight_t", values_t, persistent=False)
         self.register_buffer("weight_t_metadata", metadata_t, persistent=False)
 
     def _transposed_values_fit(self, values_t: Tensor) -> bool:
         if values_t.dtype != self.weight.dtype:
             return False
-        kind = self._kind(self.in_features, self.out_features)
+        kind = self._kind(self.in_features, self.out_features, self.weight_t_metadata)
         return _packed.fits(values_t, self.weight_t_metadata, kind)
 
     def _follow_transposed_mask(self) -> None:
@@ -453,7 +456,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     def _pack(self, may_move: bool) -> bool:
         """Brings weight_metadata up to date; whether anything was to do."""
         weight, metadata = self.weight, self.weight_metadata
-        kind = self._kind(self.out_features, self.in_features, self._can_move())
+        kind = self._kind(self.out_features, self.in_features, metadata, self._can_move())
         if metadata is None or not _packed.fits(weight, metadata, kind):
             metadata = None
             if may_move and kind == "native":
@@ -479,15 +482,41 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         return metadata
 
     def _can_move(self) -> bool:
-        """A DTensor and its like, or a part of somebody's flat buffer, must stay what it is."""
+        """Not a DTensor and its like, what was computed, or a part of somebody's flat buffer."""
         weight = self.weight
-        owns_memory = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
-        return type(weight.data) is Tensor and owns_memory
+        if type(weight.data) is not Tensor or not weight.is_leaf:
+            return False
+        return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
 
-    def _kind(self, rows: int, columns: int, may_move: bool = True) -> str | None:
+    def _kind(
+        self, rows: int, columns: int, metadata: Tensor | None, can_move: bool = True
+    ) -> str | None:
+        """What multiplies by a weight [rows, columns]: what did, if there is metadata for it."""
+        if metadata is not None:
+            prefers_plans = metadata.dtype == torch.uint8
+        else:
+            prefers_plans = can_move and self._prefers_plans(rows, columns)
         weight = self.weight
-        place = (weight.dtype, weight.device)
-        return _packed.backend_of(rows, columns, *place, self.backend, may_move)
+        return _packed.backend_of(
+            rows, columns, weight.dtype, weight.device, self.backend, prefers_plans
+        )
+
+    def _prefers_plans(self, rows: int, columns: int) -> bool:
+        """By the tuned table, which knows of plain products only."""
+        is_plain = self.backend == "auto" and self.activation == "none" and not self.has_adapter
+        weight = self.weight
+        return is_plain and _packed.tuned_for_plans(rows, columns, weight.dtype, weight.device)
+
+    def choose_product(self) -> None:
+        """Has the tuned table choose again between the own product and plans (backend "auto")."""
+        kind = self._kind(self.out_features, self.in_features, None, self._can_move())
+        if not _packed.fits(self.weight, self.weight_metadata, kind):
+            self.weight_metadata = None
+        if self.weight_t is not None:
+            kind_t = self._kind(self.in_features, self.out_features, None)
+            if not _packed.fits(self.weight_t, self.weight_t_metadata, kind_t):
+                self._allocate_transposed_values()
+        self.prepare()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._prepared = None

@@ -146,9 +146,14 @@ def tune(
 ) -> list[Entry]:
     """Sweeps the algorithms of every 2:4 layer of ``model`` ahead of use, and keeps the best.
 
-    Where the own product takes a weight too it is timed with them. A layer of ``backend="auto"``
-    then runs by the one that is the faster for its weight in the geometric mean over the token
-    counts in the table; its values move if that changes, so tune before capturing CUDA graphs.
+    For layers of ``backend="auto"`` whose weights the own product takes too it is timed with them.
+    Such a layer then runs by plans if they are the faster for its weight, by more than 2 % in the
+    geometric mean over the token counts in the table; and so do layers made afterwards, here or by
+    other processes. Layers with an activation or an adapter keep to the own product, which has
+    these in its kernel, and so do backward copies that are recomputed. Values may move: tune before
+    capturing CUDA graphs and before making copies whose buffers are paired with the model's
+    (``AveragedModel``). With several processes tune in one, and :func:`import_table` in all before
+    they make the model.
 
     Args:
         model: a layer or a model with layers on CUDA; other layers, and those of other backends
@@ -165,8 +170,8 @@ def tune(
         ValueError: a token count is below 1.
     """
     added = []
-    for problem in _problems(model, [tokens] if isinstance(tokens, int) else tokens, backward):
-        native = _own_product_takes(problem)
+    counts = [tokens] if isinstance(tokens, int) else tokens
+    for problem, native in _problems(model, counts, backward):
         known = _tuned_table.of_device(problem.device).exact(_tuned_table.key_of(problem))
         if again or known is None or (native and known.native_seconds is None):
             entry = _sweep_into_table(problem, native)
@@ -174,7 +179,7 @@ def tune(
                 added.append(entry)
     clear()
     for layer in _layers(model):
-        layer.prepare()
+        layer.choose_product()
     return added
 
 
@@ -184,19 +189,20 @@ def sweep(layer: nn.Module, tokens: int) -> list[Candidate]:
     Operands are random, of the layer's shape and dtype. Nothing is kept.
 
     Raises:
-        ValueError: ``layer`` is no 2:4 layer that runs by plans.
+        ValueError: ``layer`` is no 2:4 layer that plans take.
     """
     problems = _problems(layer, [tokens], backward=False)
     if len(problems) != 1:
-        raise ValueError("sweep: layer must be one SLoPeLinear on CUDA whose product runs by plans")
-    return _tuner.sweep(problems[0]).candidates
+        raise ValueError("sweep: layer must be one SLoPeLinear on CUDA whose product plans take")
+    return _tuner.sweep(problems[0][0]).candidates
 
 
-def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[Any]:
+def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[tuple[Any, bool]]:
+    """What plans take of the layers, and whether one of them may choose the own product instead."""
     counts = sorted(tokens)  # the largest of those that share an entry comes last and stays
     if counts and counts[0] < 1:
         raise ValueError(f"tune, sweep: tokens must be at least 1, got {counts[0]}")
-    found = {}
+    found: dict[Any, tuple[Any, bool]] = {}
     for layer in _layers(model):
         weight = layer.weight
         if layer.backend not in ("auto", "cusparselt"):
@@ -207,6 +213,8 @@ def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[A
         for rows, columns in shapes:
             if not _packed.is_packable(rows, columns, weight.dtype, weight.device):
                 continue
+            place = (weight.dtype, weight.device)
+            chooses = _packed.backend_of(rows, columns, *place, layer.backend) == "native"
             for count in counts:
                 problem = _C.SpmmProblem(
                     rows=rows,
@@ -215,7 +223,9 @@ def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[A
                     device=weight.device.index,
                     bfloat16=weight.dtype == torch.bfloat16,
                 )
-                found[(problem.device, _tuned_table.key_of(problem))] = problem
+                key = (problem.device, _tuned_table.key_of(problem))
+                known_to_choose = key in found and found[key][1]
+                found[key] = (problem, chooses or known_to_choose)
     return list(found.values())
 
 
@@ -223,12 +233,6 @@ def _layers(model: nn.Module) -> list[SLoPeLinear]:
     """The 2:4 layers on CUDA."""
     modules = model.modules()
     return [m for m in modules if isinstance(m, SLoPeLinear) and m.weight.is_cuda]
-
-
-def _own_product_takes(problem: Any) -> bool:
-    dtype = torch.bfloat16 if problem.bfloat16 else torch.float16
-    device = torch.device("cuda", problem.device)
-    return _packed.backend_of(problem.rows, problem.columns, dtype, device, "native") == "native"
 
 
 def _sweep_into_table(problem: Any, native: bool) -> Entry | None:
@@ -258,7 +262,6 @@ def _choose(problem: Any, capturing: bool) -> Any:
         # A sweep's winner depends on timing.
         may_sweep = not capturing and not torch.are_deterministic_algorithms_enabled()
         if entry is None and _policy == "on_first_use" and may_sweep:
-            # Of the algorithms alone: what layers run by must not change under their feet.
             entry = _sweep_into_table(problem, native=False)
         if entry is None and _policy == "ahead" and key not in _warned:
             _warned.add(key)
@@ -296,6 +299,8 @@ def export_table(path: str | Path) -> None:
 
 def import_table(path: str | Path) -> None:
     """Merges an exported table into this user's; entries there win. Plans are forgotten.
+
+    Layers made afterwards choose between the own product and plans by it; those that exist stay.
 
     Raises:
         OSError, ValueError: there is no such table, or it is not one; or this user's own cannot be

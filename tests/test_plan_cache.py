@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -94,6 +95,10 @@ def test_plans_are_preferred_where_both_were_timed_and_they_are_the_faster():
     assert not faster(fast, entry(tokens=4096, seconds=1e-3, native_seconds=4e-4))
     assert faster(fast, entry(128, 64, native_seconds=1e-9)), "another weight"
     assert not faster(fast, own=[slow]), "this GPU's own time counts"
+    assert not faster(entry(native_seconds=1.01e-5)), "not clearly"
+    table = Table(ENVIRONMENT, {RELATIVE: [fast], STRANGER: [slow]})
+    table.add(entry(id=5))  # a sweep on first use
+    assert table.prefers_plans(64, 64, "bfloat16")
 
 
 def test_file_round_trip_merges(tmp_path):
@@ -106,9 +111,27 @@ def test_file_round_trip_merges(tmp_path):
     assert [e.id for e in found[RELATIVE]] == [4]
 
 
+def test_a_time_of_the_own_product_is_not_lost(tmp_path):
+    path = tmp_path / "tuned.json"
+    _tuned_table.save(path, {ENVIRONMENT: [entry(id=1, native_seconds=2e-5)]})
+    _tuned_table.save(path, {ENVIRONMENT: [entry(id=9)]})
+    assert _tuned_table.load(path) == {ENVIRONMENT: [entry(id=1, native_seconds=2e-5)]}
+    _tuned_table.save(path, {ENVIRONMENT: [entry(id=9, native_seconds=math.inf)]})
+    assert _tuned_table.load(path)[ENVIRONMENT][0].id == 9
+
+
+def test_no_home_is_no_error(monkeypatch):
+    for name in ("SLOPE_EXT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without a passwd entry
+    assert _tuned_table.load_all(_tuned_table.user_path()) == {}
+
+
 NO_TABLES = [
     "", "{", "[]", '{"format": 0, "environments": {}}', '{"format": 1}',
     '{"format": 1, "environments": {"a": [{"rows": 1}]}}',
+    json.dumps({"format": 1, "environments": {"a": [asdict(entry()) | {"native_seconds": 0}]}}),
+    json.dumps({"format": 1, "environments": {"a": [asdict(entry()) | {"seconds": "x"}]}}),
 ]  # fmt: skip
 LATER_TABLE = '{"format": 2, "tables": []}'
 
@@ -450,9 +473,18 @@ def test_tuning_persists_and_is_used():
 @pytest.mark.parametrize("native_seconds", [1e-9, 1.0])
 def test_auto_goes_by_the_table(native_seconds, movable, monkeypatch):
     """A layer that both products take runs by the faster, but for a weight that must not move."""
+
+    def make(**options):
+        return layer_and_input(256, 512, 64, backend="auto", **options)[0]
+
+    def kinds(layer):
+        found = (layer.weight_metadata, layer.weight_t_metadata)
+        return tuple("own" if m.dtype == torch.int32 else "plan" for m in found if m is not None)
+
     layer, x = layer_and_input(256, 512, 64, backend="auto")
-    if layer.weight_metadata.dtype != torch.int32:
+    if kinds(layer) != ("own", "own"):
         pytest.skip("the own product does not run here")
+    earlier = make()
     if not movable:
         layer.weight.data = torch.cat([layer.weight.data, layer.weight.data])[:256]
     sweep = _tuner.sweep
@@ -465,12 +497,18 @@ def test_auto_goes_by_the_table(native_seconds, movable, monkeypatch):
     monkeypatch.setattr(_tuner, "sweep", biased)
     assert len(plan_cache.tune(layer, 64)) == 2
     assert plan_cache.tune(layer, 64) == []
+    faster = "own" if native_seconds < 1 else "plan"
+    assert kinds(layer) == (faster if movable else "own", faster)
     _tuned_table.forget()  # as another process would start
-    for tuned in (layer, layer_and_input(256, 512, 64, backend="auto")[0]):
-        own = native_seconds < 1 or (tuned is layer and not movable)
-        assert tuned.weight_metadata.dtype == (torch.int32 if own else torch.uint8)
-        metadata_t = tuned.weight_t_metadata
-        assert metadata_t.dtype == (torch.int32 if native_seconds < 1 else torch.uint8)
+    later = make()
+    assert kinds(later) == (faster, faster)
+    recomputing = make(backward_copy="recompute")
+    assert kinds(recomputing) == (faster,)
+    earlier.prepare()
+    assert kinds(earlier) == ("own", "own"), "what runs does not change by itself"
+    with_relu = slope.SLoPeLinear(512, 256, device="cuda", dtype=x.dtype, activation="relu")
+    assert kinds(with_relu) == ("own", "own")
+    for tuned in (layer, later, recomputing, earlier):
         dy, leaf = torch.randn(64, 256, device="cuda").bfloat16(), x.clone().requires_grad_()
         y = tuned(leaf)
         y.backward(dy)

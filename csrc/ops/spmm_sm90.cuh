@@ -37,6 +37,8 @@
 //   rows  0 ..  63  block 0 stores    block 0         block 0     block 0         block 1
 //   rows 64 .. 127  block 1           block 1         block 2     block 2         block 3
 //
+// (of 64 tokens, which are one chunk: as here with tokens 0 .. 63, and the other blocks none)
+//
 // Output. By chunks of 64 rows of W x 64 tokens: bias, activation, conversion, stmatrix.trans into
 // one of four buffers of 8 KB (a token a row, 128-byte swizzle), TMA store; two chunks at a time,
 // so that barriers are few. The ring fills meanwhile. A thread holds rows g and g + 8 of W: with
@@ -313,8 +315,12 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
 // Whether this block stores a chunk of 64 tokens of a consumer's 64 rows: it alone of its cluster.
 template <typename T>
 __device__ __forceinline__ bool stores(int consumer, int chunk) {
-  const int number = consumer * T::kOutChunks + chunk;
-  return number * T::kSegments / (kConsumers * T::kOutChunks) == segment_of<T::kSegments>();
+  if constexpr (T::kSegments == 1) {
+    return true;
+  } else {
+    const int number = consumer * T::kOutChunks + chunk;
+    return number * T::kSegments / (kConsumers * T::kOutChunks) == segment_of<T::kSegments>();
+  }
 }
 
 // Adds up the segments of a tile with `tokens` tokens. A block leaves in its shared memory what

@@ -42,6 +42,7 @@ int spmm_sm90_tile_count();
 
 }  // namespace slope
 
-// launch_spmm_sm90 for tests without torch; `params` is a SpmmSm90Params, the result a cudaError_t.
+// launch_spmm_sm90 for slope_ext/_spmm_sm90.py; `params` is a SpmmSm90Params, the result a
+// cudaError_t.
 extern "C" __attribute__((visibility("default"))) int slope_spmm_sm90(const void* params,
                                                                       void* stream);
