@@ -20,8 +20,9 @@ racecheck  every kernel; not test_native, which would  shared memory
 synccheck  every kernel                                barriers
 ========== =========================================== ============================================
 
-Every tool goes over every file of tests in a process of its own; they run side by side, dealt out
-to the GPUs that CUDA_VISIBLE_DEVICES names.
+Every tool goes over every file of tests in a process of its own, over the longest in several; they
+run side by side, dealt out to the GPUs that CUDA_VISIBLE_DEVICES names. A tool's record is written
+when it is through; memcheck of all takes some minutes of a GPU that does nothing else.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gpu_report import ROOT, source_hash
@@ -44,6 +45,7 @@ from gpu_report import ROOT, source_hash
 REPORT = ROOT / "tests" / "sanitizer_report.json"
 # Families, the longest first
 OWN_PRODUCT = "native"
+PROCESSES = {OWN_PRODUCT: 4}  # that share a family's tests; of the others one
 PRODUCTS = ("spmm", "lowrank", "packed_layer", "weight_grad")
 USES = ("linear", "launch")  # of kernels that are raced in the others
 SELECTION = ("adamw", "compress", "prune", "transpose", "pack")
@@ -57,6 +59,18 @@ LEFT_OUT_BY_MISJUDGING = (*LEFT_OUT, "multiplies")
 PYTORCH_ALLOCATES_EACH = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
+class Job(NamedTuple):
+    """Some tests under a tool."""
+
+    tool: Tool
+    family: str
+    part: str  # of the family's tests, as pytest's --part has it
+
+    @property
+    def name(self) -> str:
+        return f"{self.tool.name}_{self.family}_{self.part.replace('/', '_of_')}"
+
+
 @dataclass(frozen=True)
 class Tool:
     """How one tool of compute-sanitizer is run."""
@@ -67,15 +81,24 @@ class Tool:
     left_out: tuple[str, ...] = LEFT_OUT
     environment: dict[str, str] = field(default_factory=dict, hash=False)
 
-    def run(self, family: str, log: Path, gpu: str) -> bool:
-        """Runs the tests of a family under the tool, output into ``log``; False if one failed."""
+    def jobs(self) -> list[Job]:
+        """What is to be run, a process each."""
+        return [
+            Job(self, family, f"{number}/{PROCESSES.get(family, 1)}")
+            for family in self.tests
+            for number in range(PROCESSES.get(family, 1))
+        ]
+
+    def run(self, job: Job, log: Path, gpu: str) -> bool:
+        """Runs the tool over some tests, output into ``log``; False if one failed."""
         selected = f"not ({' or '.join(self.left_out)})"
         command = ["compute-sanitizer", "--tool", self.name, "--report-api-errors", "no"]
         command += ["--print-limit", "0"]
         pytest = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", selected]
+        pytest += ["--part", job.part]
         with log.open("wb") as out:
             ended = subprocess.run(
-                [*command, *self.options, sys.executable, *pytest, f"tests/test_{family}.py"],
+                [*command, *self.options, sys.executable, *pytest, f"tests/test_{job.family}.py"],
                 cwd=ROOT,
                 env=os.environ | self.environment | {"CUDA_VISIBLE_DEVICES": gpu},
                 stdout=out,
@@ -128,16 +151,16 @@ def is_ours(report: str) -> bool:
 
 
 def result_of(texts: dict[str, str]) -> dict[str, Any]:
-    """What a tool's output about each family says, for the record."""
+    """What a tool's output about each job says, for the record."""
     found: list[str] = []
     tests = 0
-    for family, text in texts.items():
-        of_family = reports(text)
-        if said(text) != len(of_family):
+    for job, text in texts.items():
+        of_job = reports(text)
+        if said(text) != len(of_job):
             raise RuntimeError(
-                f"sanitize: {family}: {len(of_family)} reports found, the tool says {said(text)}"
+                f"sanitize: {job}: {len(of_job)} reports found, the tool says {said(text)}"
             )
-        found += of_family
+        found += of_job
         passed = re.search(r"(\d+) passed", text)
         tests += int(passed[1]) if passed else 0
     ours = sum(map(is_ours, found))
@@ -169,33 +192,35 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.logs.mkdir(parents=True, exist_ok=True)
     tools = [tool for tool in TOOLS if not arguments.tool or tool.name in arguments.tool]
-    logs = {
-        (tool, family): arguments.logs / f"{tool.name}_{family}.txt"
-        for tool in tools
-        for family in tool.tests
-    }
+    jobs = [job for tool in tools for job in tool.jobs()]
+    logs = {job: arguments.logs / f"{job.name}.txt" for job in jobs}
     gpus = visible_gpus()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = {
-            key: pool.submit(key[0].run, key[1], log, gpus[place % len(gpus)])
-            for place, (key, log) in enumerate(logs.items())
+            job: pool.submit(job.tool.run, job, logs[job], gpus[place % len(gpus)])
+            for place, job in enumerate(jobs)
         }
-    passed = {key: run.result() for key, run in runs.items()}
+        good = []
+        for tool in tools:
+            own = [job for job in jobs if job.tool is tool]
+            failed = [job.name for job in own if not runs[job].result()]
+            texts = {job.name: logs[job].read_text(errors="replace") for job in own}
+            good.append(is_clean(tool, texts, failed))
+    return int(not all(good))
 
+
+def is_clean(tool: Tool, texts: dict[str, str], failed: list[str]) -> bool:
+    """Prints what a tool said; records it if tests ran, all passed and nothing of ours is in it."""
+    result = result_of(texts)
+    print(f"{tool.name}: {result}{f', tests failed: {failed}' if failed else ''}", flush=True)
+    for text in texts.values():
+        for report in list(filter(is_ours, reports(text)))[:5]:
+            print(report)
+    if failed or result["reports"] > 0 or result["tests"] == 0:
+        return False
     record = json.loads(REPORT.read_text()) if REPORT.exists() else {}
-    failed = False
-    for tool in tools:
-        texts = {family: logs[tool, family].read_text(errors="replace") for family in tool.tests}
-        bad = [family for family in tool.tests if not passed[tool, family]]
-        result = record[tool.name] = result_of(texts)
-        failed |= bool(bad) or result["reports"] > 0 or result["tests"] == 0
-        print(f"{tool.name}: {result}{f', tests failed: {bad}' if bad else ''}", flush=True)
-        for text in texts.values():
-            for report in list(filter(is_ours, reports(text)))[:5]:
-                print(report)
-    if not failed:
-        REPORT.write_text(json.dumps(record, indent=1) + "\n")
-    return int(failed)
+    REPORT.write_text(json.dumps(record | {tool.name: result}, indent=1) + "\n")
+    return True
 
 
 if __name__ == "__main__":

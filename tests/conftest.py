@@ -6,6 +6,17 @@ import torch
 
 from slope_ext import _tuned_table, plan_cache
 
+
+def pytest_addoption(parser):
+    parser.addoption("--part", default="0/1", metavar="I/N", help="every N-th test, from I on")
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config, items):
+    number, count = map(int, config.getoption("--part").split("/"))
+    items[:] = items[number::count]
+
+
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 
 

@@ -2,10 +2,14 @@
 """scripts/sanitize.py: what it makes of the output of compute-sanitizer."""
 
 import importlib
+import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
+
+import conftest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -53,6 +57,29 @@ def test_families_add_up():
     ours = READ.format(kernel=OURS, caller="cudaLaunchKernel", library="libcudart.so.13")
     result = sanitize.result_of({"spmm": output(ours), "pack": output(ours), "prune": output()})
     assert (result["tests"], result["reports"]) == (51, 2)
+
+
+def test_every_test_of_a_family_is_in_one_part():
+    parts = [job.part for job in sanitize.TOOLS[0].jobs() if job.family == sanitize.OWN_PRODUCT]
+    assert len(parts) > 1
+    dealt = []
+    for part in parts:
+        tests = list(range(11))
+        config = types.SimpleNamespace(getoption=lambda _, part=part: part)
+        conftest.pytest_collection_modifyitems(config, tests)
+        dealt += tests
+    assert sorted(dealt) == list(range(11))
+
+
+def test_what_a_tool_said_is_recorded_if_it_is_clean(tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitize, "REPORT", tmp_path / "report.json")
+    memcheck, initcheck, racecheck, _ = sanitize.TOOLS
+    ours = READ.format(kernel=OURS, caller="cudaLaunchKernel", library="libcudart.so.13")
+    assert sanitize.is_clean(memcheck, {"a": output(), "b": output()}, [])
+    assert not sanitize.is_clean(initcheck, {"a": output(ours)}, [])
+    assert not sanitize.is_clean(racecheck, {"a": output()}, ["a"])
+    record = json.loads(sanitize.REPORT.read_text())
+    assert {tool: result["tests"] for tool, result in record.items()} == {"memcheck": 34}
 
 
 def test_reports_of_our_kernels_and_of_what_our_library_launched_are_ours():
