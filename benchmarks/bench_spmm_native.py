@@ -10,7 +10,8 @@ spmm_native_fused
                 an epilogue could save all but reading that; with bias and ReLU; all against the own
                 kernel alone.
                 Gate and up-projection of LLaMA-3-8B's MLP with SwiGLU in the kernel; their product
-                alone; two products and a pass of SwiGLU that torch.compile makes, 2:4 and dense
+                alone; two products and a pass of SwiGLU that torch.compile makes, 2:4 and dense.
+                Its q-, k- and v-projection as one product; as three, 2:4 and dense
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
                 epilogue adds the dense low-rank product; a plan, and the own kernel, with
                 addmm_ of the low-rank product after it; the own kernel without an adapter
@@ -282,6 +283,43 @@ def bench_swiglu(tokens: int, run: harness.Run) -> Iterator[harness.Record]:
     )
 
 
+# ---- q, k, v -------------------------------------------------------------------------------------
+
+QKV_ROWS, QKV_COLUMNS = (4096, 1024, 1024), 4096
+QKV_TOKENS = [8, 64, 512, 2048, 8192]
+
+
+def bench_qkv(tokens: int, run: harness.Run) -> Iterator[harness.Record]:
+    """Records of q-, k- and v-projection as one product."""
+    dtype, shape = torch.bfloat16, (sum(QKV_ROWS), QKV_COLUMNS)
+    moved, limit = sparse_limit(shape, dtype, tokens, run)
+    sets = harness.buffer_sets(int(moved))
+    weights = [torch.randn(*shape, device="cuda").to(dtype) for _ in range(sets)]
+    joint = [SLoPeLinear.from_dense(weight, backend="native") for weight in weights]
+    apart = [
+        [SLoPeLinear.from_dense(rows, backend="native") for rows in weight.split(QKV_ROWS)]
+        for weight in weights
+    ]
+    dense = [weight.split(QKV_ROWS) for weight in weights]
+    xs = [torch.randn(tokens, QKV_COLUMNS, device="cuda").to(dtype) for _ in range(sets)]
+    timings = harness.time_cases(
+        {
+            "ours": lambda i: joint[i](xs[i]),
+            "three products": lambda i: [layer(xs[i]) for layer in apart[i]],
+            "dense, three products": lambda i: [F.linear(xs[i], rows) for rows in dense[i]],
+        },
+        sets,
+    )
+    yield from harness.baseline_records(
+        timings,
+        bench="spmm_native_fused",
+        case=f"{shape[0]}x{shape[1]};qkv",
+        dtype=dtype,
+        tokens=tokens,
+        limit=limit,
+    )
+
+
 @torch.no_grad()
 def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of the bar shapes."""
@@ -293,8 +331,10 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
     ]
     for shape, dtype, tokens in run.own(cases):
         yield from bench_shape(shape, dtype, tokens, run)
-    for tokens in run.own(SWIGLU_TOKENS):
+    for _, tokens in run.own(("swiglu", tokens) for tokens in SWIGLU_TOKENS):
         yield from bench_swiglu(tokens, run)
+    for _, tokens in run.own(("qkv", tokens) for tokens in QKV_TOKENS):
+        yield from bench_qkv(tokens, run)
 
 
 if __name__ == "__main__":
