@@ -205,12 +205,12 @@ def main() -> int:
             own = [job for job in jobs if job.tool is tool]
             failed = [job.name for job in own if not runs[job].result()]
             texts = {job.name: logs[job].read_text(errors="replace") for job in own}
-            good.append(is_clean(tool, texts, failed))
+            good.append(recorded(tool, texts, failed))
     return int(not all(good))
 
 
-def is_clean(tool: Tool, texts: dict[str, str], failed: list[str]) -> bool:
-    """Prints what a tool said; records it if tests ran, all passed and nothing of ours is in it."""
+def recorded(tool: Tool, texts: dict[str, str], failed: list[str]) -> bool:
+    """Prints what a tool said; records it if tests ran, all passed and nothing is ours."""
     result = result_of(texts)
     print(f"{tool.name}: {result}{f', tests failed: {failed}' if failed else ''}", flush=True)
     for text in texts.values():

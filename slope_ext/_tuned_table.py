@@ -18,7 +18,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,9 +81,12 @@ class Entry:
     native_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for seconds in (self.seconds, 1.0 if self.native_seconds is None else self.native_seconds):
-            if not seconds > 0:
-                raise ValueError(f"times must be above 0 s, got {seconds}")
+        integers = (*self.key[:3], self.id, self.split_k, self.split_k_mode)
+        if not all(type(value) is int for value in integers) or type(self.dtype) is not str:
+            raise TypeError(f"entries hold integers and the name of a dtype, got {self}")
+        times = (self.seconds, 1.0 if self.native_seconds is None else self.native_seconds)
+        if not all(float(seconds) > 0 for seconds in times):
+            raise ValueError(f"times must be above 0 s, got {self}")
 
     @property
     def key(self) -> Key:
@@ -182,9 +185,10 @@ class Table:
         than 2 %: the best of twenty medians is low by chance.
         """
         ratios = [
-            entry.seconds / (entry.native_seconds or math.inf)
+            entry.seconds / entry.native_seconds
             for key, entry in list(self._with_native.items())
             if (key.rows, key.columns, key.dtype) == (rows, columns, dtype)
+            and entry.native_seconds is not None
         ]
         return bool(ratios) and math.prod(ratios) < _CLEARLY ** len(ratios)
 
@@ -217,6 +221,8 @@ def user_path() -> Path:
     if folder := os.environ.get("SLOPE_EXT_CACHE_DIR"):
         return Path(folder) / "tuned.json"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # no home; nothing is read or kept then
+        cache = os.devnull
     return Path(cache) / "slope_ext" / "tuned.json"
 
 
@@ -246,7 +252,7 @@ def read(path: Path) -> dict[str, list[Entry]]:
                 environment: [Entry(**entry) for entry in entries]
                 for environment, entries in content["environments"].items()
             }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no table of slope_ext: {error}") from error
     if isinstance(found, int) and found > FORMAT:
         raise LaterFormatError(f"{path} is of a later version of slope_ext: format {found}")
@@ -313,11 +319,12 @@ def save(path: Path, added: Mapping[str, Iterable[Entry]]) -> None:
 
 
 def _merge(tables: dict[str, list[Entry]], added: Mapping[str, Iterable[Entry]]) -> None:
-    """Lays ``added`` over ``tables``, in place; no time of the own product is lost."""
+    """Lays ``added`` over ``tables``, in place; times of the own product stay until new ones."""
     for environment, entries in added.items():
         by_key = {entry.key: entry for entry in tables.get(environment, ())}
         for entry in entries:
             known = by_key.get(entry.key)
-            if known is None or known.native_seconds is None or entry.native_seconds is not None:
-                by_key[entry.key] = entry
+            if known is not None and entry.native_seconds is None:
+                entry = replace(entry, native_seconds=known.native_seconds)
+            by_key[entry.key] = entry
         tables[environment] = list(by_key.values())

@@ -116,11 +116,11 @@ class _Sweep:
     def native_trial(self) -> _Trial | None:
         """The own product on the same operands; None if the result is off."""
         rows, columns = self.problem.rows, self.problem.columns
-        self.words = _packed.empty_words(rows, columns, self.device)
-        ops.pack_metadata(self.bitmask, self.words)
         values = self.packed[: rows * columns].view(self.x.dtype).view(rows, columns // 2)
-        trial = _Trial(None, _spmm_sm90.launcher(self.x, values, self.words, self.y))
         try:
+            self.words = _packed.empty_words(rows, columns, self.device)
+            ops.pack_metadata(self.bitmask, self.words)
+            trial = _Trial(None, _spmm_sm90.launcher(self.x, values, self.words, self.y))
             return trial if self._is_right(trial) else None
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from slope_ext import ops, reference
 from slope_ext._check import BACKENDS, FLOAT_DTYPES, dtype_name
-from slope_ext.fuse import FUSIONS, Fusion, LinearPart, SwiGLUMLP, fused_layers, unfuse
+from slope_ext.fuse import FUSIONS, Fusion, SwiGLUMLP, fused_layers, unfuse
 from slope_ext.linear import DERIVED_BUFFERS, BackwardCopy, SLoPeLinear
 from slope_ext.ops.spmm import Backend
 from slope_ext.simulate import MaskedLinear, parse_pattern, prune_nm
@@ -54,8 +54,7 @@ class SlopeConfig:
         backward_copy: "cached" or "recompute", see SLoPeLinear.
         backend: "auto", "native", "cusparselt" or "reference", see :class:`slope_ext.SLoPeLinear`.
         fuse: what else the products of 2:4 layers do, see :mod:`slope_ext.fuse`: "relu" applies a
-            ReLU that follows; "swiglu" makes one layer of an MLP's gate and up-projection, "qkv"
-            of q-, k- and v-projection.
+            ReLU that follows; "swiglu" makes one layer of an MLP's gate and up-projection.
         target_modules: "all-linear", a regular expression that must match the whole name, or a
             sequence of names; a name matches its last components ("q_proj" any q_proj). Each must
             match a linear layer.
@@ -206,7 +205,7 @@ def to_dense(model: nn.Module) -> nn.Module:
 
     The dense weights contain the zeros; adapters are added into them (in fp32, then rounded). A
     layer that was a ``Conv1D`` becomes one again. Hooks, dtype, device, mode, requires_grad and
-    shared weights are kept, but for hooks of what SlopeConfig.fuse made of several layers.
+    shared weights are kept, but for hooks of what SlopeConfig.fuse made of two layers.
 
     Returns:
         ``model``, or its replacement if it is itself a sparse layer or a fused MLP.
@@ -260,7 +259,7 @@ def _check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
         return
     names = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if _is_linear_like(module) or isinstance(module, LinearPart):
+        if _is_linear_like(module):
             names.append(name)
         elif isinstance(module, SwiGLUMLP):  # as it was converted, and may be again
             names += [f"{name}.gate_proj", f"{name}.up_proj"]

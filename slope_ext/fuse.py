@@ -11,34 +11,26 @@
     x is read once, and where nobody wants a gradient the own kernel writes neither of the two
     results, only their product. An adapter is one for both. Checkpoints have the names and the
     rows of the one layer.
-"qkv"
-    q-, k- and v-projection of modules that are called ``self_attn``, as in Hugging Face's models:
-    they become one layer ``qkv_proj`` with the rows of all three, one after the other, and what
-    stands in their places calls it once for the three and gives its part. x is read once, and of
-    few tokens one product takes about as long as the largest of three. An adapter is one for the
-    three: one A, so one T = X A^T. Checkpoints have the names and the rows of the one layer.
 
-Modules that have another user, and for "swiglu" and "qkv" hooks, an adapter, a forward method of
-their own or tied weights, stay as they are, and so does the model that is passed itself. Attributes
-that were set on layers that are joined are not kept.
+Modules that have another user, and for "swiglu" hooks, an adapter, a forward method of their own or
+tied weights, stay as they are, and so does the model that is passed itself. Attributes that were
+set on a gate or an up-projection are not kept.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from slope_ext import _freshness
 from slope_ext._check import GATE_ROWS
 from slope_ext.linear import SLoPeLinear
-from slope_ext.ops.spmm import Activation
 
-Fusion = Literal["relu", "swiglu", "qkv"]
+Fusion = Literal["relu", "swiglu"]
 
 
 def _uses(model: nn.Module) -> Counter[int]:
@@ -66,11 +58,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     Returns:
         ``model``, or its replacement if something else stood in its place itself.
     """
-    attentions = {parent for parent, _ in _places(model, lambda c: isinstance(c, LinearPart))}
     for parent, name in _places(model, lambda child: isinstance(child, _StandIn)):
         parent._modules[name] = cast(_StandIn, parent._modules[name]).split()
-    for attention in attentions:
-        del attention._modules[JOINT]
     return model.split() if isinstance(model, _StandIn) else model
 
 
@@ -91,32 +80,22 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 class _StandIn(nn.Module):
-    """Stands where another module was, with its mode and hooks."""
+    """Stands where ``original`` was, with its mode and hooks."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         _take_over(original, self)
-
-    def split(self) -> nn.Module:
-        """What stood here again, with the mode and the hooks of this."""
-        raise NotImplementedError
-
-
-class _Keeper(_StandIn):
-    """Keeps what stood there."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(original)
         self.__dict__["original"] = original  # no child: without parameters, and not in names
 
     def split(self) -> nn.Module:
+        """The original again, with the mode and the hooks of this."""
         return _take_over(self, self.__dict__["original"])
 
 
 # ---- ReLU ----------------------------------------------------------------------------------------
 
 
-class ReLUInProduct(_Keeper):
+class ReLUInProduct(_StandIn):
     """Stands where the ReLU was that the layer before it applies."""
 
     def forward(self, y: Tensor) -> Tensor:
@@ -152,13 +131,15 @@ def fuse_relus(model: nn.Module) -> None:
                 and uses[id(layer)] == uses[id(relu)] == 1
             ):
                 layer.activation = "relu"
+                if layer.weight.is_cuda:
+                    layer.choose_product()
                 parent._modules[name] = ReLUInProduct(relu)
 
 
 # ---- SwiGLU --------------------------------------------------------------------------------------
 
 
-class SwiGLUMLP(_Keeper):
+class SwiGLUMLP(_StandIn):
     """down_proj(gate_up_proj(x)), where gate_up_proj gives silu(gate) * up.
 
     Args:
@@ -181,8 +162,7 @@ class SwiGLUMLP(_Keeper):
     def split(self) -> nn.Module:
         """The MLP again; an adapter becomes two with the same A."""
         original = super().split()
-        for index, name in enumerate(("gate_proj", "up_proj")):
-            original._modules[name] = _rows_of(self.gate_up_proj, _one_of_turns(index))
+        original.gate_proj, original.up_proj = _apart(self.gate_up_proj)
         original.down_proj = self.down_proj
         return original
 
@@ -192,8 +172,8 @@ def fuse_swiglus(model: nn.Module) -> None:
     uses = _uses(model)
     for parent, name in _places(model, lambda child: _is_swiglu(child, uses)):
         mlp = cast(nn.Module, parent._modules[name])
-        layers = [cast(SLoPeLinear, mlp.gate_proj), cast(SLoPeLinear, mlp.up_proj)]
-        parent._modules[name] = SwiGLUMLP(_joined(layers, _in_turns, "swiglu"), mlp)
+        layers = cast(SLoPeLinear, mlp.gate_proj), cast(SLoPeLinear, mlp.up_proj)
+        parent._modules[name] = SwiGLUMLP(_in_turns(*layers), mlp)
         del layers  # so that they are gone before the next
 
 
@@ -203,17 +183,30 @@ def _is_swiglu(mlp: nn.Module, uses: Counter[int]) -> bool:
     if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
     gate, up, activation = children["gate_proj"], children["up_proj"], children["act_fn"]
-    return (
-        activation is not None
-        and type(activation).__name__ in ("SiLU", "SiLUActivation")
-        and not _is_changed(activation)
-        and _has_llamas_forward(mlp)
-        and not (mlp._parameters or mlp._buffers)
-        and not _is_changed(mlp)
-        and uses[id(mlp)] == 1
-        and _can_be_one([gate, up], uses)
-        and cast(SLoPeLinear, gate).out_features == cast(SLoPeLinear, up).out_features
+    if not (isinstance(gate, SLoPeLinear) and isinstance(up, SLoPeLinear)) or activation is None:
+        return False
+    names = ("in_features", "out_features", "backend", "backward_copy", "activation", "training")
+    alike = all(getattr(gate, name) == getattr(up, name) for name in names) and all(
+        _kind(gate._parameters[name]) == _kind(up._parameters[name]) for name in ("weight", "bias")
     )
+    parameters = [p for layer in (gate, up) for p in (layer.weight, layer.bias) if p is not None]
+    return (
+        _has_llamas_forward(mlp)
+        and type(activation).__name__ in ("SiLU", "SiLUActivation")
+        and alike
+        and gate.activation == "none"
+        and not (gate.has_adapter or up.has_adapter)
+        and not (mlp._parameters or mlp._buffers)
+        and all(uses[id(module)] == 1 for module in (mlp, gate, up))
+        and all(uses[id(parameter)] == 1 for parameter in parameters)
+        and not any(_is_changed(module) for module in (mlp, gate, up, activation))
+    )
+
+
+def _kind(parameter: Tensor | None) -> tuple[object, ...] | None:
+    if parameter is None:
+        return None
+    return parameter.dtype, parameter.device, parameter.requires_grad
 
 
 def _at_once(mlp: Any, x: Any) -> Any:
@@ -237,133 +230,6 @@ def _has_llamas_forward(mlp: nn.Module) -> bool:
     return same and not hasattr(forward, "__wrapped__")
 
 
-def _in_turns(gate_rows: Tensor, up_rows: Tensor) -> Tensor:
-    pair = [rows.unflatten(0, (-1, GATE_ROWS)) for rows in (gate_rows, up_rows)]
-    return torch.stack(pair, 1).flatten(0, 2)
-
-
-def _one_of_turns(index: int) -> Callable[[Tensor], Tensor]:
-    return lambda rows: rows.unflatten(0, (-1, 2, GATE_ROWS))[:, index].flatten(0, 1)
-
-
-# ---- q, k, v -------------------------------------------------------------------------------------
-
-PARTS = ("q_proj", "k_proj", "v_proj")
-JOINT = "qkv_proj"
-
-
-class SharedCall:
-    """Calls ``attention.qkv_proj`` once for its parts.
-
-    The result is kept until each part was taken, for the same x in the same state: unwritten since,
-    with the same weight, in the same grad mode.
-    """
-
-    def __init__(self, attention: nn.Module, rows: Sequence[int]) -> None:
-        self.attention = attention  # not the layer, in whose place others may put a wrapper
-        self.rows = list(rows)
-        self.last: tuple[Tensor, tuple[object, ...], dict[int, Tensor]] | None = None
-
-    def part(self, x: Tensor, index: int) -> Tensor:
-        """The part of number ``index``: [..., rows[index]]."""
-        layer = self.attention._modules[JOINT]
-        assert layer is not None
-        state = _state(x, layer)
-        last = self.last
-        if last is None or last[0] is not x or last[1] != state or index not in last[2]:
-            last = (x, state, dict(enumerate(layer(x).split(self.rows, -1))))
-        part = last[2].pop(index)
-        self.last = last if last[2] else None
-        return part
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"last": None}
-
-
-def _state(x: Tensor, layer: nn.Module) -> tuple[object, ...]:
-    """What a product of ``layer`` with x depends on beside them, as far as it is seen."""
-    if torch.compiler.is_compiling():  # of one pass, in which nothing of it changes
-        return (torch.is_grad_enabled(),)
-    versions = [_freshness.version(tensor) for tensor in (x, *layer.parameters(recurse=False))]
-    return (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), *versions)
-
-
-class LinearPart(_StandIn):
-    """Stands where a layer was whose rows are part of another now."""
-
-    def __init__(self, shared: SharedCall, index: int, original: SLoPeLinear) -> None:
-        super().__init__(original)
-        self.__dict__["shared"] = shared
-        self.index = index
-        self.in_features, self.out_features = original.in_features, original.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], a view of the result for all parts."""
-        return self._shared.part(x, self.index)
-
-    def split(self) -> nn.Module:
-        """The layer again; of an adapter each has the same A."""
-        start = sum(self._shared.rows[: self.index])
-        layer = cast(SLoPeLinear, self._shared.attention._modules[JOINT])
-        rows = slice(start, start + self.out_features)
-        return _take_over(self, _rows_of(layer, lambda tensor: tensor[rows]))
-
-    @property
-    def _shared(self) -> SharedCall:
-        return cast(SharedCall, self.__dict__["shared"])
-
-
-def fuse_qkvs(model: nn.Module) -> None:
-    """Makes one layer of q-, k- and v-projection, one attention after the other."""
-    uses = _uses(model)
-    for parent, name in _places(model, lambda child: _has_qkv(child, uses)):
-        if name != "self_attn":
-            continue
-        attention = cast(nn.Module, parent._modules[name])
-        layers = [cast(SLoPeLinear, attention._modules[part]) for part in PARTS]
-        shared = SharedCall(attention, [layer.out_features for layer in layers])
-        joint = _joined(layers, lambda *rows: torch.cat(rows), "none")
-        for index, part in enumerate(PARTS):
-            attention._modules[part] = LinearPart(shared, index, layers[index])
-        attention._modules[JOINT] = joint
-        del layers  # so that they are gone before the next
-
-
-def _has_qkv(attention: nn.Module, uses: Counter[int]) -> bool:
-    """Whether q-, k- and v-projection of ``attention`` can be one layer."""
-    layers = [attention._modules.get(name) for name in PARTS]
-    return uses[id(attention)] == 1 and not hasattr(attention, JOINT) and _can_be_one(layers, uses)
-
-
-# ---- layers in one -------------------------------------------------------------------------------
-
-
-def _can_be_one(layers: Sequence[nn.Module | None], uses: Counter[int]) -> bool:
-    """Whether these are 2:4 layers alike in all but out_features, and nobody would miss them."""
-    if not all(isinstance(layer, SLoPeLinear) for layer in layers):
-        return False
-    found = cast(list[SLoPeLinear], layers)
-    names = ("in_features", "backend", "backward_copy", "activation", "training")
-
-    def likeness(layer: SLoPeLinear) -> list[object]:
-        kinds = [_kind(layer._parameters[name]) for name in ("weight", "bias")]
-        return [*(getattr(layer, name) for name in names), *kinds]
-
-    parameters = [p for layer in found for p in (layer.weight, layer.bias) if p is not None]
-    return (
-        all(likeness(layer) == likeness(found[0]) for layer in found)
-        and found[0].activation == "none"
-        and not any(layer.has_adapter or _is_changed(layer) for layer in found)
-        and all(uses[id(item)] == 1 for item in (*found, *parameters))
-    )
-
-
-def _kind(parameter: Tensor | None) -> tuple[object, ...] | None:
-    if parameter is None:
-        return None
-    return parameter.dtype, parameter.device, parameter.requires_grad
-
-
 def _is_changed(module: nn.Module) -> bool:
     """Whether a module has hooks or a forward method of its own."""
     attributes = vars(module)
@@ -374,48 +240,46 @@ def _parameter(tensor: Tensor, like: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=like.requires_grad)
 
 
-def _joined(
-    layers: Sequence[SLoPeLinear], join: Callable[..., Tensor], activation: Activation
-) -> SLoPeLinear:
-    """The layer whose rows are what ``join`` makes of the rows of these."""
+def _in_turns(gate: SLoPeLinear, up: SLoPeLinear) -> SLoPeLinear:
+    """The layer of both."""
 
-    def rows(name: str) -> Tensor:
-        return join(*(getattr(layer, name).detach() for layer in layers))
+    def join(gate_rows: Tensor, up_rows: Tensor) -> Tensor:
+        pair = [rows.detach().unflatten(0, (-1, GATE_ROWS)) for rows in (gate_rows, up_rows)]
+        return torch.stack(pair, 1).flatten(0, 2)
 
-    first = layers[0]
     layer = SLoPeLinear.from_compressed(
-        rows("weight").requires_grad_(first.weight.requires_grad),
-        rows("weight_bitmask"),
-        None if first.bias is None else _parameter(rows("bias"), first.bias),
-        backward_copy=first.backward_copy,
-        backend=first.backend,
-        activation=activation,
+        join(gate.weight, up.weight).requires_grad_(gate.weight.requires_grad),
+        join(gate.weight_bitmask, up.weight_bitmask),
+        None if gate.bias is None else _parameter(join(gate.bias, up.bias), gate.bias),
+        backward_copy=gate.backward_copy,
+        backend=gate.backend,
+        activation="swiglu",
     )
-    return layer.train(first.training)
+    return layer.train(gate.training)
 
 
-def _rows_of(layer: SLoPeLinear, take: Callable[[Tensor], Tensor]) -> SLoPeLinear:
-    """A layer of those rows that ``take`` takes; of an adapter it has all of A."""
+def _apart(layer: SLoPeLinear) -> tuple[SLoPeLinear, SLoPeLinear]:
+    """Gate and up-projection of a layer that _in_turns made."""
 
-    def taken(rows: Tensor) -> Tensor:
-        return take(rows.detach()).clone()
+    def part(index: int) -> SLoPeLinear:
+        def half(rows: Tensor) -> Tensor:
+            turns: Tensor = rows.detach().unflatten(0, (-1, 2, GATE_ROWS))
+            return turns[:, index].flatten(0, 1).clone()
 
-    result = SLoPeLinear.from_compressed(
-        taken(layer.weight).requires_grad_(layer.weight.requires_grad),
-        taken(layer.weight_bitmask),
-        None if layer.bias is None else _parameter(taken(layer.bias), layer.bias),
-        backward_copy=layer.backward_copy,
-        backend=layer.backend,
-    )
-    if layer.has_adapter:
-        result.lora_A = _parameter(layer.lora_A.detach().clone(), layer.lora_A)
-        result.lora_B = _parameter(taken(layer.lora_B), layer.lora_B)
-        result.lora_scale = layer.lora_scale
-    return result.train(layer.training)
+        result = SLoPeLinear.from_compressed(
+            half(layer.weight).requires_grad_(layer.weight.requires_grad),
+            half(layer.weight_bitmask),
+            None if layer.bias is None else _parameter(half(layer.bias), layer.bias),
+            backward_copy=layer.backward_copy,
+            backend=layer.backend,
+        )
+        if layer.has_adapter:
+            result.lora_A = _parameter(layer.lora_A.detach().clone(), layer.lora_A)
+            result.lora_B = _parameter(half(layer.lora_B), layer.lora_B)
+            result.lora_scale = layer.lora_scale
+        return result.train(layer.training)
+
+    return part(0), part(1)
 
 
-FUSIONS: dict[str, Callable[[nn.Module], None]] = {
-    "relu": fuse_relus,
-    "swiglu": fuse_swiglus,
-    "qkv": fuse_qkvs,
-}
+FUSIONS: dict[str, Callable[[nn.Module], None]] = {"relu": fuse_relus, "swiglu": fuse_swiglus}

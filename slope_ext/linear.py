@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -138,6 +139,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         self.backward_copy = backward_copy
         self.backend = backend
         self._prepared: tuple[Any, ...] | None = None  # see prepare()
+        self._home: weakref.ref[Tensor] | None = None  # the weight that may move, None: the next
         bitmask = torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
         weight = torch.empty(out_features, in_features // 2, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight)
@@ -357,7 +359,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has all buffers, metadata too: who pairs them with the model's wants as many.
-        return {**super().__getstate__(), "_prepared": None}
+        return {**super().__getstate__(), "_prepared": None, "_home": None}
 
     def dense_weight(self) -> Tensor:
         """The weight [out, in] with its zeros; differentiable in ``weight``."""
@@ -433,10 +435,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     def _allocate_transposed_values(self) -> None:
         values_t = metadata_t = None
         if self.backward_copy == "cached":
-            prefers_plans = self._prefers_plans(self.in_features, self.out_features)
-            values_t, metadata_t = _backward_copy.new_values_t(
-                self.weight.data, self.backend, prefers_plans
-            )
+            present = self._buffers.get("weight_t_metadata")
+            kind = self._kind(self.in_features, self.out_features, present)
+            values_t, metadata_t = _backward_copy.new_values_t(self.weight.data, kind)
         self.register_buffer("weight_t", values_t, persistent=False)
         self.register_buffer("weight_t_metadata", metadata_t, persistent=False)
 
@@ -456,8 +457,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     def _pack(self, may_move: bool) -> bool:
         """Brings weight_metadata up to date; whether anything was to do."""
         weight, metadata = self.weight, self.weight_metadata
-        kind = self._kind(self.out_features, self.in_features, metadata, self._can_move())
-        if metadata is None or not _packed.fits(weight, metadata, kind):
+        kind = self._kind(self.out_features, self.in_features, metadata)
+        stays = metadata is not None and kind == "cusparselt" and not self._can_move()
+        if not stays and (metadata is None or not _packed.fits(weight, metadata, kind)):
             metadata = None
             if may_move and kind == "native":
                 metadata = _packed.empty_words(self.out_features, self.in_features, weight.device)
@@ -482,44 +484,57 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         return metadata
 
     def _can_move(self) -> bool:
-        """Not a DTensor and its like, what was computed, or a part of somebody's flat buffer."""
+        """Whether the weight is this layer's alone.
+
+        Not a DTensor and its like, what was computed, a part of somebody's flat buffer, or a
+        Parameter that was put in its place past nn.Module: FSDP2 gathers one for each forward pass,
+        into memory of its own.
+        """
         weight = self.weight
-        if type(weight.data) is not Tensor or not weight.is_leaf:
+        if not weight.is_leaf:
+            return False
+        if self._home is None:
+            self._home = weakref.ref(weight)
+        if self._home() is not weight or type(weight.data) is not Tensor:
             return False
         return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
 
-    def _kind(
-        self, rows: int, columns: int, metadata: Tensor | None, can_move: bool = True
-    ) -> str | None:
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            self._home = None
+        super().register_parameter(name, param)
+
+    def _kind(self, rows: int, columns: int, metadata: Tensor | None) -> str | None:
         """What multiplies by a weight [rows, columns]: what did, if there is metadata for it."""
+        weight = self.weight
         if metadata is not None:
             prefers_plans = metadata.dtype == torch.uint8
         else:
-            prefers_plans = can_move and self._prefers_plans(rows, columns)
-        weight = self.weight
+            # The table knows of plain products only.
+            is_plain = self.backend == "auto" and self.activation == "none" and not self.has_adapter
+            place = (weight.dtype, weight.device)
+            prefers_plans = (
+                is_plain and self._can_move() and _packed.tuned_for_plans(rows, columns, *place)
+            )
         return _packed.backend_of(
             rows, columns, weight.dtype, weight.device, self.backend, prefers_plans
         )
 
-    def _prefers_plans(self, rows: int, columns: int) -> bool:
-        """By the tuned table, which knows of plain products only."""
-        is_plain = self.backend == "auto" and self.activation == "none" and not self.has_adapter
-        weight = self.weight
-        return is_plain and _packed.tuned_for_plans(rows, columns, weight.dtype, weight.device)
-
     def choose_product(self) -> None:
         """Has the tuned table choose again between the own product and plans (backend "auto")."""
-        kind = self._kind(self.out_features, self.in_features, None, self._can_move())
+        self._home = None
+        kind = self._kind(self.out_features, self.in_features, None)
         if not _packed.fits(self.weight, self.weight_metadata, kind):
             self.weight_metadata = None
         if self.weight_t is not None:
             kind_t = self._kind(self.in_features, self.out_features, None)
             if not _packed.fits(self.weight_t, self.weight_t_metadata, kind_t):
+                self.weight_t_metadata = None
                 self._allocate_transposed_values()
         self.prepare()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._prepared = None
+        self._prepared = self._home = None
         super()._apply(fn, recurse)
         if not self.weight.is_meta:
             self._prepare(choose_mask=False)  # after to_empty there is nothing to choose from
@@ -552,6 +567,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
             unexpected_keys,
             error_msgs,
         )
+        self._home = None
         # With assign=True the weight may have left the meta device or changed its dtype.
         if self.weight_t_bitmask.device != self.weight.device:
             self._allocate_backward_copy()

@@ -149,11 +149,12 @@ def tune(
     For layers of ``backend="auto"`` whose weights the own product takes too it is timed with them.
     Such a layer then runs by plans if they are the faster for its weight, by more than 2 % in the
     geometric mean over the token counts in the table; and so do layers made afterwards, here or by
-    other processes. Layers with an activation or an adapter keep to the own product, which has
-    these in its kernel, and so do backward copies that are recomputed. Values may move: tune before
-    capturing CUDA graphs and before making copies whose buffers are paired with the model's
-    (``AveragedModel``). With several processes tune in one, and :func:`import_table` in all before
-    they make the model.
+    other processes. Layers that have an activation or an adapter by then keep to the own product,
+    which has these in its kernel, and so do backward copies that are recomputed. Values may move:
+    tune before capturing CUDA graphs and before making copies whose buffers are paired with the
+    model's (``AveragedModel``). With several processes tune in one, and :func:`import_table` in all
+    before they make the model. What FSDP shards it cannot move, and plans then pack in every call:
+    do not tune for such models.
 
     Args:
         model: a layer or a model with layers on CUDA; other layers, and those of other backends

@@ -14,6 +14,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
     number, count = map(int, config.getoption("--part").split("/"))
+    if not 0 <= number < count:
+        raise pytest.UsageError(f"--part must be I/N with 0 <= I < N, got {number}/{count}")
     items[:] = items[number::count]
 
 

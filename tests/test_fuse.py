@@ -11,7 +11,7 @@ from torch import nn
 
 import slope_ext as slope
 from cases import Calls
-from slope_ext.fuse import LinearPart, SwiGLUMLP
+from slope_ext.fuse import SwiGLUMLP
 
 # ---- relu ----------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ def llama(device="cpu", dtype=torch.float32, bias=False, **options):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 16}
-    config = transformers.LlamaConfig(vocab_size=64, mlp_bias=bias, **(sizes | heads | options))
+    config = transformers.LlamaConfig(vocab_size=64, mlp_bias=bias, **sizes, **heads, **options)
     config.initializer_range = 0.3  # so that what is mixed up shows
     with torch.device(device):
         return transformers.LlamaModel(config).to(dtype)
@@ -230,191 +230,6 @@ def test_modes_hooks_and_frozen_adapters_are_kept(device):
     assert type(dense) is type(model.layers[0].mlp)
     assert all(module.training for module in dense.modules())
     close(dense(x), expected)
-
-
-# ---- q, k, v -------------------------------------------------------------------------------------
-
-ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def opt(device="cpu", dtype=torch.float32):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
-    config = transformers.OPTConfig(vocab_size=64, num_attention_heads=2, dropout=0.0, **sizes)
-    config.init_std = 0.3
-    with torch.device(device):
-        return transformers.OPTModel(config).to(dtype)
-
-
-def attentions(model):
-    return [module for name, module in model.named_modules() if name.endswith("self_attn")]
-
-
-def joined(make):
-    """A converted model, and the same with q, k and v joined."""
-    model = slope.convert(make())
-    fused = copy.deepcopy(model)
-    slope.fuse.fuse_qkvs(fused)
-    return model, fused
-
-
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_joined_attention_gives_the_same_result_and_gradients(dtype, family, device):
-    make = {"llama": lambda: llama(device, dtype, **ATTENTION), "opt": lambda: opt(device, dtype)}
-    model, fused = joined(make[family])
-    rows = [32, 16, 16] if family == "llama" else [32, 32, 32]
-    assert [a.qkv_proj.weight.shape for a in attentions(fused)] == [(sum(rows), 16)] * 2
-    tokens = torch.randint(64, (2, 8), device=device)
-    with torch.no_grad(), Calls() as calls:
-        inferred = fused(tokens).last_hidden_state
-    mlp = 3 if family == "llama" else 2
-    assert calls.names.count("linear") == 2 * (2 + mlp)
-    trained, expected = fused(tokens).last_hidden_state, model(tokens).last_hidden_state
-    close(inferred, expected)
-    close(trained, expected)
-    dy = torch.randn_like(expected)
-    with Calls() as calls:
-        trained.backward(dy)
-    assert calls.names.count("weight_grad") == 2 * (2 + mlp)
-    expected.backward(dy)
-    for attention, plain in zip(attentions(fused), attentions(model), strict=True):
-        assert attention.q_proj.shared.last is None, "nothing is held on to"
-        parts = attention.qkv_proj.weight.grad.split(rows)
-        for name, found in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-            close(found, getattr(plain, name).weight.grad)
-        close(attention.qkv_proj.backward_weight()[: rows[0]], plain.q_proj.backward_weight())
-
-
-def test_joined_attention_comes_apart(device):
-    model, fused = joined(lambda: llama(device, **ATTENTION, attention_bias=True).eval())
-    for attention in attentions(fused):
-        attention.qkv_proj.add_adapter(4, scale=0.5)
-        nn.init.normal_(attention.qkv_proj.lora_B)
-    attentions(fused)[0].qkv_proj.bias.requires_grad_(False)
-    x = torch.randn(3, 32, device=device)
-    attentions(fused)[1].q_proj(x)  # what is held for the other parts is not copied
-    fused = pickle.loads(pickle.dumps(copy.deepcopy(fused)))
-    tokens = torch.randint(64, (2, 8), device=device)
-    expected = fused(tokens).last_hidden_state
-    assert "layers.0.self_attn.qkv_proj.weight" in fused.state_dict()
-    assert not any("q_proj" in key for key in fused.state_dict())
-    assert isinstance(fused.layers[0].self_attn.k_proj, LinearPart)
-    slope.fuse.unfuse(fused)
-    assert {k for k in fused.state_dict() if "lora" not in k} == model.state_dict().keys()
-    assert not fused.layers[0].self_attn.k_proj.bias.requires_grad
-    assert fused.layers[1].self_attn.k_proj.bias.requires_grad
-    assert not any(module.training for module in fused.modules())
-    close(fused(tokens).last_hidden_state, expected)
-    slope.to_dense(fused)
-    close(fused(tokens).last_hidden_state, expected)
-
-
-def test_to_dense_of_joined_attention(device):
-    model, fused = joined(lambda: llama(device, **ATTENTION))
-    again = slope.SlopeConfig(fuse=["qkv"], target_modules=["q_proj", "down_proj"])
-    before = list(fused.modules())
-    assert list(slope.convert(fused, again).modules()) == before
-    slope.to_dense(fused)
-    slope.to_dense(model)
-    for (name, found), (other, expected) in zip(
-        fused.state_dict().items(), model.state_dict().items(), strict=True
-    ):
-        assert name == other
-        assert torch.equal(found, expected)
-
-
-def test_a_part_is_of_this_call(device):
-    """Not of another x, of x before it was written, of another weight or grad mode."""
-    _, fused = joined(lambda: llama(device, **ATTENTION))
-    attention = attentions(fused)[0]
-    layer, x = attention.qkv_proj, torch.randn(3, 32, device=device)
-
-    def key_of(x):
-        return layer(x)[:, 32:48]
-
-    attention.q_proj(x)
-    close(attention.k_proj(x.clone()), key_of(x))
-    attention.q_proj(x)
-    x.mul_(2)
-    close(attention.k_proj(x), key_of(x))
-    attention.q_proj(x)
-    with torch.no_grad():
-        layer.weight.mul_(3)
-    close(attention.k_proj(x), key_of(x))
-    with torch.no_grad():
-        attention.q_proj(x)
-    assert attention.k_proj(x).requires_grad
-    with torch.inference_mode():
-        inferred = x.clone()
-        attention.q_proj(inferred)
-        close(attention.k_proj(inferred), key_of(inferred))
-        close(attention.k_proj(inferred), key_of(inferred))
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_compiled_joined_attention_has_one_product(trained, device):
-    _, fused = joined(lambda: llama(device, **ATTENTION))
-    attention = attentions(fused)[0]
-    products = []
-
-    def count(module, _):
-        products.append(sum("linear" in str(node.target) for node in module.graph.nodes))
-        return module.forward
-
-    def parts(x):
-        return [getattr(attention, name)(x) for name in ("q_proj", "k_proj", "v_proj")]
-
-    x = torch.randn(3, 32, device=device)
-    torch._dynamo.reset()
-    compiled = torch.compile(parts, backend=count, fullgraph=True)
-    with torch.set_grad_enabled(trained):
-        for _ in range(2):
-            for found, expected in zip(compiled(x), parts(x), strict=True):
-                close(found, expected)
-    assert products == [1]
-    torch._dynamo.reset()
-    layer = torch.compile(fused.layers[0], backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 8, 32, device=device)
-    positions = fused.rotary_emb(x, torch.arange(8, device=device)[None])
-    with torch.set_grad_enabled(trained):
-        options = {"position_embeddings": positions}
-        close(layer(x, **options), fused.layers[0](x, **options))
-    assert attention.q_proj.shared.last is None
-
-
-def test_attention_that_is_not_alone_stays():
-    """Another name, hooks, an adapter, ties, what differs; and cross-attention, whose x differ."""
-
-    def converted(change):
-        model = slope.convert(llama(**ATTENTION))
-        change(model.layers)
-        slope.fuse.fuse_qkvs(model)
-        return ["qkv_proj" in layer.self_attn._modules for layer in model.layers]
-
-    def tie(layers):
-        layers[0].self_attn.k_proj.weight = layers[0].self_attn.v_proj.weight
-
-    def freeze(layers):
-        layers[0].self_attn.v_proj.weight.requires_grad_(False)
-
-    def rename(layers):
-        layers[0].encoder_attn = layers[0].self_attn
-        layers[0].self_attn = nn.Module()
-
-    def dense(layers):
-        layers[0].self_attn.q_proj = nn.Linear(32, 32)
-
-    assert converted(lambda _: None) == [True, True]
-
-    def hook(layers):
-        layers[0].self_attn.q_proj.register_forward_hook(print)
-
-    def adapt(layers):
-        layers[0].self_attn.q_proj.add_adapter(2)
-
-    for change in (tie, freeze, rename, dense, hook, adapt):
-        assert converted(change) == [False, True]
 
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])

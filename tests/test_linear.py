@@ -567,6 +567,24 @@ def test_result_may_be_written_in_place(activation, frozen, device):
     assert (layer.weight.grad is None) == frozen
 
 
+def test_only_its_own_weight_may_move():
+    """What is put in its place past nn.Module, as FSDP2 does it, has memory of somebody else."""
+    layer = slope.SLoPeLinear(32, 16)
+    assert layer._can_move()
+    own, gathered = layer.weight, nn.Parameter(layer.weight.detach().clone())
+    layer._parameters["weight"] = gathered
+    assert not layer._can_move()
+    layer._parameters["weight"] = own
+    assert layer._can_move()
+    layer.weight = gathered
+    assert layer._can_move()
+    assert copy.deepcopy(layer)._can_move()
+    layer._parameters["weight"] = own * 2
+    assert not layer._can_move()
+    layer.weight = nn.Parameter(torch.cat([own, own])[:16])
+    assert not layer._can_move()
+
+
 def test_a_weight_that_was_computed_is_not_held(device):
     layer = slope.SLoPeLinear(24, 16, device=device)
     weight = layer.weight * 2

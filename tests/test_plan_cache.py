@@ -115,23 +115,31 @@ def test_a_time_of_the_own_product_is_not_lost(tmp_path):
     path = tmp_path / "tuned.json"
     _tuned_table.save(path, {ENVIRONMENT: [entry(id=1, native_seconds=2e-5)]})
     _tuned_table.save(path, {ENVIRONMENT: [entry(id=9)]})
-    assert _tuned_table.load(path) == {ENVIRONMENT: [entry(id=1, native_seconds=2e-5)]}
+    assert _tuned_table.load(path) == {ENVIRONMENT: [entry(id=9, native_seconds=2e-5)]}
     _tuned_table.save(path, {ENVIRONMENT: [entry(id=9, native_seconds=math.inf)]})
-    assert _tuned_table.load(path)[ENVIRONMENT][0].id == 9
+    assert _tuned_table.load(path)[ENVIRONMENT][0].native_seconds == math.inf
 
 
 def test_no_home_is_no_error(monkeypatch):
     for name in ("SLOPE_EXT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without a passwd entry
-    assert _tuned_table.load_all(_tuned_table.user_path()) == {}
+    path = _tuned_table.user_path()
+    assert _tuned_table.load_all(path) == {}
+    with pytest.warns(UserWarning, match="not kept"):
+        _tuned_table.save(path, {ENVIRONMENT: [entry()]})
 
 
 NO_TABLES = [
     "", "{", "[]", '{"format": 0, "environments": {}}', '{"format": 1}',
     '{"format": 1, "environments": {"a": [{"rows": 1}]}}',
-    json.dumps({"format": 1, "environments": {"a": [asdict(entry()) | {"native_seconds": 0}]}}),
-    json.dumps({"format": 1, "environments": {"a": [asdict(entry()) | {"seconds": "x"}]}}),
+    *(
+        json.dumps({"format": 1, "environments": {"a": [asdict(entry()) | change]}})
+        for change in (
+            {"native_seconds": 0}, {"seconds": "x"}, {"seconds": 10**400}, {"rows": [64]},
+            {"dtype": {}}, {"tokens": "x"},
+        )
+    ),
 ]  # fmt: skip
 LATER_TABLE = '{"format": 2, "tables": []}'
 
@@ -498,7 +506,7 @@ def test_auto_goes_by_the_table(native_seconds, movable, monkeypatch):
     assert len(plan_cache.tune(layer, 64)) == 2
     assert plan_cache.tune(layer, 64) == []
     faster = "own" if native_seconds < 1 else "plan"
-    assert kinds(layer) == (faster if movable else "own", faster)
+    assert kinds(layer) == ((faster, faster) if movable else ("own", "own"))
     _tuned_table.forget()  # as another process would start
     later = make()
     assert kinds(later) == (faster, faster)

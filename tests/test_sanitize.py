@@ -75,9 +75,9 @@ def test_what_a_tool_said_is_recorded_if_it_is_clean(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitize, "REPORT", tmp_path / "report.json")
     memcheck, initcheck, racecheck, _ = sanitize.TOOLS
     ours = READ.format(kernel=OURS, caller="cudaLaunchKernel", library="libcudart.so.13")
-    assert sanitize.is_clean(memcheck, {"a": output(), "b": output()}, [])
-    assert not sanitize.is_clean(initcheck, {"a": output(ours)}, [])
-    assert not sanitize.is_clean(racecheck, {"a": output()}, ["a"])
+    assert sanitize.recorded(memcheck, {"a": output(), "b": output()}, [])
+    assert not sanitize.recorded(initcheck, {"a": output(ours)}, [])
+    assert not sanitize.recorded(racecheck, {"a": output()}, ["a"])
     record = json.loads(sanitize.REPORT.read_text())
     assert {tool: result["tests"] for tool, result in record.items()} == {"memcheck": 34}
 
