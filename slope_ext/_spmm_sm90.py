@@ -41,35 +41,9 @@ def _symbol() -> Any:
     return symbol
 
 
-def spmm_sm90(
-    x: Tensor,
-    values: Tensor,
-    words: Tensor,
-    y: Tensor,
-    *,
-    tail: tuple[Tensor, Tensor] | None = None,
-    bias: Tensor | None = None,
-    activation: Activation = "none",
-    tile: int = -1,
-) -> Tensor:
-    """y <- activation(x W^T [+ tail[0] tail[1]^T] [+ bias]); returns y.
-
-    All contiguous, of one 16-bit dtype.
-
-    Args:
-        x: [tokens, in].
-        values: [out, in/2].
-        words: int32 metadata of W.
-        y: [tokens, out], with "swiglu" [tokens, out/2]; overwritten.
-        tail: [tokens, rank] and [out, rank], rank a multiple of 8.
-        bias: [out].
-        activation: as in :func:`slope_ext.ops.linear`.
-        tile: index into TILES; -1: the one that the op would take.
-
-    Raises:
-        RuntimeError: the launch failed.
-    """
-    launcher(x, values, words, y, tail=tail, bias=bias, activation=activation, tile=tile)()
+def spmm_sm90(x: Tensor, values: Tensor, words: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """y <- activation(x W^T [+ tail[0] tail[1]^T] [+ bias]); returns y. As :func:`launcher`."""
+    launcher(x, values, words, y, **options)()
     return y
 
 
@@ -84,7 +58,23 @@ def launcher(
     activation: Activation = "none",
     tile: int = -1,
 ) -> Callable[[], None]:
-    """:func:`spmm_sm90` with its arguments bound; operands must outlive it."""
+    """What launches the product on the stream that is current now, while its operands live.
+
+    All contiguous, of one 16-bit dtype.
+
+    Args:
+        x: [tokens, in].
+        values: [out, in/2].
+        words: int32 metadata of W.
+        y: [tokens, out], with "swiglu" [tokens, out/2]; overwritten.
+        tail: [tokens, rank] and [out, rank], rank a multiple of 8.
+        bias: [out].
+        activation: as in :func:`slope_ext.ops.linear`.
+        tile: index into TILES; -1: the one that the op would take.
+
+    Raises:
+        RuntimeError: when called, if the launch failed.
+    """
     tail_x, tail_weight = tail or (None, None)
     tensors = (x, values, words, tail_x, tail_weight, bias, y)
     rank = 0 if tail_x is None else tail_x.shape[1]
