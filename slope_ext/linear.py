@@ -458,7 +458,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         """Brings weight_metadata up to date; whether anything was to do."""
         weight, metadata = self.weight, self.weight_metadata
         kind = self._kind(self.out_features, self.in_features, metadata)
-        stays = metadata is not None and kind == "cusparselt" and not self._can_move()
+        # Beside a weight that must not move, plans read neither; both are packed in every call.
+        here = metadata is not None and metadata.device == weight.device
+        stays = here and kind == "cusparselt" and not self._can_move()
         if not stays and (metadata is None or not _packed.fits(weight, metadata, kind)):
             metadata = None
             if may_move and kind == "native":
