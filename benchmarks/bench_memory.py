@@ -9,6 +9,7 @@ is the model with its dense embeddings, norms and head at full cost.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import harness
 import slope_ext
 from slope_ext._check import dtype_name
+from slope_ext.linear import BackwardCopy
 from slope_ext.memory import memory_report
 from slope_ext.recipes.models import SIZES
 
@@ -26,14 +28,19 @@ VOCABULARY = {
 }
 
 
+def converted_on_meta(name: str, backward_copy: BackwardCopy = "cached") -> nn.Module:
+    """A whole model with every linear layer of its decoder 2:4, on the meta device."""
+    config = AutoConfig.for_model(**SIZES[name.lower()], vocab_size=VOCABULARY[name])
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config).bfloat16()
+    return slope_ext.convert(model, slope_ext.SlopeConfig(backward_copy=backward_copy))
+
+
 def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of every model, backward copy and type of moments."""
     for name in run.first(list(VOCABULARY), 1):
-        config = AutoConfig.for_model(**SIZES[name.lower()], vocab_size=VOCABULARY[name])
-        for backward_copy in ("cached", "recompute"):
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config).bfloat16()
-            slope_ext.convert(model, slope_ext.SlopeConfig(backward_copy=backward_copy))
+        for backward_copy in get_args(BackwardCopy):
+            model = converted_on_meta(name, backward_copy)
             linears = [m for m in model.modules() if isinstance(m, slope_ext.SLoPeLinear)]
             for part, module in (("linears", nn.ModuleList(linears)), ("whole", model)):
                 for moments in (torch.float32, torch.bfloat16):

@@ -236,6 +236,23 @@ def bench_shape(
         yield from bench_lowrank_products(shape, tokens, a, b[rank], run)
 
 
+# ---- layers in one -------------------------------------------------------------------------------
+
+
+def one_and_several(
+    rows: tuple[int, ...], columns: int, dtype: torch.dtype, sets: int
+) -> tuple[list[SLoPeLinear], list[list[SLoPeLinear]], list[tuple[Tensor, ...]]]:
+    """For each buffer set: a layer of all rows, layers of these each, and their dense weights."""
+    shape = (sum(rows), columns)
+    weights = [torch.randn(*shape, device="cuda").to(dtype) for _ in range(sets)]
+    dense = [weight.split(rows) for weight in weights]
+    one = [SLoPeLinear.from_dense(weight, backend="native") for weight in weights]
+    several = [
+        [SLoPeLinear.from_dense(part, backend="native") for part in parts] for parts in dense
+    ]
+    return one, several, dense
+
+
 # ---- SwiGLU --------------------------------------------------------------------------------------
 
 SWIGLU_SHAPE = (28672, 4096)
@@ -249,13 +266,7 @@ def bench_swiglu(tokens: int, run: harness.Run) -> Iterator[harness.Record]:
     saved = tokens * rows // 2 * dtype.itemsize  # of two results, one is written
     limit = run.limit(moved - saved, flops=tokens * rows * columns)
     sets = harness.buffer_sets(int(moved))
-    weights = [torch.randn(*SWIGLU_SHAPE, device="cuda").to(dtype) for _ in range(sets)]
-    both = [SLoPeLinear.from_dense(weight, backend="native") for weight in weights]
-    apart = [
-        [SLoPeLinear.from_dense(half, backend="native") for half in weight.chunk(2)]
-        for weight in weights
-    ]
-    dense = [weight.chunk(2) for weight in weights]
+    both, apart, dense = one_and_several((rows // 2, rows // 2), columns, dtype, sets)
     xs = [torch.randn(tokens, columns, device="cuda").to(dtype) for _ in range(sets)]
     gated = torch.compile(lambda gate, up: F.silu(gate) * up, dynamic=False)
 
@@ -294,13 +305,7 @@ def bench_qkv(tokens: int, run: harness.Run) -> Iterator[harness.Record]:
     dtype, shape = torch.bfloat16, (sum(QKV_ROWS), QKV_COLUMNS)
     moved, limit = sparse_limit(shape, dtype, tokens, run)
     sets = harness.buffer_sets(int(moved))
-    weights = [torch.randn(*shape, device="cuda").to(dtype) for _ in range(sets)]
-    joint = [SLoPeLinear.from_dense(weight, backend="native") for weight in weights]
-    apart = [
-        [SLoPeLinear.from_dense(rows, backend="native") for rows in weight.split(QKV_ROWS)]
-        for weight in weights
-    ]
-    dense = [weight.split(QKV_ROWS) for weight in weights]
+    joint, apart, dense = one_and_several(QKV_ROWS, QKV_COLUMNS, dtype, sets)
     xs = [torch.randn(tokens, QKV_COLUMNS, device="cuda").to(dtype) for _ in range(sets)]
     timings = harness.time_cases(
         {

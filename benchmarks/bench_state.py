@@ -18,23 +18,18 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import harness
 import slope_ext
-from bench_memory import VOCABULARY
+from bench_memory import VOCABULARY, converted_on_meta
 from slope_ext.memory import memory_report
-from slope_ext.recipes.models import SIZES
 
 MODEL, TOKENS = "OPT-13B", 512
 
 
 def set_up(name: str) -> nn.Module:
     """A converted model on the GPU with random weights."""
-    config = AutoConfig.for_model(**SIZES[name.lower()], vocab_size=VOCABULARY[name])
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config).bfloat16()
-    slope_ext.convert(model)
+    model = converted_on_meta(name)
     model.to_empty(device="cuda")
     model.tie_weights()  # type: ignore[operator]
     for module in model.modules():

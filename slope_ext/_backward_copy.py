@@ -60,9 +60,7 @@ def follow(
     and masks do not. So version counters stay as they are here.
     """
     if values_t is None:
-        rows, columns = 2 * values.shape[1], values.shape[0]
-        kind = _packed.backend_of(rows, columns, values.dtype, values.device, backend)
-        values_t, metadata_t = new_values_t(values, kind)
+        values_t, metadata_t = new_values_t(values, backend)
     sources = (values, bitmask, bitmask_t)
     if mask_is_stale(bitmask, bitmask_t):
         with _unseen():
@@ -80,9 +78,12 @@ def follow(
     return values_t, metadata_t
 
 
-def new_values_t(values: Tensor, kind: str | None) -> tuple[Tensor, Tensor | None]:
-    """Uninitialised transposed values [in, out/2] and metadata for a kind of _packed.backend_of."""
+def new_values_t(
+    values: Tensor, backend: str, prefers_plans: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Uninitialised transposed values [in, out/2] and their metadata, as the backend wants them."""
     rows, columns = 2 * values.shape[1], values.shape[0]
+    kind = _packed.backend_of(rows, columns, values.dtype, values.device, backend, prefers_plans)
     if kind == "cusparselt":
         return _packed.empty(rows, columns, values.dtype, values.device)
     words = _packed.empty_words(rows, columns, values.device) if kind == "native" else None

@@ -139,18 +139,19 @@ class Table:
 
     def __init__(self, environment: str, by_environment: dict[str, list[Entry]]) -> None:
         self.environment = environment
+        own = by_environment.get(environment, [])
         family = environment.split(" | ")[:2]
-        self._own = {entry.key: entry for entry in by_environment.get(environment, [])}
-        self._related = {
-            entry.key: entry
+        related = [
+            entry
             for name, found in by_environment.items()
             if name.split(" | ")[:2] == family
             for entry in found
-        }
-        self._with_native: dict[Key, Entry] = {}  # those with the own product's time; own ones win
-        relatives = (e for name, e in by_environment.items() if name.split(" | ")[:2] == family)
-        for entries in (*relatives, by_environment.get(environment, [])):
-            self._with_native |= {e.key: e for e in entries if e.native_seconds is not None}
+        ]
+        self._own = {entry.key: entry for entry in own}
+        self._related = {entry.key: entry for entry in related}
+        # Those with a time of the own product; what is of this environment comes last and stays
+        timed = [entry for entry in (*related, *own) if entry.native_seconds is not None]
+        self._with_native = {entry.key: entry for entry in timed}
 
     def add(self, entry: Entry) -> None:
         self._own[entry.key] = self._related[entry.key] = entry

@@ -436,8 +436,10 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         values_t = metadata_t = None
         if self.backward_copy == "cached":
             present = self._buffers.get("weight_t_metadata")
-            kind = self._kind(self.in_features, self.out_features, present)
-            values_t, metadata_t = _backward_copy.new_values_t(self.weight.data, kind)
+            prefers_plans = self._prefers_plans(self.in_features, self.out_features, present)
+            values_t, metadata_t = _backward_copy.new_values_t(
+                self.weight.data, self.backend, prefers_plans
+            )
         self.register_buffer("weight_t", values_t, persistent=False)
         self.register_buffer("weight_t_metadata", metadata_t, persistent=False)
 
@@ -507,20 +509,19 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         super().register_parameter(name, param)
 
     def _kind(self, rows: int, columns: int, metadata: Tensor | None) -> str | None:
-        """What multiplies by a weight [rows, columns]: what did, if there is metadata for it."""
-        weight = self.weight
+        """What multiplies by a weight [rows, columns] that has this metadata."""
+        place = (self.weight.dtype, self.weight.device)
+        prefers_plans = self._prefers_plans(rows, columns, metadata)
+        return _packed.backend_of(rows, columns, *place, self.backend, prefers_plans)
+
+    def _prefers_plans(self, rows: int, columns: int, metadata: Tensor | None) -> bool:
+        """Whether plans are to be taken where the own product runs too: as before, if it shows."""
         if metadata is not None:
-            prefers_plans = metadata.dtype == torch.uint8
-        else:
-            # The table knows of plain products only.
-            is_plain = self.backend == "auto" and self.activation == "none" and not self.has_adapter
-            place = (weight.dtype, weight.device)
-            prefers_plans = (
-                is_plain and self._can_move() and _packed.tuned_for_plans(rows, columns, *place)
-            )
-        return _packed.backend_of(
-            rows, columns, weight.dtype, weight.device, self.backend, prefers_plans
-        )
+            return metadata.dtype == torch.uint8
+        # The table knows of plain products only.
+        is_plain = self.backend == "auto" and self.activation == "none" and not self.has_adapter
+        place = (self.weight.dtype, self.weight.device)
+        return is_plain and self._can_move() and _packed.tuned_for_plans(rows, columns, *place)
 
     def choose_product(self) -> None:
         """Has the tuned table choose again between the own product and plans (backend "auto")."""

@@ -33,7 +33,8 @@ constexpr Tile tile_of(double stage_us, double next_us, double sum_us = 0.0) {
 }
 
 // Times by a fit to products of 16 shapes with 1 to 8192 tokens on an H200, in bursts and at the
-// power limit; what counts is which tile has the least.
+// power limit (tiles of 64 tokens and three segments: 10 shapes with 8 to 256 tokens); what counts
+// is which tile has the least.
 constexpr std::array<Tile, 15> kTiles{{
     tile_of<256, 192, 4, 2>(0.661, 2.3),
     tile_of<256, 176, 4, 2>(0.619, 2.0),
