@@ -17,9 +17,11 @@ linear_forward_vs_halves by plans, against two layers of half the rows, one afte
                          2 in only)
 linear_backward_input    dY @ W with the dense weight (bar shapes only). In a captured call, as all
                          are here, input_grad transposes the values into the backward copy first
+linear_tokens            a survey in fewer rounds, of every layer of the models in model_shapes.py
+                         with 8 to 16384 tokens: F.linear, and the SparseSemiStructuredTensor
 
-A full run times the bar shapes with every token count, and the other layers of the models in
-model_shapes.py with 2048 and 8192 tokens; in bf16 and fp16.
+All but the survey time the bar shapes with six token counts, and the other layers with 2048 and
+8192 tokens; all in bf16 and fp16.
 
 Limit: the longer of the bytes that must move (values, metadata, X, Y) over the copy bandwidth, and
 out * in * tokens FLOP, half of the dense product's, over the rate of an 8192^3 dense bf16 product;
@@ -42,7 +44,9 @@ from slope_ext import _C, SLoPeLinear, plan_cache
 from slope_ext.ops.spmm import Backend
 
 DTYPES = [torch.bfloat16, torch.float16]
-TOKENS = [2048, 8192, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384]
+TOKENS = [2048, 8192, 8, 64, 512, 16384]
+SURVEY_TOKENS = [2**i for i in range(3, 15)]
+SURVEY_ROUNDS = 15
 MOST = TOKENS[:2]  # of a quick run, of other shapes
 BEST_IDS = 3
 TORCH_LINEAR = "SparseSemiStructuredTensor"
@@ -81,7 +85,7 @@ def sparse_limit(
 def forward_cases(
     layers: list[SLoPeLinear], dense: list[Tensor], xs: list[Tensor]
 ) -> dict[str, harness.Case]:
-    """Ours and every baseline; each has a weight and an input per buffer set."""
+    """Ours, cuBLAS and torch's 2:4 layer; each has a weight and an input per buffer set."""
     operands = [layer.operand() for layer in layers]
     cases: dict[str, harness.Case] = {
         "ours": lambda i: torch.ops.slope.linear(xs[i], *operands[i]),
@@ -93,14 +97,24 @@ def forward_cases(
         print(f"left out: torch's 2:4 products ({str(error).splitlines()[0]})")
         return cases
     cases[TORCH_LINEAR] = lambda i: F.linear(xs[i], sparse[i])
-    if xs[0].dtype != torch.bfloat16 or xs[0].shape[0] < min(MOST):
-        return cases
-    packed = [torch._cslt_compress(weight) for weight in dense]
-    searched = torch._cslt_sparse_mm_search(packed[0], xs[0].t(), transpose_result=True)
-    cases[TORCH_SEARCHED] = lambda i: torch._cslt_sparse_mm(
-        packed[i], xs[i].t(), alg_id=searched, transpose_result=True
-    )
     return cases
+
+
+def searched_case(dense: list[Tensor], xs: list[Tensor]) -> dict[str, harness.Case]:
+    """torch's product with the algorithm that its search finds; {} where that may crash."""
+    if xs[0].dtype != torch.bfloat16 or xs[0].shape[0] < min(MOST):
+        return {}
+    try:
+        packed = [torch._cslt_compress(weight) for weight in dense]
+        searched = torch._cslt_sparse_mm_search(packed[0], xs[0].t(), transpose_result=True)
+    except RuntimeError as error:
+        print(f"left out: {TORCH_SEARCHED} ({str(error).splitlines()[0]})")
+        return {}
+    return {
+        TORCH_SEARCHED: lambda i: torch._cslt_sparse_mm(
+            packed[i], xs[i].t(), alg_id=searched, transpose_result=True
+        )
+    }
 
 
 def hand_swept_cases(dense: list[Tensor], xs: list[Tensor]) -> dict[str, harness.Case]:
@@ -146,7 +160,7 @@ def bench_forward(
     dense = [layer.dense_weight().detach() for layer in layers]
     xs = [torch.randn(tokens, shape[1], device="cuda").to(dtype) for _ in range(sets)]
     tune_plans(layers[0], tokens, backward=False)
-    cases = forward_cases(layers, dense, xs)
+    cases = forward_cases(layers, dense, xs) | searched_case(dense, xs)
     by_hand = hand_swept_cases(dense, xs) if shape in BAR_SHAPES else {}
     timings = harness.time_cases(cases | by_hand, sets, optional=(TORCH_LINEAR, TORCH_SEARCHED))
     best_ids = {name: timings.pop(name) for name in by_hand}
@@ -163,6 +177,29 @@ def bench_forward(
             {"ours": timings["ours"], best: best_ids[best]},
             bench="linear_forward_vs_best_id",
             **common,
+        )
+
+
+def bench_survey(
+    shape: model_shapes.Shape, dtype: torch.dtype, run: harness.Run
+) -> Iterator[harness.Record]:
+    """Records of linear_tokens."""
+    limits = {tokens: sparse_limit(shape, dtype, tokens, run) for tokens in SURVEY_TOKENS}
+    sets = {tokens: harness.buffer_sets(int(moved)) for tokens, (moved, _) in limits.items()}
+    layers = make_layers(shape, dtype, max(sets.values()))
+    dense = [layer.dense_weight().detach() for layer in layers]
+    for tokens, (_, limit) in limits.items():
+        xs = [torch.randn(tokens, shape[1], device="cuda").to(dtype) for _ in range(sets[tokens])]
+        tune_plans(layers[0], tokens, backward=False)
+        cases = forward_cases(layers[: len(xs)], dense[: len(xs)], xs)
+        timings = harness.time_cases(cases, len(xs), SURVEY_ROUNDS, optional=(TORCH_LINEAR,))
+        yield from harness.baseline_records(
+            timings,
+            bench="linear_tokens",
+            case=f"{shape[0]}x{shape[1]}",
+            dtype=dtype,
+            tokens=tokens,
+            limit=limit,
         )
 
 
@@ -228,15 +265,16 @@ def bench_input_grad(
 
 @torch.no_grad()
 def bench(run: harness.Run) -> Iterator[harness.Record]:
-    """Records of the bar shapes, then of the other layers."""
+    """Records of the bar shapes, of the other layers, and the survey of all."""
     cases = [
         (shape, dtype, tokens)
         for dtype in run.first(DTYPES, 1)
         for shape in BAR_SHAPES
         for tokens in run.first(TOKENS, 2)
     ]
+    shapes = list(model_shapes.users())
     if not run.quick:
-        others = [shape for shape in model_shapes.users() if shape not in BAR_SHAPES]
+        others = [shape for shape in shapes if shape not in BAR_SHAPES]
         cases += [(shape, dtype, tokens) for shape in others for dtype in DTYPES for tokens in MOST]
     for shape, dtype, tokens in run.own(cases):
         yield from bench_forward(shape, dtype, tokens, run)
@@ -244,6 +282,9 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
             yield from bench_input_grad(shape, dtype, tokens, run)
             if shape[0] > 2 * shape[1]:
                 yield from bench_halves(shape, dtype, tokens, run)
+    survey = (("survey", shape, dtype) for shape in run.first(shapes, 1) for dtype in DTYPES)
+    for _, shape, dtype in run.own(survey):
+        yield from bench_survey(shape, dtype, run)
 
 
 if __name__ == "__main__":

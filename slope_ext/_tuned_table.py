@@ -85,8 +85,10 @@ class Entry:
         if not all(type(value) is int for value in integers) or type(self.dtype) is not str:
             raise TypeError(f"entries hold integers and the name of a dtype, got {self}")
         times = (self.seconds, 1.0 if self.native_seconds is None else self.native_seconds)
-        if not all(float(seconds) > 0 for seconds in times):
-            raise ValueError(f"times must be above 0 s, got {self}")
+        if not all(type(seconds) in (int, float) for seconds in (*times, self.default_seconds)):
+            raise TypeError(f"times must be numbers, got {self}")
+        if not all(number > 0 for number in (*self.key[:3], *map(float, times))):
+            raise ValueError(f"sizes and times must be above 0, got {self}")
 
     @property
     def key(self) -> Key:
@@ -253,7 +255,10 @@ def read(path: Path) -> dict[str, list[Entry]]:
                 environment: [Entry(**entry) for entry in entries]
                 for environment, entries in content["environments"].items()
             }
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError),
+        *(OverflowError, RecursionError),
+    ) as error:
         raise ValueError(f"{path} is no table of slope_ext: {error}") from error
     if isinstance(found, int) and found > FORMAT:
         raise LaterFormatError(f"{path} is of a later version of slope_ext: format {found}")
@@ -302,12 +307,20 @@ def merge_into(
                 name: [asdict(entry) for entry in found] for name, found in merged.items()
             },
         }
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.name, delete=False
-        ) as new:
-            json.dump(content, new, indent=1)
-            os.fchmod(new.fileno(), os.fstat(lock.fileno()).st_mode & 0o777)  # as the umask has it
-        os.replace(new.name, path)
+        _replace(path, json.dumps(content, indent=1), os.fstat(lock.fileno()).st_mode & 0o777)
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    """Writes a file in one step: all of it, or nothing."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as new:
+        try:
+            new.write(text)
+            os.fchmod(new.fileno(), mode)
+            new.close()
+            os.replace(new.name, path)
+        except BaseException:
+            os.unlink(new.name)
+            raise
 
 
 def save(path: Path, added: Mapping[str, Iterable[Entry]]) -> None:

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch.nn.functional as F
 
 import oracle
 from cases import Operands
-from slope_ext import _C, _packed, ops
+from slope_ext import _C, _library, _packed, ops
 from slope_ext._check import metadata_bytes
 
 HALF = [torch.float16, torch.bfloat16]
@@ -58,24 +60,42 @@ def test_metadata_alone_is_that_of_the_packed_operand(device):
     assert metadata._version > version
 
 
-def sm90_metadata(mask):
-    """The layout of sm_90 (docs/layouts.md): nibble i0 | i1 << 2 of group g of row r at `place`."""
+def sm90_place(r, g, rows, columns):
+    """Where the layout of sm_90 (docs/layouts.md) has group g of row r, in nibbles."""
+    return (
+        (r >> 6) * 16 * columns
+        + (g >> 3) * 512
+        + ((r >> 4) & 3) * 128
+        + (r & 7) * 16
+        + ((g >> 1) & 1) * 8
+        + (g & 1) * 4
+        + ((g >> 2) & 1) * 2
+        + ((r >> 3) & 1)
+    )
+
+
+def sm80_place(r, g, rows, columns):
+    """The same of sm_80."""
+    return (
+        ((g >> 4) * (rows >> 7) + (r >> 7)) * 2048
+        + ((g >> 3) & 1) * 1024
+        + ((r >> 5) & 3) * 256
+        + (r & 7) * 32
+        + ((r >> 4) & 1) * 16
+        + ((g >> 2) & 1) * 8
+        + ((r >> 3) & 1) * 4
+        + (g & 3)
+    )
+
+
+def metadata_of(mask, place):
+    """Nibble i0 | i1 << 2 of every group at its place."""
     rows, columns = mask.shape
     metadata = np.zeros(rows * columns // 4, dtype=np.uint8)
     for r in range(rows):
         for g in range(columns // 4):
             i0, i1 = np.flatnonzero(mask[r, 4 * g : 4 * g + 4].numpy())
-            place = (
-                (r >> 6) * 16 * columns
-                + (g >> 3) * 512
-                + ((r >> 4) & 3) * 128
-                + (r & 7) * 16
-                + ((g >> 1) & 1) * 8
-                + (g & 1) * 4
-                + ((g >> 2) & 1) * 2
-                + ((r >> 3) & 1)
-            )
-            metadata[place] = i0 | i1 << 2
+            metadata[place(r, g, rows, columns)] = i0 | i1 << 2
     return torch.from_numpy(metadata[0::2] | metadata[1::2] << 4)
 
 
@@ -86,10 +106,40 @@ def test_metadata_of_sm90_is_as_drawn(shape):
         pytest.skip("the layout of sm_90")
     o = Operands(*shape, torch.bfloat16, torch.device("cuda"))
     packed = ops.pack(o.values, o.bitmask)
-    expected = sm90_metadata(oracle.unbits(o.bitmask))
+    expected = metadata_of(oracle.unbits(o.bitmask), sm90_place)
     metadata = packed[o.values.numel() * 2 :].cpu()
     assert torch.equal(metadata[: expected.numel()], expected)
     assert not metadata[expected.numel() :].any()
+
+
+class PackMetadataParams(ctypes.Structure):
+    """That of csrc/ops/pack.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("bitmask", "metadata")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        ("layout", ctypes.c_int),
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offset", [0, 4])  # of the bitmask, in bytes: loads of 16 or of 4
+@pytest.mark.parametrize("shape", [(128, 128), (256, 384)])
+@pytest.mark.parametrize("layout", [sm80_place, sm90_place])
+def test_own_writer_has_both_layouts_as_drawn(layout, shape, offset):
+    """On any GPU: a layout is an order of bytes."""
+    bitmask = ops.prune_24(torch.rand(shape, device="cuda"))
+    room = torch.empty(offset + bitmask.numel(), dtype=torch.uint8, device="cuda")
+    source = room[offset:]
+    source.copy_(bitmask.view(-1))
+    metadata = torch.zeros_like(bitmask).view(-1)
+    params = PackMetadataParams(
+        source.data_ptr(), metadata.data_ptr(), *shape, layout is sm90_place
+    )
+    library = ctypes.CDLL(str(_library._LIBRARY_FILE))
+    stream = torch.cuda.current_stream().cuda_stream
+    assert library.slope_pack_metadata(ctypes.byref(params), ctypes.c_void_p(stream)) == 0
+    assert torch.equal(metadata.cpu(), metadata_of(oracle.unbits(bitmask), layout))
 
 
 @pytest.mark.gpu

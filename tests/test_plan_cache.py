@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans and the tuned table: what a product on CUDA runs by."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -137,9 +138,11 @@ NO_TABLES = [
         json.dumps({"format": 1, "environments": {"a": [asdict(entry()) | change]}})
         for change in (
             {"native_seconds": 0}, {"seconds": "x"}, {"seconds": 10**400}, {"rows": [64]},
-            {"dtype": {}}, {"tokens": "x"},
+            {"dtype": {}}, {"tokens": "x"}, {"rows": 0}, {"tokens": -8}, {"seconds": "1.0"},
+            {"native_seconds": True}, {"default_seconds": None},
         )
     ),
+    "[" * 200_000,
 ]  # fmt: skip
 LATER_TABLE = '{"format": 2, "tables": []}'
 
@@ -168,7 +171,7 @@ def test_a_later_format_is_left_alone(tmp_path):
 
 
 def _write_many(path, first):
-    for tokens in range(first, first + 20):
+    for tokens in range(first + 1, first + 21):
         _tuned_table.save(path, {ENVIRONMENT: [entry(tokens=tokens)]})
 
 
@@ -191,6 +194,20 @@ def test_folder_that_cannot_be_written_is_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="not kept"):
         _tuned_table.save(tmp_path / "file" / "tuned.json", {ENVIRONMENT: [entry()]})
+
+
+def test_a_full_disk_leaves_the_table_and_nothing_besides(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    _tuned_table.save(path, {ENVIRONMENT: [entry(id=1)]})
+    before = {p.name: p.read_text() for p in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fchmod", full)
+    with pytest.warns(UserWarning, match="not kept.*No space left"):
+        _tuned_table.save(path, {ENVIRONMENT: [entry(id=2)]})
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == before
 
 
 def test_export_and_import(tmp_path, monkeypatch):

@@ -312,7 +312,9 @@ void write_metadata(const char* op, const Tensor& bitmask, void* metadata, cudaS
   }
 }
 
-int metadata_writer(int device) { return device < kMaxDevices ? verdicts()[device].load() : 0; }
+int metadata_writer(int device) {
+  return 0 <= device && device < kMaxDevices ? verdicts()[device].load() : 0;
+}
 
 }  // namespace slope
 

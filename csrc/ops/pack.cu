@@ -176,3 +176,8 @@ cudaError_t launch_pack_metadata(const PackMetadataParams& params, cudaStream_t 
 }
 
 }  // namespace slope
+
+int slope_pack_metadata(const void* params, void* stream) {
+  return slope::launch_pack_metadata(*static_cast<const slope::PackMetadataParams*>(params),
+                                     static_cast<cudaStream_t>(stream));
+}

@@ -34,3 +34,8 @@ cudaError_t launch_pack_words(const PackWordsParams& params, cudaStream_t stream
 cudaError_t launch_pack_metadata(const PackMetadataParams& params, cudaStream_t stream);
 
 }  // namespace slope
+
+// launch_pack_metadata for tests/test_pack.py, of either layout on any device; `params` is a
+// PackMetadataParams, the result a cudaError_t.
+extern "C" __attribute__((visibility("default"))) int slope_pack_metadata(const void* params,
+                                                                          void* stream);
