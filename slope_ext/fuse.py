@@ -3,8 +3,8 @@
 
 "relu"
     A ReLU after a layer: in ``nn.Sequential``, and ``activation_fn`` after ``fc1`` in Hugging
-    Face's OPT layers. What hooks of that layer see is then after the ReLU; so does code that calls
-    a module of a Sequential by itself, which cannot be seen from here.
+    Face's OPT layers. What hooks of that layer see is then after the ReLU; and so is what code gets
+    that calls a module of a Sequential by itself, which cannot be seen from here.
 "swiglu"
     In MLPs like those of Hugging Face's LLaMA, whose forward method is
     down_proj(act_fn(gate_proj(x)) * up_proj(x)): gate and up-projection become one layer
@@ -13,9 +13,9 @@
     results, only their product. An adapter is one for both. Checkpoints have the names and the
     rows of the one layer.
 
-Modules that stand in another place too, and for "swiglu" hooks, an adapter, a forward method of their own or
-tied weights, stay as they are, and so does the model that is passed itself. Attributes that were
-set on a gate or an up-projection are not kept.
+Modules that stand in another place too, and for "swiglu" hooks, an adapter, a forward method of
+their own or tied weights, stay as they are, and so does the model that is passed itself. Attributes
+that were set on a gate or an up-projection are not kept.
 """
 
 from __future__ import annotations
