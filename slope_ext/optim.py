@@ -7,6 +7,7 @@ in the same pass, re-chooses their transposed masks on schedule, and offers fp32
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ class _Clipping(NamedTuple):
     norm: Tensor  # of all gradients
     max_norm: float
     captured: bool  # into a CUDA graph
+    grads: list[tuple[weakref.ref[Tensor], int]]  # and their versions
 
 
 class AdamW(torch.optim.Optimizer):
@@ -65,8 +67,8 @@ class AdamW(torch.optim.Optimizer):
             counts too.
         master_weights: keep fp32 copies of fp16 and bf16 parameters and update those; a weight that
             is set by hand later is overwritten from its copy.
-        half_moments: keep the moments of fp16 and bf16 parameters in their dtype, as torch does;
-            not with master_weights.
+        half_moments: keep the moments of bf16 parameters in their dtype, as torch does; not with
+            master_weights, nor for fp16 ones, whose second moments would be rounded to zero.
         maximize: ascend instead of descend.
 
     Raises:
@@ -135,6 +137,9 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"AdamW: betas must be in [0, 1), got {options['betas']}")
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
+            if options["half_moments"] and param.dtype == torch.float16:
+                del self.param_groups[-1]
+                raise ValueError("AdamW: half_moments must be False for float16 parameters")
             if param.requires_grad and is_traceable_wrapper_subclass(param):
                 del self.param_groups[-1]
                 raise TypeError(
@@ -148,14 +153,16 @@ class AdamW(torch.optim.Optimizer):
 
         As ``torch.nn.utils.clip_grad_norm_`` over every parameter of this optimizer, but for the
         pass that would scale the gradients: the step multiplies as it reads them. ``.grad`` stays
-        as it is until then, and must stay so; :meth:`zero_grad` drops the clipping. Of several
+        as it is until then, and must stay so: a step that finds only some of the gradients as they
+        were raises a RuntimeError, one that finds none of them drops the clipping. Of several
         limits the least holds. With a GradScaler either call its ``unscale_`` before this, or not
         at all: the norm is then the scale times the true one, and the limit is of the true one. All
         parameters must be on one device.
         """
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        halves = [g for g in grads if g is not None and is_half(g.dtype)]
-        others = [g for g in grads if g is not None and not is_half(g.dtype)]
+        self._follow_gradients()
+        grads = self._gradients()
+        halves = [grad for grad in grads if is_half(grad.dtype)]
+        others = [grad for grad in grads if not is_half(grad.dtype)]
         norms = list(torch._foreach_norm(halves, dtype=torch.float32)) if halves else []
         norms += [norm.float() for norm in torch._foreach_norm(others)] if others else []
         if not norms:
@@ -163,8 +170,28 @@ class AdamW(torch.optim.Optimizer):
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if self._clipping is not None:
             max_norm = min(max_norm, self._clipping.max_norm)
-        self._clipping = _Clipping(norm, max_norm, _backward_copy.is_capturing(norm))
+        clipped = [(weakref.ref(grad), grad._version) for grad in grads]
+        self._clipping = _Clipping(norm, max_norm, _backward_copy.is_capturing(norm), clipped)
         return norm
+
+    def _gradients(self) -> list[Tensor]:
+        params = (param for group in self.param_groups for param in group["params"])
+        return [param.grad for param in params if param.grad is not None]
+
+    def _follow_gradients(self) -> None:
+        """Drops clipping of gradients that are all gone; raises where it would be of others too."""
+        if self._clipping is None:
+            return
+        clipped = {id(ref()): version for ref, version in self._clipping.grads}
+        grads = self._gradients()
+        if all(clipped.get(id(grad)) == grad._version for grad in grads):
+            return
+        if any(id(grad) in clipped for grad in grads):
+            raise RuntimeError(
+                "AdamW: gradients changed after clip_grad_norm_; call it last before step, and "
+                "zero_grad of the optimizer to drop it"
+            )
+        self._clipping = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; clipping that no step used is dropped."""
@@ -179,6 +206,7 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
+        self._follow_gradients()
         _freshness.count_optimizer_step()
         grad_scale, found_inf = self._grad_scale(), getattr(self, "found_inf", None)
         layers = layers_by_weight()
@@ -198,7 +226,7 @@ class AdamW(torch.optim.Optimizer):
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if self._clipping is None:
             return scale
-        norm, max_norm, captured = self._clipping
+        norm, max_norm, captured, _ = self._clipping
         if captured != _backward_copy.is_capturing(norm):
             raise RuntimeError(
                 "AdamW: clip_grad_norm_ and step must be captured into one CUDA graph, or neither"

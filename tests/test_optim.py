@@ -526,6 +526,9 @@ def test_half_moments_are_of_the_parameters_dtype(device):
     assert optimizer.state[net.up.weight]["exp_avg"].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="AdamW: half_moments"):
         slope.optim.AdamW(net.parameters(), half_moments=True, master_weights=True)
+    with pytest.raises(ValueError, match="half_moments must be False for float16"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4).half())]})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.gpu
@@ -740,6 +743,46 @@ def test_clipping_ends_with_its_gradients():
     optimizer.step()
     expected = 0.9 * before + 0.1 * weight.grad
     torch.testing.assert_close(optimizer.state[weight]["exp_avg"], expected)
+
+
+def test_clipping_is_of_the_gradients_that_it_saw():
+    weights = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = slope.optim.AdamW(weights, lr=1e-3, weight_decay=0.0)
+
+    def clip():
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 50.0)
+        optimizer.clip_grad_norm_(1.0)
+
+    clip()
+    weights[1].grad = None  # the rest is as it was
+    optimizer.step()
+    first = optimizer.state[weights[0]]["exp_avg"]
+    torch.testing.assert_close(first, torch.full((4,), 0.1 / 8**0.5), rtol=1e-4, atol=0)
+
+    clip()
+    for weight in weights:  # as model.zero_grad() and another backward pass
+        weight.grad = torch.full_like(weight, 2.0)
+    expected = 0.9 * first + 0.1 * 2.0
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[weights[0]]["exp_avg"], expected)
+
+    def accumulate():
+        weights[0].grad += 1
+
+    def replace():
+        weights[0].grad = torch.ones(4)
+
+    for change in (accumulate, replace):
+        clip()
+        change()
+        before = [weight.detach().clone() for weight in weights]
+        for use in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+            with pytest.raises(RuntimeError, match="gradients changed after clip_grad_norm_"):
+                use()
+        for weight, value in zip(weights, before, strict=True):
+            assert torch.equal(weight, value)
+        optimizer.zero_grad()
 
 
 def test_schedule_of_masks_goes_on_from_a_checkpoint_of_torch():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import oracle
 import slope_ext as slope
@@ -128,6 +129,20 @@ def test_accumulation_in_place_is_autograds(rank, hooked, device):
     with Calls() as calls:
         layers[1](x).sum().backward()
     assert "weight_grad" in calls.names
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_accumulation_in_place_under_checkpoints(rank, device):
+    layer = slope.SLoPeLinear(24, 16, device=device)
+    if rank:
+        layer.add_adapter(rank)
+    x = torch.randn(5, 24, device=device, requires_grad=True)
+    layer(x).sum().backward()
+    once = layer.weight.grad.clone()
+    with slope.accumulate_in_place(), Calls() as calls:
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert "weight_grad_add_" in calls.names
+    assert torch.equal(layer.weight.grad, 2 * once)
 
 
 def test_accumulation_in_place_leaves_alone_what_autograd_would():

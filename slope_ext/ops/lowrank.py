@@ -27,7 +27,7 @@ from slope_ext.ops.spmm import (
     weight_and_input_grad,
     with_activation_gradient,
 )
-from slope_ext.ops.weight_grad import gradient_of
+from slope_ext.ops.weight_grad import gradient_of, leaf_of
 from slope_ext.reference import swiglu
 
 
@@ -215,7 +215,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     require_input_grad("linear_lowrank", x_needs, values, bitmask_t, backend)
     ctx.mark_non_differentiable(t)
     ctx.set_materialize_grads(False)
-    ctx.scale, ctx.backend = scale, backend
+    ctx.scale, ctx.backend, ctx.leaf = scale, backend, leaf_of(values)
     activated = y if activation == "relu" else None
     weight = (values, bitmask, bitmask_t, values_t, metadata_t)
     ctx.save_for_backward(x, *weight, lora_A, lora_B, t, activated)
@@ -265,7 +265,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     flat_dy = rows_of(dy)
 
     def make_dw() -> Tensor | None:
-        return gradient_of(values, dy, x, bitmask) if values_need else None
+        return gradient_of(ctx.leaf, dy, x, bitmask) if values_need else None
 
     def make_dx_and_dt() -> tuple[Tensor | None, Tensor | None]:
         if not x_needs:

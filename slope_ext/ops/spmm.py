@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
 from slope_ext._library import COMPOSED, refuse_forward_mode, register, register_autocast
-from slope_ext.ops.weight_grad import gradient_of
+from slope_ext.ops.weight_grad import gradient_of, leaf_of
 from slope_ext.reference import swiglu
 
 Backend = Literal["auto", "native", "cusparselt", "reference"]
@@ -295,6 +295,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     require_no_gradient_of("linear", activation, ctx.needs)
     x_needs, values_need, _ = ctx.needs
     require_input_grad("linear", x_needs, values, bitmask_t, ctx.backend)
+    ctx.leaf = leaf_of(values)
     ctx.save_for_backward(
         x if values_need else None,
         values,
@@ -313,7 +314,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dy = before_activation(dy, activated)
 
     def make_dw() -> Tensor | None:
-        return gradient_of(values, dy, x, bitmask) if values_need else None
+        return gradient_of(ctx.leaf, dy, x, bitmask) if values_need else None
 
     def make_dx() -> Tensor | None:
         weight = (values, bitmask, bitmask_t, values_t, metadata_t)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,14 +45,23 @@ def weight_grad_add_(grad: Tensor, dy: Tensor, x: Tensor, bitmask: Tensor) -> No
     torch.ops.slope.weight_grad_add_.default(grad, dy, x, bitmask)
 
 
-def gradient_of(values: Tensor, dy: Tensor, x: Tensor, bitmask: Tensor) -> Tensor | None:
-    """The gradient of ``values`` for autograd; None where it was added to ``values.grad``."""
-    if accumulation.is_in_place() and not torch.compiler.is_compiling() and values.is_leaf:
-        grad = values.grad
+def leaf_of(values: Tensor) -> Callable[[], Tensor | None]:
+    """For ``gradient_of`` in backward: what autograd saved may be another tensor (checkpoints)."""
+    return weakref.ref(values) if values.is_leaf else lambda: None
+
+
+def gradient_of(
+    leaf_of_values: Callable[[], Tensor | None], dy: Tensor, x: Tensor, bitmask: Tensor
+) -> Tensor | None:
+    """The gradient of values for autograd; None where it was added to the leaf's ``.grad``."""
+    if accumulation.is_in_place() and not torch.compiler.is_compiling():
+        leaf = leaf_of_values()
+        grad = None if leaf is None else leaf.grad
         if (
-            grad is not None
-            and _is_accumulated(values)
-            and not _has_hooks(values)
+            leaf is not None
+            and grad is not None
+            and _is_accumulated(leaf)
+            and not _has_hooks(leaf)
             and _can_be_added_to(grad, dy)
         ):
             weight_grad_add_(grad, dy, x, bitmask)

@@ -161,6 +161,13 @@ def prepare_slope(model: nn.Module, args: argparse.Namespace) -> Prepared:
     )
 
 
+def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> float:
+    """Clips the norm of all gradients, in the optimizer's own pass if it can; returns the norm."""
+    if isinstance(optimizer, slope.optim.AdamW):
+        return optimizer.clip_grad_norm_(limit).item()
+    return nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+
+
 METHODS: dict[str, Callable[[nn.Module, argparse.Namespace], Prepared]] = {
     "dense": prepare_dense,
     "slope": prepare_slope,
@@ -307,8 +314,7 @@ def train(run: Run, log: RunLog) -> int | None:
                 with slope.accumulate_in_place():
                     micro_loss.backward()
                 loss += micro_loss.item()
-            limit = args.grad_clip or math.inf
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+            grad_norm = clip_gradients(model, optimizer, args.grad_clip or math.inf)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise FloatingPointError(
                     f"step {step}: loss {loss}, norm of the gradient {grad_norm}; try a lower --lr"
