@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole training step of decoder layers: forward, backward, optimizer; dense and 2:4.
 
-As many layers of a Hugging Face model as LAYERS says, 8192 tokens (for some models 16384 too) in
+As many layers of a Hugging Face model as LAYERS says, so that all methods fit beside each other,
+and of one model as many as dense and 2:4 let fit (DEEP); 8192 tokens (for some models 16384 too) in
 sequences of 2048, bf16, the input's gradient included, embeddings and head left out. Methods, each
 with AdamW whose moments are bf16 (torch's fused kernel keeps no other for bf16 parameters):
 
@@ -23,8 +24,8 @@ train_step      time of a step; limit: the FLOPs of its products at the rates of
 train_rate      tokens per second through these layers
 train_mfu       the FLOPs of the dense products and of causal attention, of all methods alike, over
                 time and the dense peak of the data sheet, so that pruned ones count as done
-train_phase     forward, backward, optimizer of compiled steps in a row; baseline: dense, optimizer
-                compiled too
+train_phase     forward, backward, optimizer of steps in a row, captured ones left out; baseline:
+                dense, compiled, optimizer too
 train_memory    most memory in use during a step: weights, optimizer, activations, gradients; those
                 exist in the second half of the step only, or, "accumulating", from an earlier
                 backward pass on; baseline: dense, run the same way
@@ -82,11 +83,12 @@ class Workload:
 
     model: str
     tokens: int
+    layers: int
 
     @property
     def label(self) -> str:
         """What a record's case begins with."""
-        return f"{self.model};layers={LAYERS[self.model]}"
+        return f"{self.model};layers={self.layers}"
 
     @property
     def common(self) -> dict[str, Any]:
@@ -95,9 +97,10 @@ class Workload:
 
 
 WORKLOADS = [
-    *(Workload(model, 8192) for model in LAYERS),
-    *(Workload(model, 16384) for model in ("LLaMA-3-8B", "OPT-13B")),
+    *(Workload(model, 8192, layers) for model, layers in LAYERS.items()),
+    *(Workload(model, 16384, LAYERS[model]) for model in ("LLaMA-3-8B", "OPT-13B")),
 ]
+DEEP = Workload("LLaMA-3-8B", 8192, 16)
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ WORKLOADS = [
 class Layers(nn.Module):
     """Decoder layers of a model, from hidden states to hidden states."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, count: int) -> None:
         super().__init__()
         sizes = SIZES[model.lower()] | {"max_position_embeddings": LENGTH, "use_cache": False}
         config = AutoConfig.for_model(**sizes, dropout=0.0)
@@ -114,8 +117,7 @@ class Layers(nn.Module):
         self.hidden = self.hidden_of(model)
         layer, rotary = PARTS[config.model_type]
         self.rotary: nn.Module | None = None if rotary is None else rotary(config)
-        layers = [layer(config, layer_idx=i) for i in range(LAYERS[model])]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(layer(config, layer_idx=i) for i in range(count))
 
     @staticmethod
     def hidden_of(model: str) -> int:
@@ -188,7 +190,7 @@ class Method:
         torch.manual_seed(0)
         self.name, self.how = name, how
         with torch.device("cuda"):
-            self.model = Layers(work.model).to(DTYPE).train()
+            self.model = Layers(work.model, work.layers).to(DTYPE).train()
             x = torch.randn(work.tokens // LENGTH, LENGTH, self.model.hidden)
             self.x = x.to(DTYPE).requires_grad_()
             self.dy = torch.randn_like(self.x)
@@ -249,6 +251,7 @@ class Method:
     def peak(self, accumulating: bool) -> int:
         """Most bytes in use during a step, those of other methods included."""
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # of other streams; the step makes its own
         torch.cuda.reset_peak_memory_stats()
         if accumulating:  # onto the gradients of the step before
             self.model(self.x).backward(self.dy)
@@ -311,10 +314,28 @@ def _rounded(value: float, relative_spread: float, digits: int) -> tuple[float, 
     return round(value, digits), round(value * relative_spread, digits)
 
 
+Peaks = dict[str, dict[str, int]]  # by method and kind, bytes
+
+
+def prepared(name: str, work: Workload, how: str, peaks: Peaks, rank: int | None = None) -> Method:
+    """A method that is ready to run, when its peaks are known."""
+    gc.collect()  # what earlier models left
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated()
+    method = Method(name, work, how, rank)
+    method.prepare()
+    peaks[f"{name};{how}"] = {
+        kind: method.peak(accumulating) - before for kind, accumulating in PEAKS.items()
+    }
+    return method
+
+
 def bench_model(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
     """Records of one workload but for captured steps."""
     torch._dynamo.reset()
-    methods, peaks, phases = [], {}, {}
+    methods: list[Method] = []
+    peaks: Peaks = {}
+    phases: dict[str, dict[str, harness.Timing]] = {}
     hidden = Layers.hidden_of(work.model)
     ranks = (adapter_rank(hidden), hidden // 16)
     wanted: list[tuple[str, str, int | None]] = [
@@ -323,20 +344,16 @@ def bench_model(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
         ("slope;recompute", "compiled", None),
         *((f"slope;r={rank}", "compiled", rank) for rank in ranks),
     ]
+
+    def add(name: str, how: str, rank: int | None = None) -> None:
+        method = prepared(name, work, how, peaks, rank)
+        phases[f"{name};{how}"] = time_phases(method)
+        methods.append(method)
+
     for name, how, its_rank in wanted:
-        gc.collect()  # what earlier models left
-        before = torch.cuda.memory_allocated()
-        method = Method(name, work, how, its_rank)
-        method.prepare()
-        for kind, accumulating in PEAKS.items():
-            peaks[f"{name};{how}", kind] = method.peak(accumulating) - before
-        if how != "eager":
-            phases[f"{name};{how}"] = time_phases(method)
-        methods.append(method)
+        add(name, how, its_rank)
     try:
-        method = Method("torch-2:4", work, "eager")
-        method.prepare()
-        methods.append(method)
+        add("torch-2:4", "eager")
     except RuntimeError as error:
         print(f"left out: torch 2:4 ({str(error).splitlines()[0]})", flush=True)
 
@@ -350,17 +367,32 @@ def bench_model(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
             theirs=phases["dense;compiled-optimizer"][phase],
             **work.common,
         )
-    names = ("slope;eager", "slope;compiled", "slope;recompute;compiled")
-    for name, kind in itertools.product(names, PEAKS):
-        baseline = f"dense;{name.rpartition(';')[2]}"
-        yield harness.bytes_record(
-            bench="train_memory",
-            case=f"{work.label};{name};{kind}",
-            ours=peaks[name, kind],
-            baseline=baseline,
-            theirs=peaks[baseline, kind],
-            **work.common,
-        )
+    yield from memory_records(peaks, work)
+
+
+def memory_records(peaks: Peaks, work: Workload) -> Iterator[harness.Record]:
+    """Most bytes in use of each method, against dense run the same way."""
+    for name, kind in itertools.product(peaks, PEAKS):
+        if not name.startswith("dense"):
+            baseline = f"dense;{name.rpartition(';')[2]}"
+            yield harness.bytes_record(
+                bench="train_memory",
+                case=f"{work.label};{name};{kind}",
+                ours=peaks[name][kind],
+                baseline=baseline,
+                theirs=peaks[baseline][kind],
+                **work.common,
+            )
+
+
+def bench_deep(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
+    """Records of a workload of many layers, compiled, dense and 2:4."""
+    torch._dynamo.reset()
+    wanted = (("dense", "compiled"), ("dense", "compiled-optimizer"), ("slope", "compiled"))
+    peaks: Peaks = {}
+    methods = [prepared(name, work, how, peaks) for name, how in wanted]
+    yield from step_records(methods, work, run)
+    yield from memory_records(peaks, work)
 
 
 def bench_captured(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
@@ -416,8 +448,13 @@ def step_records(
 def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of all workloads; captured steps last: after one no backward copy counts as fresh."""
     workloads = run.own(run.first(WORKLOADS, 2))
-    for bench_of in (bench_model, bench_captured):
-        for work in workloads:
+    deep = run.own([] if run.quick else [DEEP])
+    for bench_of, works in (
+        (bench_model, workloads),
+        (bench_deep, deep),
+        (bench_captured, workloads),
+    ):
+        for work in works:
             yield from bench_of(work, run)
             torch.cuda.empty_cache()
 

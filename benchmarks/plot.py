@@ -192,13 +192,22 @@ def draw_limits(axes: Any, records: list[RawRecord]) -> None:
 
 
 def draw_training(panels: Any, records: list[RawRecord]) -> None:
-    """Steps: speedup over the best dense one, a group of bars for each model. State: of dense."""
+    """Steps: speedup over the best dense one, a group of bars for each model. State: of dense.
+
+    Of a model with several counts of layers and tokens, those that come first.
+    """
     steps, state = panels
-    timed = [r for r in records if r["bench"] == "train_step"]
-    models = list(dict.fromkeys(r["case"].split(";")[0] for r in timed))
+    firsts: dict[str, tuple[str, int]] = {}
+    timed = []
+    for r in records:
+        model, layers, _ = r["case"].split(";", 2)
+        work = layers, r["tokens"]
+        if r["bench"] == "train_step" and firsts.setdefault(model, work) == work:
+            timed.append(r)
+    models = list(firsts)
     methods = {
-        "2:4": r"slope;(?!r=|captured)",
-        "2:4 with adapters, 1.56 %": r"slope;r=(\d+)",
+        "2:4": r"slope;(eager|compiled)$",
+        "2:4 with adapters, 1.56 %": r"slope;r=(?P<rank>\d+);compiled$",
         "torch's 2:4": "torch-2:4",
     }
 
@@ -208,7 +217,8 @@ def draw_training(panels: Any, records: list[RawRecord]) -> None:
         for r in timed:
             its_model, _, name = r["case"].split(";", 2)
             if its_model == model and (match := re.match(method, name)):
-                by_rank.setdefault(sum(map(int, match.groups())), []).append(r["ratio"])
+                rank = int(match["rank"]) if "rank" in match.re.groupindex else 0
+                by_rank.setdefault(rank, []).append(r["ratio"])
         return max(by_rank[min(by_rank)]) if by_rank else 0.0
 
     for i, (label, method) in enumerate(methods.items()):

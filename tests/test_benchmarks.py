@@ -149,7 +149,7 @@ def test_layers_of_every_model_that_is_trained_have_its_shapes(monkeypatch):
     assert set(training.LAYERS) == set(model_shapes.MODELS) - {"LLaMA-3-70B"}
     for name, count in training.LAYERS.items():
         with torch.device("meta"):
-            model = training.Layers(name)
+            model = training.Layers(name, count)
             x = torch.empty(1, 16, model.hidden)
             assert model(x).shape == x.shape
         shapes = [
