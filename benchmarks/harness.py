@@ -418,7 +418,7 @@ def main(
     if parts:
         parser.add_argument(
             "--part",
-            type=_part,
+            type=part_of,
             metavar="I/N",
             help="this part of the work, into a file of its own",
         )
@@ -487,7 +487,8 @@ def merge(files: Iterable[Path], path: Path) -> None:
     path.write_text(json.dumps(records, indent=1) + "\n")
 
 
-def _part(text: str) -> tuple[int, int]:
+def part_of(text: str) -> tuple[int, int]:
+    """What --part I/N says."""
     number, count = map(int, text.split("/"))
     if not 0 <= number < count:
         raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, got {text}")
