@@ -356,6 +356,7 @@ def bench_model(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
         add("torch-2:4", "eager")
     except RuntimeError as error:
         print(f"left out: torch 2:4 ({str(error).splitlines()[0]})", flush=True)
+        peaks.pop("torch-2:4;eager", None)
 
     yield from step_records(methods, work, run)
     for name, phase in itertools.product(phases, PHASES):
@@ -390,7 +391,11 @@ def bench_deep(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
     torch._dynamo.reset()
     wanted = (("dense", "compiled"), ("dense", "compiled-optimizer"), ("slope", "compiled"))
     peaks: Peaks = {}
-    methods = [prepared(name, work, how, peaks) for name, how in wanted]
+    try:
+        methods = [prepared(name, work, how, peaks) for name, how in wanted]
+    except torch.OutOfMemoryError as error:
+        print(f"left out: {work.label} ({str(error).splitlines()[0]})", flush=True)
+        return
     yield from step_records(methods, work, run)
     yield from memory_records(peaks, work)
 

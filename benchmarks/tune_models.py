@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     number, count = arguments.part
     work = [(shape, dtype) for shape in model_shapes.users() for dtype in DTYPES]
-    with harness.own_table(arguments.out):
+    with harness.own_table(None):
         for (out_features, in_features), dtype in work[number::count]:
             layer = SLoPeLinear(in_features, out_features, bias=False, device="cuda", dtype=dtype)
             for entry in plan_cache.tune(layer, TOKENS):
@@ -42,6 +42,7 @@ def main() -> None:
                     f"{'not tried' if own is None else f'{1e6 * own:.1f} us'}",
                     flush=True,
                 )
+            plan_cache.export_table(arguments.out)
 
 
 if __name__ == "__main__":

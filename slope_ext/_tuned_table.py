@@ -87,8 +87,10 @@ class Entry:
         times = (self.seconds, 1.0 if self.native_seconds is None else self.native_seconds)
         if not all(type(seconds) in (int, float) for seconds in (*times, self.default_seconds)):
             raise TypeError(f"times must be numbers, got {self}")
-        if not all(number > 0 for number in (*self.key[:3], *map(float, times))):
-            raise ValueError(f"sizes and times must be above 0, got {self}")
+        if not all(0 < size < 2**31 for size in self.key[:3]):
+            raise ValueError(f"sizes must be in [1, 2^31), got {self}")
+        if not all(float(seconds) > 0 for seconds in times):
+            raise ValueError(f"times must be above 0 s, got {self}")
 
     @property
     def key(self) -> Key:

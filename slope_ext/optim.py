@@ -30,7 +30,7 @@ class _Clipping(NamedTuple):
     norm: Tensor  # of all gradients
     max_norm: float
     captured: bool  # into a CUDA graph
-    grads: list[tuple[weakref.ref[Tensor], int]]  # and their versions
+    grads: list[weakref.ref[Tensor]]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -136,10 +136,12 @@ class AdamW(torch.optim.Optimizer):
             if not 0 <= beta < 1:
                 raise ValueError(f"AdamW: betas must be in [0, 1), got {options['betas']}")
         super().add_param_group(param_group)
+        try:
+            _require_wide_moments_of_fp16(options, self.param_groups[-1]["params"])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         for param in self.param_groups[-1]["params"]:
-            if options["half_moments"] and param.dtype == torch.float16:
-                del self.param_groups[-1]
-                raise ValueError("AdamW: half_moments must be False for float16 parameters")
             if param.requires_grad and is_traceable_wrapper_subclass(param):
                 del self.param_groups[-1]
                 raise TypeError(
@@ -147,17 +149,18 @@ class AdamW(torch.optim.Optimizer):
                     "torch's optimizers take these"
                 )
 
+    @torch.compiler.disable  # type: ignore[misc]  # traced, what it leaves for step would be lost
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Has the next step clip all gradients together; returns their norm, an fp32 scalar.
 
         As ``torch.nn.utils.clip_grad_norm_`` over every parameter of this optimizer, but for the
         pass that would scale the gradients: the step multiplies as it reads them. ``.grad`` stays
-        as it is until then, and must stay so: a step that finds only some of the gradients as they
-        were raises a RuntimeError, one that finds none of them drops the clipping. Of several
-        limits the least holds. With a GradScaler either call its ``unscale_`` before this, or not
-        at all: the norm is then the scale times the true one, and the limit is of the true one. All
-        parameters must be on one device.
+        as it is until then, and must stay so; a step that finds other gradients drops the clipping,
+        and raises a RuntimeError where only some are others. Of several limits the least holds.
+        With a GradScaler either call its ``unscale_`` before this, or not at all: the norm is then
+        the scale times the true one, and the limit is of the true one. All parameters must be on
+        one device.
         """
         self._follow_gradients()
         grads = self._gradients()
@@ -170,8 +173,8 @@ class AdamW(torch.optim.Optimizer):
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if self._clipping is not None:
             max_norm = min(max_norm, self._clipping.max_norm)
-        clipped = [(weakref.ref(grad), grad._version) for grad in grads]
-        self._clipping = _Clipping(norm, max_norm, _backward_copy.is_capturing(norm), clipped)
+        captured = _backward_copy.is_capturing(norm)
+        self._clipping = _Clipping(norm, max_norm, captured, [weakref.ref(grad) for grad in grads])
         return norm
 
     def _gradients(self) -> list[Tensor]:
@@ -179,19 +182,17 @@ class AdamW(torch.optim.Optimizer):
         return [param.grad for param in params if param.grad is not None]
 
     def _follow_gradients(self) -> None:
-        """Drops clipping of gradients that are all gone; raises where it would be of others too."""
+        """Drops clipping of gradients that are gone; raises where it would be of others too."""
         if self._clipping is None:
             return
-        clipped = {id(ref()): version for ref, version in self._clipping.grads}
-        grads = self._gradients()
-        if all(clipped.get(id(grad)) == grad._version for grad in grads):
-            return
-        if any(id(grad) in clipped for grad in grads):
+        clipped = {id(ref()) for ref in self._clipping.grads}
+        known = [id(grad) in clipped for grad in self._gradients()]
+        if any(known) and not all(known):
             raise RuntimeError(
-                "AdamW: gradients changed after clip_grad_norm_; call it last before step, and "
-                "zero_grad of the optimizer to drop it"
+                "AdamW: some gradients came after clip_grad_norm_; call it when all are there"
             )
-        self._clipping = None
+        if not any(known):
+            self._clipping = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; clipping that no step used is dropped."""
@@ -351,15 +352,17 @@ class AdamW(torch.optim.Optimizer):
         But 16-bit moments of torch's AdamW become fp32, unless this optimizer has half_moments.
 
         Raises:
-            ValueError: it is of another algorithm (amsgrad, coupled weight decay), or a transposed
-                mask is not of its weight. The optimizer has not changed then.
+            ValueError: it is of another algorithm (amsgrad, coupled weight decay), or of
+                half_moments for float16 parameters, or a transposed mask is not of its weight. The
+                optimizer has not changed then.
         """
 
         def check(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> None:
             nonlocal state_dict
             state_dict = hooked  # as the hooks of others left it
-            for group in hooked["param_groups"]:
+            for group, own in zip(hooked["param_groups"], self.param_groups, strict=False):
                 _require_our_algorithm(group)
+                _require_wide_moments_of_fp16(group, own["params"])
             self._check_transposed_masks(hooked)
 
         handle = self.register_load_state_dict_pre_hook(check)
@@ -418,6 +421,12 @@ def _require_our_algorithm(options: dict[str, Any]) -> None:
         raise ValueError("AdamW: amsgrad must be False")
     if options.get("weight_decay") and not options.get(_DECOUPLED, True):
         raise ValueError("AdamW: decoupled_weight_decay must be True; Adam's decay is another")
+
+
+def _require_wide_moments_of_fp16(options: dict[str, Any], params: Iterable[Tensor]) -> None:
+    """Raises where second moments would underflow."""
+    if options.get("half_moments") and any(param.dtype == torch.float16 for param in params):
+        raise ValueError("AdamW: half_moments must be False for float16 parameters")
 
 
 def _refuse_capture(param: Tensor) -> None:

@@ -2,6 +2,7 @@
 """slope_ext.optim.AdamW and stock optimizers, against torch.optim.AdamW on a masked dense twin."""
 
 import copy
+import functools
 import io
 
 import pytest
@@ -529,6 +530,11 @@ def test_half_moments_are_of_the_parameters_dtype(device):
     with pytest.raises(ValueError, match="half_moments must be False for float16"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4).half())]})
     assert len(optimizer.param_groups) == 1
+    halves = slope.optim.AdamW([nn.Parameter(torch.ones(4).half())])
+    state = slope.optim.AdamW([nn.Parameter(torch.ones(4).bfloat16())], half_moments=True)
+    with pytest.raises(ValueError, match="half_moments must be False for float16"):
+        halves.load_state_dict(state.state_dict())
+    assert not halves.param_groups[0]["half_moments"]
 
 
 @pytest.mark.gpu
@@ -767,22 +773,52 @@ def test_clipping_is_of_the_gradients_that_it_saw():
     optimizer.step()
     torch.testing.assert_close(optimizer.state[weights[0]]["exp_avg"], expected)
 
-    def accumulate():
-        weights[0].grad += 1
+    clip()
+    weights[0].grad = torch.ones(4)
+    before = [weight.detach().clone() for weight in weights]
+    for use in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match="some gradients came after clip_grad_norm_"):
+            use()
+    for weight, value in zip(weights, before, strict=True):
+        assert torch.equal(weight, value)
 
-    def replace():
-        weights[0].grad = torch.ones(4)
 
-    for change in (accumulate, replace):
-        clip()
-        change()
-        before = [weight.detach().clone() for weight in weights]
-        for use in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
-            with pytest.raises(RuntimeError, match="gradients changed after clip_grad_norm_"):
-                use()
-        for weight, value in zip(weights, before, strict=True):
-            assert torch.equal(weight, value)
-        optimizer.zero_grad()
+def test_clipping_is_not_lost_in_compiled_code():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = slope.optim.AdamW([weight], lr=1e-3)
+    weight.grad = torch.full_like(weight, 50.0)
+
+    @functools.partial(torch.compile, backend="eager")
+    def clip_and_step():
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+
+    clip_and_step()
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"], torch.full((4,), 0.05))
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_clipping_with_a_grad_scaler(unscaled, device):
+    net = Net(device)
+    twin = copy.deepcopy(net)
+    ours = slope.optim.AdamW(net.parameters(), **OPTIONS)
+    theirs = slope.optim.AdamW(twin.parameters(), **OPTIONS)
+    scaler = torch.amp.GradScaler(device.type, init_scale=64.0)
+    x = torch.randn(6, 8, device=device)
+    for _ in range(3):
+        ours.zero_grad()
+        scaler.scale(net(x).square().sum()).backward()
+        if unscaled:
+            scaler.unscale_(ours)
+        ours.clip_grad_norm_(0.5)
+        scaler.step(ours)
+        scaler.update()
+        theirs.zero_grad()
+        twin(x).square().sum().backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        theirs.step()
+    for param, other in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-4, atol=1e-5)
 
 
 def test_schedule_of_masks_goes_on_from_a_checkpoint_of_torch():

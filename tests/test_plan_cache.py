@@ -139,7 +139,8 @@ NO_TABLES = [
         for change in (
             {"native_seconds": 0}, {"seconds": "x"}, {"seconds": 10**400}, {"rows": [64]},
             {"dtype": {}}, {"tokens": "x"}, {"rows": 0}, {"tokens": -8}, {"seconds": "1.0"},
-            {"native_seconds": True}, {"default_seconds": None},
+            {"tokens": 10**400}, {"native_seconds": True}, {"native_seconds": math.nan},
+            {"default_seconds": None},
         )
     ),
     "[" * 200_000,

@@ -164,7 +164,7 @@ def prepare_slope(model: nn.Module, args: argparse.Namespace) -> Prepared:
 def clip_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> float:
     """Clips the norm of all gradients, in the optimizer's own pass if it can; returns the norm."""
     if isinstance(optimizer, slope.optim.AdamW):
-        return optimizer.clip_grad_norm_(limit).item()
+        return float(optimizer.clip_grad_norm_(limit))
     return nn.utils.clip_grad_norm_(model.parameters(), limit).item()
 
 
