@@ -165,6 +165,34 @@ def refuse_forward_mode(op: Any) -> None:
         raise NotImplementedError(f"{op.name()} has no forward-mode gradient")
 
 
+def register_gradient(
+    name: str, differentiable: tuple[str, ...], with_gradient: Callable[..., Any]
+) -> None:
+    """Has op ``name`` be ``with_gradient``, given all arguments, where it is to have a gradient.
+
+    That is where one of the arguments named ``differentiable`` wants one. As
+    torch.library.register_autograd does it, which completes the arguments by the schema in every
+    call: 60 us where a gradient is wanted, 7 where not.
+    """
+    op = getattr(torch.ops.slope, name).default
+    arguments = op._schema.arguments
+    places = [i for i, argument in enumerate(arguments) if argument.name in differentiable]
+    defaults = tuple(argument.default_value for argument in arguments)  # None: there is none
+
+    def on_autograd(*given: Any) -> Any:
+        refuse_forward_mode(op)
+        if torch.is_grad_enabled():
+            complete = given + defaults[len(given) :]
+            for place in places:
+                tensor = complete[place]
+                if tensor is not None and tensor.requires_grad:
+                    return with_gradient(*complete)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op(*given)
+
+    _registrations.impl(name, on_autograd, "Autograd")
+
+
 def register_write(name: str, *arguments: str) -> None:
     """Has op ``name`` advance the version counters of what it writes: tensors or lists of them.
 

@@ -149,7 +149,8 @@ class AdamW(torch.optim.Optimizer):
                     "torch's optimizers take these"
                 )
 
-    @torch.compiler.disable  # type: ignore[misc]  # traced, what it leaves for step would be lost
+    # Not traced: what it leaves for step would be lost, and that is a few launches already.
+    @torch.compiler.disable  # type: ignore[misc]
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Has the next step clip all gradients together; returns their norm, an fp32 scalar.
@@ -199,6 +200,7 @@ class AdamW(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._clipping = None
 
+    @torch.compiler.disable  # type: ignore[misc]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, if any."""

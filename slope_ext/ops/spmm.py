@@ -12,7 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
-from slope_ext._library import COMPOSED, refuse_forward_mode, register, register_autocast
+from slope_ext._library import (
+    COMPOSED,
+    refuse_forward_mode,
+    register,
+    register_autocast,
+    register_gradient,
+)
 from slope_ext.ops.weight_grad import gradient_of, leaf_of
 from slope_ext.reference import swiglu
 
@@ -237,11 +243,6 @@ def require_input_grad(
         )
 
 
-def before_activation(dy: Tensor, activated: Tensor | None) -> Tensor:
-    """The gradient of what a ReLU took, from that of its result; of None's, as it is."""
-    return dy if activated is None else torch.ops.aten.threshold_backward(dy, activated, 0)
-
-
 def weight_and_input_grad(
     values_t: Tensor | None, make_dw: Callable[[], Any], make_dx: Callable[[], Any]
 ) -> tuple[Any, Any]:
@@ -289,7 +290,7 @@ def call_directly(
         return op(*arguments)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
     x, values, bitmask, bias, bitmask_t, values_t, _, metadata_t, ctx.backend, activation = inputs
     ctx.needs = needs_grad(x, values, bias)
     require_no_gradient_of("linear", activation, ctx.needs)
@@ -303,15 +304,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         bitmask_t,
         values_t,
         metadata_t,
-        output if activation == "relu" else None,
     )
 
 
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, bitmask, bitmask_t, values_t, metadata_t, activated = ctx.saved_tensors
+    x, values, bitmask, bitmask_t, values_t, metadata_t = ctx.saved_tensors
     x_needs, values_need, bias_needs = ctx.needs
-    dy = before_activation(dy, activated)
 
     def make_dw() -> Tensor | None:
         return gradient_of(ctx.leaf, dy, x, bitmask) if values_need else None
@@ -326,14 +325,14 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _Linear(torch.autograd.Function):
-    """slope::linear for eager mode but for the gradient of its activation, see call_directly."""
+    """slope::linear but for the gradient of its activation."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # A setup_context method would have torch inspect signatures in every call.
         with torch._C._AutoDispatchBelowADInplaceOrView():
             y: Tensor = _LINEAR(*arguments)
-        _setup_context(ctx, (*arguments[:-1], "none"), y)
+        _setup_context(ctx, arguments)
         return y
 
     backward = staticmethod(_backward)  # type: ignore[assignment]
@@ -353,7 +352,8 @@ class _ReLUGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return before_activation(dy, *ctx.saved_tensors)
+        (activated,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(dy, activated, 0)  # type: ignore[no-any-return]
 
 
 def with_activation_gradient(y: Tensor, activation: str) -> Tensor:
@@ -379,5 +379,5 @@ register(
     fake=lambda dy, values, *_, **__: dy.new_empty(*dy.shape[:-1], 2 * values.shape[1]),
     cuda=_input_grad_on_cuda,
 )
-torch.library.register_autograd("slope::linear", _backward, setup_context=_setup_context)
+register_gradient("linear", ("x", "values", "bias"), _with_gradient)
 register_autocast("linear")
