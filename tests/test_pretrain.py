@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -415,6 +417,25 @@ def test_learning_rate_schedule() -> None:
     assert rates[54] == pytest.approx(0.6)
     assert rates[-1] == pytest.approx(0.2)
     assert all(a > b for a, b in pairwise(rates[9:]))
+
+
+def test_gradients_are_clipped_alike_by_every_optimizer() -> None:
+    model = torch.nn.Linear(8, 8)
+    twin = copy.deepcopy(model)
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    ours = slope.optim.AdamW(model.parameters(), **options)
+    theirs = torch.optim.AdamW(twin.parameters(), **options)
+    x = torch.randn(5, 8)
+    for scale in (100.0, 1e-3):
+        for net, optimizer in ((model, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            (scale * net(x)).square().sum().backward()
+        norm = pretrain.clip_gradients(model, ours, 0.5)
+        assert norm == pytest.approx(pretrain.clip_gradients(twin, theirs, 0.5))
+        ours.step()
+        theirs.step()
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param, other)
 
 
 def test_not_a_number_stops_the_run(
