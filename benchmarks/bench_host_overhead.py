@@ -3,7 +3,7 @@
 
 op             torch.ops.slope.linear with the layer's operand, forward only
 plan op        the same with the operand of a layer that runs by a cuSPARSELt plan
-kernel         the op without the autograd kernel that torch.library puts before it, which is
+kernel         the op without its kernel for the Autograd key, which stands before it and is
                Python; F.linear keeps its own
 function       slope_ext.ops.linear, which leaves that out where nobody wants a gradient
 layer          SLoPeLinear.forward
