@@ -627,6 +627,23 @@ def test_forward_mode_is_refused_not_ignored():
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_writes_to_what_compiled_code_returns_are_seen(rank):
+    """Its ReLU's gradient takes the result: autograd must know of the write, not use it."""
+    layer, follower = slope.SLoPeLinear(32, 16, activation="relu"), nn.Linear(16, 8)
+    if rank:
+        layer.add_adapter(rank)
+
+    def both(x):
+        y = layer(x)
+        return y, follower(y)
+
+    y, z = torch.compile(both, backend="aot_eager")(torch.randn(5, 32))
+    y -= 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y.sum() + z.sum()).backward()
+
+
 @pytest.mark.parametrize("backward_copy", ["cached", "recompute"])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_compile_fullgraph(backward_copy, adapter, device):

@@ -15,6 +15,7 @@ from slope_ext._library import register, register_autocast, register_gradient
 from slope_ext.ops.spmm import (
     Activation,
     Backend,
+    before_activation,
     call_directly,
     composes,
     follows,
@@ -191,7 +192,7 @@ def _fake(
     return x.new_empty(*leading, features), x.new_empty(*leading, lora_A.shape[0])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], t: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     (
         x,
         values,
@@ -207,6 +208,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], t: Tensor) -> None:
         backend,
         activation,
     ) = inputs
+    y, t = output
     ctx.needs = needs_grad(x, values, lora_A, lora_B, bias)
     require_no_gradient_of("linear_lowrank", activation, ctx.needs)
     x_needs, *_ = ctx.needs
@@ -214,8 +216,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], t: Tensor) -> None:
     ctx.mark_non_differentiable(t)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.backend, ctx.leaf = scale, backend, leaf_of(values)
+    activated = y if activation == "relu" else None
     weight = (values, bitmask, bitmask_t, values_t, metadata_t)
-    ctx.save_for_backward(x, *weight, lora_A, lora_B, t)
+    ctx.save_for_backward(x, *weight, lora_A, lora_B, t, activated)
 
 
 def _input_grad_on_cuda(
@@ -255,8 +258,10 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 13
-    x, values, bitmask, bitmask_t, values_t, metadata_t, lora_A, lora_B, t = ctx.saved_tensors
+    x, values, bitmask, bitmask_t, values_t, metadata_t, *rest = ctx.saved_tensors
+    lora_A, lora_B, t, activated = rest
     x_needs, values_need, a_needs, b_needs, bias_needs = ctx.needs
+    dy = before_activation(dy, activated)
     flat_dy = rows_of(dy)
 
     def make_dw() -> Tensor | None:
@@ -278,13 +283,26 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 
 
 class _LinearLowrank(torch.autograd.Function):
-    """slope::linear_lowrank but for the gradient of its activation."""
+    """slope::linear_lowrank for eager mode but for its activation's gradient, see call_directly."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             y, t = torch.ops.slope.linear_lowrank.default(*arguments)
-        _setup_context(ctx, arguments, t)
+        _setup_context(ctx, (*arguments[:-1], "none"), (y, t))
+        return y, t
+
+    backward = staticmethod(_backward)  # type: ignore[assignment]
+
+
+class _WholeLinearLowrank(torch.autograd.Function):
+    """slope::linear_lowrank with the gradient of its activation, for code that is traced."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            y, t = torch.ops.slope.linear_lowrank.default(*arguments)
+        _setup_context(ctx, arguments, (y, t))
         return y, t
 
     backward = staticmethod(_backward)  # type: ignore[assignment]
@@ -303,5 +321,7 @@ register(
     fake=_fake_input_grad,
     cuda=_input_grad_on_cuda,
 )
-register_gradient("linear_lowrank", ("x", "values", "lora_A", "lora_B", "bias"), _with_gradient)
+register_gradient(
+    "linear_lowrank", ("x", "values", "lora_A", "lora_B", "bias"), _WholeLinearLowrank.apply
+)
 register_autocast("linear_lowrank")

@@ -196,7 +196,7 @@ def composes(dy: Tensor) -> bool:
 
 
 def needs_grad(*inputs: Tensor | None) -> tuple[bool, ...]:
-    """Which inputs want a gradient; ctx.needs_input_grad lacks arguments left at their default."""
+    """Which inputs want a gradient."""
     return tuple(tensor is not None and tensor.requires_grad for tensor in inputs)
 
 
@@ -243,6 +243,11 @@ def require_input_grad(
         )
 
 
+def before_activation(dy: Tensor, activated: Tensor | None) -> Tensor:
+    """The gradient of what a ReLU took, from that of its result; of None's, as it is."""
+    return dy if activated is None else torch.ops.aten.threshold_backward(dy, activated, 0)
+
+
 def weight_and_input_grad(
     values_t: Tensor | None, make_dw: Callable[[], Any], make_dx: Callable[[], Any]
 ) -> tuple[Any, Any]:
@@ -268,10 +273,10 @@ def call_directly(
     differentiable: tuple[Tensor | None, ...],
     arguments: tuple[Any, ...],
 ) -> Any:
-    """``op(*arguments)``, in eager mode without what torch.library puts before it.
+    """``op(*arguments)``, in eager mode without the Python kernel that stands before it.
 
-    That is tens of microseconds a call. ``with_gradient`` is the same op with the same gradient by
-    an autograd.Function; whatever traces, casts or wraps tensors gets the op itself.
+    ``with_gradient`` is the same op with the same gradient, of which that of the activation is a
+    node of its own; whatever traces, casts or wraps tensors gets the op itself.
     """
     x = differentiable[0]
     assert x is not None
@@ -290,7 +295,7 @@ def call_directly(
         return op(*arguments)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, bitmask, bias, bitmask_t, values_t, _, metadata_t, ctx.backend, activation = inputs
     ctx.needs = needs_grad(x, values, bias)
     require_no_gradient_of("linear", activation, ctx.needs)
@@ -304,13 +309,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
         bitmask_t,
         values_t,
         metadata_t,
+        output if activation == "relu" else None,
     )
 
 
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, bitmask, bitmask_t, values_t, metadata_t = ctx.saved_tensors
+    x, values, bitmask, bitmask_t, values_t, metadata_t, activated = ctx.saved_tensors
     x_needs, values_need, bias_needs = ctx.needs
+    dy = before_activation(dy, activated)
 
     def make_dw() -> Tensor | None:
         return gradient_of(ctx.leaf, dy, x, bitmask) if values_need else None
@@ -325,14 +332,30 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _Linear(torch.autograd.Function):
-    """slope::linear but for the gradient of its activation."""
+    """slope::linear for eager mode but for the gradient of its activation, see call_directly."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # A setup_context method would have torch inspect signatures in every call.
         with torch._C._AutoDispatchBelowADInplaceOrView():
             y: Tensor = _LINEAR(*arguments)
-        _setup_context(ctx, arguments)
+        _setup_context(ctx, (*arguments[:-1], "none"), y)
+        return y
+
+    backward = staticmethod(_backward)  # type: ignore[assignment]
+
+
+class _WholeLinear(torch.autograd.Function):
+    """slope::linear with the gradient of its activation, for code that is traced.
+
+    It saves the very tensor that it returns, so that autograd sees writes to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            y: Tensor = _LINEAR(*arguments)
+        _setup_context(ctx, arguments, y)
         return y
 
     backward = staticmethod(_backward)  # type: ignore[assignment]
@@ -352,8 +375,7 @@ class _ReLUGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (activated,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(dy, activated, 0)  # type: ignore[no-any-return]
+        return before_activation(dy, *ctx.saved_tensors)
 
 
 def with_activation_gradient(y: Tensor, activation: str) -> Tensor:
@@ -379,5 +401,5 @@ register(
     fake=lambda dy, values, *_, **__: dy.new_empty(*dy.shape[:-1], 2 * values.shape[1]),
     cuda=_input_grad_on_cuda,
 )
-register_gradient("linear", ("x", "values", "bias"), _with_gradient)
+register_gradient("linear", ("x", "values", "bias"), _WholeLinear.apply)
 register_autocast("linear")
