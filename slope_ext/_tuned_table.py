@@ -30,6 +30,8 @@ FORMAT = 1
 SHIPPED = Path(__file__).with_name("tuned")
 
 _CLEARLY = 0.98  # plan over own product
+# What reading anything else may raise
+_NOT_A_TABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 _lock = threading.Lock()
 _tables: dict[int, Table] = {}  # by CUDA ordinal
 
@@ -257,10 +259,7 @@ def read(path: Path) -> dict[str, list[Entry]]:
                 environment: [Entry(**entry) for entry in entries]
                 for environment, entries in content["environments"].items()
             }
-    except (
-        *(ValueError, TypeError, KeyError, AttributeError),
-        *(OverflowError, RecursionError),
-    ) as error:
+    except _NOT_A_TABLE as error:
         raise ValueError(f"{path} is no table of slope_ext: {error}") from error
     if isinstance(found, int) and found > FORMAT:
         raise LaterFormatError(f"{path} is of a later version of slope_ext: format {found}")

@@ -137,17 +137,12 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"AdamW: betas must be in [0, 1), got {options['betas']}")
         super().add_param_group(param_group)
         try:
-            _require_wide_moments_of_fp16(options, self.param_groups[-1]["params"])
-        except ValueError:
+            params = self.param_groups[-1]["params"]
+            _require_wide_moments_of_fp16(options, params)
+            _require_plain(params)
+        except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
-        for param in self.param_groups[-1]["params"]:
-            if param.requires_grad and is_traceable_wrapper_subclass(param):
-                del self.param_groups[-1]
-                raise TypeError(
-                    f"AdamW: params must be plain tensors, got a {type(param).__name__}; "
-                    "torch's optimizers take these"
-                )
 
     # Not traced: what it leaves for step would be lost, and that is a few launches already.
     @torch.compiler.disable  # type: ignore[misc]
@@ -429,6 +424,16 @@ def _require_wide_moments_of_fp16(options: dict[str, Any], params: Iterable[Tens
     """Raises where second moments would underflow."""
     if options.get("half_moments") and any(param.dtype == torch.float16 for param in params):
         raise ValueError("AdamW: half_moments must be False for float16 parameters")
+
+
+def _require_plain(params: Iterable[Tensor]) -> None:
+    """Raises where a trained parameter is a tensor of tensors."""
+    for param in params:
+        if param.requires_grad and is_traceable_wrapper_subclass(param):
+            raise TypeError(
+                f"AdamW: params must be plain tensors, got a {type(param).__name__}; "
+                "torch's optimizers take these"
+            )
 
 
 def _refuse_capture(param: Tensor) -> None:

@@ -282,15 +282,20 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     return dx, dw, None, da, db, None, dbias, None, None, None, None, None, None
 
 
+def _forward(ctx: Any, arguments: tuple[Any, ...], differentiated: str) -> tuple[Tensor, Tensor]:
+    """The op; ``differentiated`` is the activation whose gradient is part of the backward pass."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        y, t = torch.ops.slope.linear_lowrank.default(*arguments)
+    _setup_context(ctx, (*arguments[:-1], differentiated), (y, t))
+    return y, t
+
+
 class _LinearLowrank(torch.autograd.Function):
     """slope::linear_lowrank for eager mode but for its activation's gradient, see call_directly."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            y, t = torch.ops.slope.linear_lowrank.default(*arguments)
-        _setup_context(ctx, (*arguments[:-1], "none"), (y, t))
-        return y, t
+        return _forward(ctx, arguments, "none")
 
     backward = staticmethod(_backward)  # type: ignore[assignment]
 
@@ -300,10 +305,7 @@ class _WholeLinearLowrank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            y, t = torch.ops.slope.linear_lowrank.default(*arguments)
-        _setup_context(ctx, arguments, (y, t))
-        return y, t
+        return _forward(ctx, arguments, arguments[-1])
 
     backward = staticmethod(_backward)  # type: ignore[assignment]
 

@@ -331,16 +331,21 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw, None, dbias, None, None, None, None, None, None
 
 
+def _forward(ctx: Any, arguments: tuple[Any, ...], differentiated: str) -> Tensor:
+    """The op; ``differentiated`` is the activation whose gradient is part of the backward pass."""
+    # A setup_context method would have torch inspect signatures in every call.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        y: Tensor = _LINEAR(*arguments)
+    _setup_context(ctx, (*arguments[:-1], differentiated), y)
+    return y
+
+
 class _Linear(torch.autograd.Function):
     """slope::linear for eager mode but for the gradient of its activation, see call_directly."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        # A setup_context method would have torch inspect signatures in every call.
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            y: Tensor = _LINEAR(*arguments)
-        _setup_context(ctx, (*arguments[:-1], "none"), y)
-        return y
+        return _forward(ctx, arguments, "none")
 
     backward = staticmethod(_backward)  # type: ignore[assignment]
 
@@ -353,10 +358,7 @@ class _WholeLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            y: Tensor = _LINEAR(*arguments)
-        _setup_context(ctx, arguments, y)
-        return y
+        return _forward(ctx, arguments, arguments[-1])
 
     backward = staticmethod(_backward)  # type: ignore[assignment]
 
