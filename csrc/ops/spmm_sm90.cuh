@@ -457,7 +457,9 @@ __device__ __forceinline__ void store_sums(const SpmmSm90Args& args,
   constexpr bool kGated = kActivation == Activation::kSwiglu;
   constexpr int kChunks = T::kBlocks * T::kOutChunks;
   constexpr int kTogether = kOutTogether < kChunks ? kOutTogether : kChunks;
-  static_assert(kChunks % kTogether == 0 && kOutBuffers % kTogether == 0);
+  // A shorter group of chunks comes last, so never where buffers are used again
+  static_assert(kOutBuffers % kTogether == 0);
+  static_assert(kChunks % kTogether == 0 || kChunks <= kOutBuffers);
   const auto row_of = [&](int chunk) { return place.row + chunk / T::kOutChunks * kSm90BlockRows; };
   const auto token_of = [&](int chunk) {
     return place.token + chunk % T::kOutChunks * kSm90OutBox;
@@ -494,8 +496,9 @@ __device__ __forceinline__ void store_sums(const SpmmSm90Args& args,
     }
 
     const auto buffer_of = [&](int chunk) { return buffers + chunk % kOutBuffers * kOutBytes; };
+    const int end = min(first + kTogether, kChunks);
 #pragma unroll
-    for (int chunk = first; chunk < first + kTogether; ++chunk) {
+    for (int chunk = first; chunk < end; ++chunk) {
       constexpr int kChunkOctets = kSm90OutBox / 8;
       const int i = chunk / T::kOutChunks;
       const int octet = chunk % T::kOutChunks * kChunkOctets;
@@ -513,7 +516,7 @@ __device__ __forceinline__ void store_sums(const SpmmSm90Args& args,
     ptx::named_barrier_sync<kWarpgroup>(1 + consumer);
     if (thread == 0) {
 #pragma unroll
-      for (int chunk = first; chunk < first + kTogether; ++chunk) {
+      for (int chunk = first; chunk < end; ++chunk) {
         if (is_stored(chunk)) {
           const bool is_rest = T::kRestTokens != 0 && chunk % T::kOutChunks == T::kOutChunks - 1;
           ptx::tma_store(buffer_of(chunk), is_rest ? &args.y_rest : &args.y,
