@@ -308,7 +308,8 @@ def merge_into(
                 name: [asdict(entry) for entry in found] for name, found in merged.items()
             },
         }
-        _replace(path, json.dumps(content, indent=1), os.fstat(lock.fileno()).st_mode & 0o777)
+        text = json.dumps(content, indent=1) + "\n"
+        _replace(path, text, os.fstat(lock.fileno()).st_mode & 0o777)
 
 
 def _replace(path: Path, text: str, mode: int) -> None:
