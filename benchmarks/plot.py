@@ -7,7 +7,8 @@
 A table stands between ``<!-- records: GPU/FILE DTYPE -->`` and ``<!-- /records -->``, where
 GPU/FILE.json lies under benchmarks/results; it shows the records of that dtype. More words
 ``field=value`` or ``field=value,value`` narrow them down further, e.g. ``tokens=8192,16384``, and
-``field~expression`` takes what a regular expression finds something in.
+``field~expression`` takes what a regular expression finds something in. With ``columns=tokens`` it
+is one of ratios alone, a line for each case and a column for each token count.
 
 The charts are docs/images/CHART-GPU.svg. A chart ends in a comment with a digest of the records it
 was drawn from, which is what --check compares; a chart that has no records is skipped.
@@ -79,6 +80,25 @@ def table(records: list[RawRecord]) -> str:
     return "\n".join(lines) + f"\n\n{where(records)}. Medians ± interquartile range.\n"
 
 
+def ratios_by(column: str, records: list[RawRecord]) -> str:
+    """A Markdown table of ratios: a line for each case, a column for each value of a field."""
+    baseline = records[0]["baseline"]
+    ratios = {(r["case"], r[column]): r["ratio"] for r in records if r["baseline"] == baseline}
+    if len(ratios) < len(records):
+        raise SystemExit(f"columns={column}: several records of a case, or several baselines")
+    cases = list(dict.fromkeys(r["case"] for r in records))
+    values = sorted({r[column] for r in records})
+    lines = [
+        f"| {column} | {' | '.join(str(value) for value in values)} |",
+        f"|---|{'---:|' * len(values)}",
+    ]
+    for case in cases:
+        cells = (ratios.get((case, value)) for value in values)
+        shown = ("" if ratio is None else f"{ratio:.2f}" for ratio in cells)
+        lines.append(f"| {case} | {' | '.join(shown)} |")
+    return "\n".join(lines) + f"\n\nAgainst {baseline}; {where(records)}.\n"
+
+
 def where(records: list[RawRecord]) -> str:
     """Type, card, versions and date of the first record, and the commits of all."""
     r = records[0]
@@ -93,15 +113,18 @@ def render(text: str) -> str:
     """``text`` with every table made anew from its records."""
 
     def replace(match: re.Match[str]) -> str:
-        start, file, dtype, words, end = match.groups()
+        start, file, dtype, options, end = match.groups()
+        words = options.split()
+        column = next((w.removeprefix("columns=") for w in words if w.startswith("columns=")), None)
         records = [
             r
             for r in json.loads((RESULTS / f"{file}.json").read_text())
-            if r["dtype"] == dtype and all(_fits(r, word) for word in words.split())
+            if r["dtype"] == dtype
+            and all(_fits(r, word) for word in words if not word.startswith("columns="))
         ]
         if not records:
             raise SystemExit(f"no records for {start.strip()}")
-        return start + table(records) + end
+        return start + (ratios_by(column, records) if column else table(records)) + end
 
     return BLOCK.sub(replace, text)
 
@@ -149,7 +172,7 @@ class Chart:
 
 def draw_speedup(panels: Any, records: list[RawRecord]) -> None:
     """Speedup of the product against tokens, a line for each weight: over cuBLAS, over plans."""
-    kinds = ("linear_forward", "linear_forward_vs_best_id")
+    kinds = ("linear_tokens", "linear_forward_vs_best_id")
     titles = ("2:4 product, speedup over cuBLAS", "over the best algorithm of cuSPARSELt")
     for axes, bench, title in zip(panels, kinds, titles, strict=True):
         found = [r for r in records if r["bench"] == bench]
@@ -283,7 +306,7 @@ CHARTS = [
         lambda r: (
             (
                 r["bench"] == "linear_forward_vs_best_id"
-                or (r["bench"], r["baseline"]) == ("linear_forward", "F.linear")
+                or (r["bench"], r["baseline"]) == ("linear_tokens", "F.linear")
             )
             and r["dtype"] == "bfloat16"
             and r["case"] in BAR_CASES
