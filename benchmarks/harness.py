@@ -484,7 +484,7 @@ def merge(files: Iterable[Path], path: Path) -> None:
             found.setdefault(case, []).append(record)
         cases |= found
     records = [record for case in cases.values() for record in case]
-    path.write_text(json.dumps(records, indent=1) + "\n")
+    path.write_text(_text(records))
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -501,8 +501,13 @@ def save(records: Sequence[Record], name: str, directory: Path | None = None) ->
     folder = directory or RESULTS / gpu
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+    path.write_text(_text([asdict(record) for record in records]))
     return path
+
+
+def _text(records: Iterable[dict[str, Any]]) -> str:
+    """A JSON list with a line for each record."""
+    return "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
 
 
 def line(r: Record) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-MAX_BYTES = 500_000
+MAX_BYTES = 1_000_000
 LICENCE = "SPDX-License-Identifier: Apache-2.0"
 LICENSED = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
