@@ -137,7 +137,11 @@ class Plan {
     });
   }
   int64_t workspace_bytes() const { return cache().workspace_bytes(plan_.get()); }
-  int32_t algorithm_count() const { return cache().algorithm_count(plan_.get()); }
+  int32_t algorithm_count() const {
+    int32_t count = 0;
+    raising([&](char* error) { return cache().algorithm_count(plan_.get(), count, error); });
+    return count;
+  }
 
  private:
   std::unique_ptr<slope::SpmmPlan, void (*)(slope::SpmmPlan*)> plan_;

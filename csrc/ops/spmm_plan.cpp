@@ -294,6 +294,10 @@ bool run(SpmmPlan* plan, const SpmmOperands& operands, cudaStream_t stream, char
   return guarded(error, [&] { plan->run(operands, stream); });
 }
 
+bool algorithm_count(const SpmmPlan* plan, int32_t& count, char* error) {
+  return guarded(error, [&] { count = plan->algorithm_count(); });
+}
+
 }  // namespace
 }  // namespace slope
 
@@ -312,7 +316,7 @@ const slope::SpmmCacheApi* slope_spmm_cache_api() {
       .run = slope::run,
       .workspace_bytes =
           [](const slope::SpmmPlan* plan) { return static_cast<int64_t>(plan->workspace_bytes()); },
-      .algorithm_count = [](const slope::SpmmPlan* plan) { return plan->algorithm_count(); },
+      .algorithm_count = slope::algorithm_count,
       .free = [](slope::SpmmPlan* plan) { delete plan; },
   };
   return &api;

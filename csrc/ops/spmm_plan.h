@@ -129,7 +129,7 @@ struct SpmmCacheApi {
   SpmmPlan* (*make)(const SpmmProblem& problem, const SpmmAlgorithm& algorithm, char* error);
   bool (*run)(SpmmPlan* plan, const SpmmOperands& operands, cudaStream_t stream, char* error);
   int64_t (*workspace_bytes)(const SpmmPlan* plan);
-  int32_t (*algorithm_count)(const SpmmPlan* plan);
+  bool (*algorithm_count)(const SpmmPlan* plan, int32_t& count, char* error);
   void (*free)(SpmmPlan* plan);
 };
 
