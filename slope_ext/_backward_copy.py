@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from slope_ext import _freshness, _packed
+from slope_ext import _freshness, _packed, _streams
 
 
 def choose_mask(values: Tensor, bitmask: Tensor, bitmask_t: Tensor) -> None:
@@ -24,7 +24,7 @@ def choose_mask(values: Tensor, bitmask: Tensor, bitmask_t: Tensor) -> None:
         RuntimeError: a CUDA graph is captured, whose replays nothing that follows the mask would
             see.
     """
-    if is_capturing(values):
+    if _streams.is_capturing(values):
         raise RuntimeError(
             "slope_ext: transposed masks must not be chosen while a CUDA graph is captured; choose "
             "them between replays"
@@ -58,23 +58,31 @@ def follow(
     A layer that is used twice in a forward pass has its copy saved twice for backward, and the
     first backward refreshes it. To autograd that is no change: the copy says nothing that values
     and masks do not. So version counters stay as they are here.
+
+    Backward passes on several streams share a copy: one refreshes it, the others wait for that.
     """
+    kept = values_t is not None  # else nobody looks at it again
     if values_t is None:
         values_t, metadata_t = new_values_t(values, backend)
     sources = (values, bitmask, bitmask_t)
     if mask_is_stale(bitmask, bitmask_t):
         with _unseen():
             torch.ops.slope.double_prune_(values, bitmask, bitmask_t, values_t)
-        mark(bitmask_t, bitmask)
-        mark(values_t, *sources)
         if metadata_t is not None:
             _freshness.mark_stale(metadata_t)  # no version counter told it
-    elif is_capturing(values) or not _freshness.is_fresh(values_t, *sources):
+        if kept:
+            _mark_enqueued(values_t, *sources)
+        _mark_enqueued(bitmask_t, bitmask)
+    elif not kept or _streams.is_capturing(values) or not _is_ready(values_t, *sources):
+        _streams.wait_for_writer(bitmask_t)
         with _unseen():
             torch.ops.slope.transpose_values(values, bitmask, bitmask_t, values_t)
-        mark(values_t, *sources)
-    if metadata_t is not None:
+        if kept:
+            _mark_enqueued(values_t, *sources)
+    if kept and metadata_t is not None:
         follow_metadata(bitmask_t, metadata_t)
+    elif metadata_t is not None:
+        _write_metadata(bitmask_t, metadata_t)
     return values_t, metadata_t
 
 
@@ -93,25 +101,42 @@ def new_values_t(
 
 def follow_metadata(bitmask: Tensor, metadata: Tensor) -> bool:
     """Brings the metadata of a mask up to date; whether anything was to do."""
-    if _freshness.is_fresh(metadata, bitmask):
+    if _is_ready(metadata, bitmask):
         return False
-    with _unseen():
-        torch.ops.slope.pack_metadata(bitmask, metadata)
-    mark(metadata, bitmask)
+    _write_metadata(bitmask, metadata)
+    _mark_enqueued(metadata, bitmask)
     return True
 
 
+def _write_metadata(bitmask: Tensor, metadata: Tensor) -> None:
+    _streams.wait_for_writer(bitmask)
+    with _unseen():
+        torch.ops.slope.pack_metadata(bitmask, metadata)
+
+
 def mark(derived: Tensor, *sources: Tensor) -> None:
-    """Records that ``derived`` was computed from ``sources``; captured, it is not yet."""
-    if is_capturing(derived):
+    """Records that ``derived`` was computed from ``sources``; captured, it is not yet.
+
+    By what wrote ``sources`` too, or before: whoever reads those waited for it.
+    """
+    if _streams.is_capturing(derived):
         _freshness.mark_stale(derived)  # nothing was computed yet
     else:
         _freshness.mark_fresh(derived, *sources)
 
 
-def is_capturing(tensor: Tensor) -> bool:
-    """Whether what is enqueued for ``tensor`` goes into a CUDA graph instead of running."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _mark_enqueued(derived: Tensor, *sources: Tensor) -> None:
+    """As :func:`mark`, of what the current stream has yet to do."""
+    _streams.mark_written(derived)  # before anybody may take it as fresh
+    mark(derived, *sources)
+
+
+def _is_ready(derived: Tensor, *sources: Tensor) -> bool:
+    """Whether ``derived`` is up to date for what the current stream does from here on."""
+    if not _freshness.is_fresh(derived, *sources):
+        return False
+    _streams.wait_for_writer(derived)
+    return True
 
 
 def _unseen() -> AbstractContextManager[None]:

@@ -143,7 +143,8 @@ def convert(
     Kept: bias, dtype, device (on the meta device load a sparse state_dict, or reset parameters,
     after ``to_empty``), training mode, requires_grad, module hooks, attributes of modules and
     Parameters, and weights shared between layers. Hooks of a weight itself are not: its gradient
-    has another shape. Build the optimizer afterwards.
+    has another shape; nor is what ``compile()`` of that very module made. Build the optimizer
+    afterwards.
 
     DistributedDataParallel would broadcast every buffer in each forward pass. The model that is
     converted tells it to leave out what layers derive from weight and bitmask, which each rank
@@ -562,6 +563,8 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
 
 # What a sparse layer knows and a dense one has no use for; and what is bound to the old module.
 _NOT_CARRIED_OVER = (
+    "_compiled_call_impl",
+    "_home",
     "_prepared",
     "activation",
     "backend",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from slope_ext import _backward_copy, _freshness, _packed, ops
+from slope_ext import _backward_copy, _freshness, _packed, _streams, ops
 from slope_ext._check import ACTIVATIONS, BACKENDS, GATE_ROWS, has_two_of_four
 from slope_ext.ops.spmm import Activation, Backend
 from slope_ext.sparse_layer import SparseLayer, warn_of_broadcasts
@@ -310,7 +310,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
                 self._allocate_backward_copy()  # weight.data moved
             elif self.weight_t is not None and not self._transposed_values_fit(self.weight_t):
                 self._allocate_transposed_values()
-            capturing = _backward_copy.is_capturing(weight)
+            capturing = _streams.is_capturing(weight)
             # Backward would choose it too, but not where hooks hand it copies of saved tensors.
             due = self._transposed_mask_is_due()
             written = due and choose_mask and not capturing
@@ -333,8 +333,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def _prepared_operand(self) -> Operand | None:
         """What prepare() returned, if nothing that it depends on changed."""
-        if self._prepared is not None and self._prepared[0] == self._state():
-            return self._prepared[1]  # type: ignore[no-any-return]
+        prepared = self._prepared  # another thread may take it back meanwhile
+        if prepared is not None and prepared[0] == self._state():
+            return prepared[1]  # type: ignore[no-any-return]
         return None
 
     def _state(self) -> tuple[Any, ...]:

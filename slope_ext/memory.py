@@ -74,17 +74,15 @@ def memory_report(
     """
     parameters = list(model.parameters())
     persistent, metadata, transposed = _buffer_bytes(model)
-    if on_gpu:
-        for module in model.modules():
-            if isinstance(module, SLoPeLinear):
-                rows, columns = module.out_features, module.in_features
-                if module.weight_metadata is None:
-                    metadata += _metadata_bytes(module, rows, columns)
-                if module.weight_t is not None and module.weight_t_metadata is None:
-                    transposed += _metadata_bytes(module, columns, rows)
-
     # What a sparse layer's weight, masks and adapter would be as one dense weight.
     layers = {id(m.weight): m for m in model.modules() if isinstance(m, SparseLayer)}
+    for layer in layers.values() if on_gpu else ():
+        if isinstance(layer, SLoPeLinear):
+            rows, columns = layer.out_features, layer.in_features
+            if layer.weight_metadata is None:
+                metadata += _metadata_bytes(layer, rows, columns)
+            if layer.weight_t is not None and layer.weight_t_metadata is None:
+                transposed += _metadata_bytes(layer, columns, rows)
     masks = {id(layer.mask): layer.mask for layer in layers.values()}
     adapters = {
         id(p) for m in model.modules() if isinstance(m, SparseLayer) for p in (m.lora_A, m.lora_B)
@@ -97,8 +95,8 @@ def memory_report(
     weights = gradients = optimizer = dense_weights = dense_gradients = dense_optimizer = 0
     for parameter in parameters:
         size, elements = _bytes(parameter), parameter.numel()
-        layer = layers.get(id(parameter))
-        dense_elements = elements if layer is None else layer.in_features * layer.out_features
+        sparse = layers.get(id(parameter))
+        dense_elements = elements if sparse is None else sparse.in_features * sparse.out_features
         dense_size = dense_elements * parameter.element_size()
         weights += size
         if id(parameter) not in adapters:

@@ -7,17 +7,19 @@ in the same pass, re-chooses their transposed masks on schedule, and offers fp32
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from slope_ext import _backward_copy, _freshness, ops, reference
-from slope_ext._check import is_half
+from slope_ext import _backward_copy, _freshness, _streams, ops, reference
+from slope_ext._check import dtype_name, is_half
 from slope_ext.linear import SLoPeLinear
 from slope_ext.sparse_layer import SparseLayer, layers_by_weight
 
@@ -129,12 +131,16 @@ class AdamW(torch.optim.Optimizer):
         _require_our_algorithm(options)
         if options["half_moments"] and options["master_weights"]:
             raise ValueError("AdamW: half_moments must be False with master_weights")
-        for name in ("lr", "eps", "weight_decay", "mask_interval"):
-            if options[name] < 0:
-                raise ValueError(f"AdamW: {name} must not be negative, got {options[name]}")
-        for beta in options["betas"]:
-            if not 0 <= beta < 1:
-                raise ValueError(f"AdamW: betas must be in [0, 1), got {options['betas']}")
+        for name in ("lr", "eps", "weight_decay"):
+            value = options[name]
+            if not isinstance(value, (Real, Tensor)) or not 0 <= float(value) < math.inf:
+                raise ValueError(f"AdamW: {name} must be finite and not negative, got {value}")
+        interval = options["mask_interval"]
+        if not isinstance(interval, Integral) or isinstance(interval, bool) or interval < 0:
+            raise ValueError(f"AdamW: mask_interval must be an int from 0 on, got {interval!r}")
+        betas = options["betas"]
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas}")
         super().add_param_group(param_group)
         try:
             params = self.param_groups[-1]["params"]
@@ -158,6 +164,8 @@ class AdamW(torch.optim.Optimizer):
         the scale times the true one, and the limit is of the true one. All parameters must be on
         one device.
         """
+        if not max_norm >= 0:
+            raise ValueError(f"AdamW: max_norm must not be negative, got {max_norm}")
         self._follow_gradients()
         grads = self._gradients()
         halves = [grad for grad in grads if is_half(grad.dtype)]
@@ -169,7 +177,7 @@ class AdamW(torch.optim.Optimizer):
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if self._clipping is not None:
             max_norm = min(max_norm, self._clipping.max_norm)
-        captured = _backward_copy.is_capturing(norm)
+        captured = _streams.is_capturing(norm)
         self._clipping = _Clipping(norm, max_norm, captured, [weakref.ref(grad) for grad in grads])
         return norm
 
@@ -203,21 +211,29 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        self._check_parameters()
         self._follow_gradients()
         _freshness.count_optimizer_step()
         grad_scale, found_inf = self._grad_scale(), getattr(self, "found_inf", None)
         layers = layers_by_weight()
+        copies = Counter(id(_copy_of(layer)) for layer in layers.values())
+        shared = {copy for copy, count in copies.items() if count > 1}
         for group in self.param_groups:
-            self._step_group(group, layers, grad_scale, found_inf)
+            self._step_group(group, layers, shared, grad_scale, found_inf)
         self._clipping = None
         return loss
 
-    def _check_gradients(self) -> None:
+    def _check_parameters(self) -> None:
         # All of them before any parameter counts its step.
-        for group in self.param_groups:
-            if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param in params:
+            if param.grad is not None and param.grad.is_sparse:
                 raise RuntimeError("AdamW: sparse gradients are not supported; use sparse=False")
+            if not is_half(param.dtype) and "master" in self.state.get(param, {}):
+                raise RuntimeError(
+                    f"AdamW: a parameter has a master copy, but is {dtype_name(param.dtype)} now; "
+                    "make a new optimizer after a change of dtype"
+                )
 
     def _grad_scale(self) -> Tensor | None:
         """What gradients are to be divided by: a GradScaler's scale times the clipping."""
@@ -225,7 +241,7 @@ class AdamW(torch.optim.Optimizer):
         if self._clipping is None:
             return scale
         norm, max_norm, captured, _ = self._clipping
-        if captured != _backward_copy.is_capturing(norm):
+        if captured != _streams.is_capturing(norm):
             raise RuntimeError(
                 "AdamW: clip_grad_norm_ and step must be captured into one CUDA graph, or neither"
             )
@@ -237,6 +253,7 @@ class AdamW(torch.optim.Optimizer):
         self,
         group: dict[str, Any],
         layers: dict[int, SparseLayer],
+        shared: set[int],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -247,12 +264,12 @@ class AdamW(torch.optim.Optimizer):
         group["mask_step"] += 1
         interval = group["mask_interval"]
         choose = interval > 0 and group["mask_step"] % interval == 0
-        choose = choose and not _backward_copy.is_capturing(params[0])
+        choose = choose and not _streams.is_capturing(params[0])
 
         # Buckets: what one adamw_ call can take. A layer whose mask is due gets its copy later.
         buckets: dict[Any, list[tuple[Tensor, SLoPeLinear | None]]] = defaultdict(list)
         for param, state in zip(params, states, strict=True):
-            copied = None if choose else _with_copy_to_write(layers.get(id(param)))
+            copied = None if choose else _with_copy_to_write(layers.get(id(param)), shared)
             key = (param.device, param.dtype, state["exp_avg"].dtype, "master" in state)
             buckets[(*key, copied is not None)].append((param, copied))
         for bucket in buckets.values():
@@ -350,17 +367,24 @@ class AdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: it is of another algorithm (amsgrad, coupled weight decay), or of
-                half_moments for float16 parameters, or a transposed mask is not of its weight. The
-                optimizer has not changed then.
+                half_moments for float16 parameters, or of a parameter of another shape, or a
+                transposed mask is not of its weight. The optimizer has not changed then.
         """
 
-        def check(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> None:
+        def check(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:
             nonlocal state_dict
             state_dict = hooked  # as the hooks of others left it
+            groups = []
             for group, own in zip(hooked["param_groups"], self.param_groups, strict=False):
                 _require_our_algorithm(group)
                 _require_wide_moments_of_fp16(group, own["params"])
+                # Options of this class that torch's AdamW does not have stay
+                ours = {name: own[name] for name in self.defaults if name != "mask_step"}
+                groups.append({**ours, **group})
+            self._check_shapes(hooked)
             self._check_transposed_masks(hooked)
+            groups += hooked["param_groups"][len(groups) :]  # too many, which torch refuses
+            return {**hooked, "param_groups": groups}
 
         handle = self.register_load_state_dict_pre_hook(check)
         try:
@@ -386,6 +410,15 @@ class AdamW(torch.optim.Optimizer):
             layer = layers.get(id(param))
             if layer is not None and _TRANSPOSED_MASK in saved:
                 layer.set_transposed_mask(saved[_TRANSPOSED_MASK])
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        for _, param, saved in self._saved_states(state_dict):
+            for name in _STATE_TENSORS:
+                if name in saved and saved[name].shape != param.shape:
+                    raise ValueError(
+                        f"AdamW: state_dict: {name} must be {list(param.shape)} as its parameter, "
+                        f"got {list(saved[name].shape)}"
+                    )
 
     def _check_transposed_masks(self, state_dict: dict[str, Any]) -> None:
         layers = layers_by_weight()
@@ -438,16 +471,22 @@ def _require_plain(params: Iterable[Tensor]) -> None:
 
 def _refuse_capture(param: Tensor) -> None:
     """Raises while ``param`` is captured: replays would make its state anew each time."""
-    if _backward_copy.is_capturing(param):
+    if _streams.is_capturing(param):
         raise RuntimeError("AdamW: step must have run before one is captured into a CUDA graph")
 
 
-def _with_copy_to_write(layer: SparseLayer | None) -> SLoPeLinear | None:
+def _copy_of(layer: SparseLayer | None) -> Tensor | None:
+    """The backward copy that a layer keeps."""
+    return layer.weight_t if isinstance(layer, SLoPeLinear) else None
+
+
+def _with_copy_to_write(layer: SparseLayer | None, shared: set[int]) -> SLoPeLinear | None:
     """The layer, if a step is to write its backward copy; else the next backward pass does.
 
-    That does where a mask changed; and, once a step was captured, whatever a step writes.
+    That does where a mask changed; once a step was captured, whatever a step writes; and where
+    layers whose weights were tied once still share a copy (one of ``shared``, ids).
     """
-    if not isinstance(layer, SLoPeLinear) or layer.weight_t is None:
+    if not isinstance(layer, SLoPeLinear) or layer.weight_t is None or id(layer.weight_t) in shared:
         return None
     left = _freshness.step_was_captured() or not layer.transposed_mask_is_fresh()
     return None if left else layer

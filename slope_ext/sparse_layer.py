@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from slope_ext import _freshness
 from slope_ext._check import dtype_name
 
 _layers: weakref.WeakSet[SparseLayer] = weakref.WeakSet()
+_layers_lock = threading.Lock()  # other threads make layers, too
 _BROADCASTS_ARE_WRITES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
@@ -41,7 +43,8 @@ class SparseLayer(nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Copies and unpickled layers come through here too, unlike __init__.
         layer = super().__new__(cls)
-        _layers.add(layer)
+        with _layers_lock:
+            _layers.add(layer)
         return layer
 
     # ---- transposed mask -------------------------------------------------------------------------
@@ -114,7 +117,8 @@ class SparseLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Stamps live on storages and are not copied with them.
-        return {**self.__dict__, "_transposed_mask_fresh": self.transposed_mask_is_fresh()}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_transposed_mask_fresh": self.transposed_mask_is_fresh()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -269,4 +273,12 @@ def warn_of_broadcasts(layer: SparseLayer) -> None:
 
 def layers_by_weight() -> dict[int, SparseLayer]:
     """Every live sparse layer, by ``id`` of its weight Parameter."""
-    return {id(layer.weight): layer for layer in _layers if "weight" in layer._parameters}
+    with _layers_lock:
+        layers = list(_layers)
+    found = {}
+    for layer in layers:
+        # One that is being copied or unpickled has no parameters yet, or never will
+        weight = vars(layer).get("_parameters", {}).get("weight")
+        if weight is not None:
+            found[id(weight)] = layer
+    return found

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import functools
+import io
+import pickle
 import types
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
@@ -629,3 +632,34 @@ def test_ddp_list_is_theirs_again_after_to_dense():
     assert slope.to_dense(model)._ddp_params_and_buffers_to_ignore == ["1.weight_t"]
     other = nn.Sequential(nn.Linear(16, 16))
     assert not hasattr(slope.to_dense(slope.convert(other)), "_ddp_params_and_buffers_to_ignore")
+
+
+def test_modules_that_were_compiled_compute_with_the_new_weights():
+    net = nn.Sequential(nn.Linear(32, 32))
+    net[0].compile(backend="eager")
+    x = torch.randn(4, 32)
+    net(x)
+    slope.convert(net)
+    torch.testing.assert_close(net(x), F.linear(x, net[0].dense_weight(), net[0].bias))
+    net[0].compile(backend="eager")
+    net(x)
+    duplicate = copy.deepcopy(net)
+    with torch.no_grad():
+        duplicate[0].weight.zero_()
+        duplicate[0].bias.zero_()
+    assert not duplicate(x).any()
+    pickle.loads(pickle.dumps(net))
+    slope.to_dense(net)
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.zero_()
+    assert not net(x).any()
+
+
+def test_a_dense_model_that_was_sparse_can_be_saved_whole():
+    net = slope.to_dense(slope.convert(nn.Sequential(nn.Linear(32, 32))))
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded[0].weight, net[0].weight)

@@ -385,3 +385,6 @@ def test_memory_report_as_on_a_gpu_counts_metadata_that_the_own_product_has():
             slope.SLoPeLinear(512, 256, dtype=dtype, backend="reference"),
         ):
             assert extra(layer) == (0, 0)
+    tied = nn.Sequential(nn.Linear(512, 256, dtype=dtype), nn.Linear(512, 256, dtype=dtype))
+    tied[1].weight = tied[0].weight
+    assert extra(slope.convert(tied)) == (whole, whole)

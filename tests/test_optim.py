@@ -4,6 +4,8 @@
 import copy
 import functools
 import io
+import sys
+import threading
 
 import pytest
 import torch
@@ -836,3 +838,125 @@ def test_schedule_of_masks_goes_on_from_a_checkpoint_of_torch():
     older = {i: {**state, "step": 7} for i, state in saved["state"].items()}
     optimizer.load_state_dict({**saved, "state": older})
     assert optimizer.state[net.up.weight]["step"] == 7.0
+
+
+def test_layers_that_are_only_half_made_do_not_count():
+    net = nn.Sequential(slope.SLoPeLinear(16, 16))
+    half = slope.SLoPeLinear.__new__(slope.SLoPeLinear)  # as copy.deepcopy begins
+    optimizer = slope.optim.AdamW(net.parameters())
+    net(torch.randn(4, 16)).sum().backward()
+    optimizer.step()
+    assert "_parameters" not in vars(half)
+    assert optimizer.state_dict()["state"]
+
+
+def test_steps_while_another_thread_makes_layers():
+    net = nn.Sequential(slope.SLoPeLinear(16, 16))
+    optimizer = slope.optim.AdamW(net.parameters())
+    net(torch.randn(4, 16)).sum().backward()
+    optimizer.step()
+    errors, made = [], []
+
+    def make():
+        try:
+            for _ in range(200):
+                made.append(copy.deepcopy(net))
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=make)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        while thread.is_alive():
+            optimizer.step()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert not errors
+    assert len(made) == 200
+
+
+def test_layers_that_were_tied_do_not_take_each_others_copy():
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    net[1].weight = net[0].weight
+    slope.convert(net)
+    net[1].weight = nn.Parameter(net[0].weight.detach().clone())
+    assert net[1].weight_t is net[0].weight_t
+    optimizer = slope.optim.AdamW(net.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(8, 16, requires_grad=True)
+        net(x).square().sum().backward()
+        optimizer.step()
+        for layer in net:
+            dy = torch.randn(8, 16)
+            (dx,) = torch.autograd.grad(layer(x), x, dy)
+            kept = ops.decompress(torch.ones(16, 8), layer.weight_t_bitmask).t()
+            torch.testing.assert_close(dx, dy @ (layer.dense_weight() * kept))
+
+
+def test_a_checkpoint_of_other_shapes_is_refused():
+    dense, sparse = nn.Linear(16, 16), slope.SLoPeLinear(16, 16)
+    saved = torch.optim.AdamW(dense.parameters())
+    dense(torch.randn(4, 16)).sum().backward()
+    saved.step()
+    optimizer = slope.optim.AdamW(sparse.parameters())
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"state_dict: exp_avg must be \[16, 8\].*\[16, 16\]"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.state_dict() == before
+
+
+def test_a_checkpoint_of_torch_keeps_options_of_groups():
+    layers = [slope.SLoPeLinear(16, 16, bias=False) for _ in range(2)]
+    groups = [
+        {"params": [layer.weight], "mask_interval": n}
+        for layer, n in zip(layers, (7, 0), strict=True)
+    ]
+    optimizer = slope.optim.AdamW(groups)
+    theirs = torch.optim.AdamW([{"params": [layer.weight]} for layer in layers], lr=0.5)
+    saved = theirs.state_dict()
+    optimizer.load_state_dict(saved)
+    assert [group["mask_interval"] for group in optimizer.param_groups] == [7, 0]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    assert "mask_interval" not in saved["param_groups"][0]
+
+
+def test_parameters_that_became_wide_are_refused_before_anything_counts():
+    layer = slope.SLoPeLinear(16, 16, bias=False, dtype=torch.bfloat16)
+    optimizer = slope.optim.AdamW([layer.weight], master_weights=True)
+    layer(torch.randn(4, 16).bfloat16()).sum().backward()
+    optimizer.step()
+    layer.float()
+    layer.weight.grad = torch.ones_like(layer.weight)
+    with pytest.raises(RuntimeError, match="has a master copy, but is float32 now"):
+        optimizer.step()
+    assert int(optimizer.state[layer.weight]["step"]) == 1
+    assert optimizer.param_groups[0]["mask_step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"lr": float("nan")}, "lr"),
+        ({"lr": "fast"}, "lr"),
+        ({"eps": float("inf")}, "eps"),
+        ({"weight_decay": -1}, "weight_decay"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"betas": (0.9, float("nan"))}, "betas"),
+        ({"mask_interval": 2.5}, "mask_interval"),
+        ({"mask_interval": True}, "mask_interval"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, name):
+    with pytest.raises(ValueError, match=f"AdamW: {name} must be"):
+        slope.optim.AdamW([nn.Parameter(torch.zeros(4))], **options)
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, float("nan")])
+def test_no_norm_is_refused(max_norm):
+    optimizer = slope.optim.AdamW([nn.Parameter(torch.zeros(4))])
+    with pytest.raises(ValueError, match="max_norm must not be negative"):
+        optimizer.clip_grad_norm_(max_norm)

@@ -378,20 +378,51 @@ def test_autocast_with_fp32_parameters_runs_on_the_tensor_cores():
     torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)
 
 
+def test_backward_passes_on_two_streams_share_a_copy():
+    """The first refreshes it on its stream; the second sees that, and must wait for it."""
+    layer = make()
+    optimizer = torch.optim.SGD([layer.weight], lr=1.0)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    x = [torch.randn(TOKENS, IN, device="cuda").bfloat16().requires_grad_() for _ in range(2)]
+    dy = torch.randn(TOKENS, OUT, device="cuda").bfloat16()
+    for _ in range(3):
+        layer.weight.grad = torch.randn_like(layer.weight)
+        optimizer.step()  # not the project's: backward refreshes the copy
+        dx = []
+        for number, stream in enumerate(streams):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                y = layer(x[number])
+                if number == 0:
+                    torch.cuda._sleep(20_000_000)  # clocks: some ms before the refresh
+                dx += torch.autograd.grad(y, x[number], dy)
+        torch.cuda.synchronize()
+        expected = dy.double() @ layer.backward_weight().double()
+        for found in dx:
+            torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=5e-2)
+
+
 def test_random_calls_neither_leak_nor_err():
     """Mixed shapes, dtypes and streams, again and again: memory stays what it was."""
     generator = torch.Generator().manual_seed(1)
     layers = [make(dtype) for dtype in (torch.bfloat16, torch.float16)]
+    weights = [(layer.dense_weight().detach(), layer.backward_weight()) for layer in layers]
     streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
 
     def round_of_calls():
         for _ in range(50):
-            layer = layers[int(torch.randint(2, (), generator=generator))]
+            number = int(torch.randint(2, (), generator=generator))
+            layer, (dense, backward) = layers[number], weights[number]
             stream = streams[int(torch.randint(2, (), generator=generator))]
             tokens = int(torch.randint(1, 65, (), generator=generator))
             with torch.cuda.stream(stream):
                 x = torch.randn(tokens, IN, device="cuda", dtype=layer.weight.dtype)
-                layer(x.requires_grad_()).sum().backward()
+                y = layer(x.requires_grad_())
+                y.backward(dy := torch.randn_like(y))
+                expected = torch.addmm(layer.bias, x, dense.t())
+                torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+                torch.testing.assert_close(x.grad, dy @ backward, rtol=2e-2, atol=5e-2)
                 layer.weight.grad = layer.bias.grad = None
         torch.cuda.synchronize()
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import threading
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -179,3 +181,29 @@ def test_chunks_are_captured():
         graph.replay()
         eager = ops.weight_grad(dy, x, bitmask)
         torch.testing.assert_close(dw, eager)
+
+
+def test_accumulation_in_place_from_several_threads(device):
+    """None of their sums is lost; on a GPU each thread has a stream."""
+    layer = slope.SLoPeLinear(1024, 1024, bias=False, device=device)
+    layer.prepare()
+    x = torch.ones(4, 1024, device=device)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+
+    def work():
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        with torch.cuda.stream(stream):
+            for _ in range(60):
+                layer(x).sum().backward()
+            if stream is not None:
+                stream.synchronize()
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with slope.accumulate_in_place():
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert torch.equal(layer.weight.grad, torch.full_like(layer.weight, 4.0 * 60 * 4))

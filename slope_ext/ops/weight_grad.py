@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from slope_ext import accumulation, reference
+from slope_ext import _streams, accumulation, reference
 from slope_ext._check import Checker
 from slope_ext._library import register, register_write
 
@@ -45,6 +46,9 @@ def weight_grad_add_(grad: Tensor, dy: Tensor, x: Tensor, bitmask: Tensor) -> No
     torch.ops.slope.weight_grad_add_.default(grad, dy, x, bitmask)
 
 
+_adding = threading.Lock()  # to gradients; autograd's own sum has a lock as well
+
+
 def leaf_of(values: Tensor) -> Callable[[], Tensor | None]:
     """For ``gradient_of`` in backward: what autograd saved may be another tensor (checkpoints)."""
     return weakref.ref(values) if values.is_leaf else lambda: None
@@ -64,7 +68,10 @@ def gradient_of(
             and not _has_hooks(leaf)
             and _can_be_added_to(grad, dy)
         ):
-            weight_grad_add_(grad, dy, x, bitmask)
+            with _adding:
+                _streams.wait_for_writer(grad)
+                weight_grad_add_(grad, dy, x, bitmask)
+                _streams.mark_written(grad)
             return None
     return weight_grad(dy, x, bitmask)
 
