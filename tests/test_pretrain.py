@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -524,6 +525,33 @@ def test_damaged_newest_checkpoint_is_skipped(
     (tmp_path / "checkpoints" / "tmp-000011").mkdir()
     with pytest.warns(UserWarning, match=r"skipping the checkpoint .*step-000008"):
         assert main(options) == 0
+    assert_same_run(tmp_path, expected)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("failed writing"), OSError(28, "No space left")])
+def test_a_full_disk_loses_no_checkpoint(
+    inputs: Path,
+    tmp_path: Path,
+    undisturbed: tuple[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    method, expected = undisturbed
+    options = arguments(inputs, tmp_path, "--method", method)
+    assert main([*options, "--stop-after", "8"]) == 0
+    before = newest(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", refuse)
+        assert main(options) == 2
+    assert re.search("slope-pretrain: error: .*(failed writing|No space)", capsys.readouterr().err)
+    assert newest(tmp_path) == before
+    assert not list((tmp_path / "checkpoints").glob("tmp-*"))
+    assert main(options) == 0
     assert_same_run(tmp_path, expected)
 
 

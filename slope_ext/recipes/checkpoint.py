@@ -35,22 +35,18 @@ def save_checkpoint(
 
     Checkpoints of later steps go too: the run was resumed from an earlier one and repeats them.
     The files are written and synced under a temporary name first: a process killed at any time
-    leaves the earlier checkpoints and, at worst, a temporary directory that nothing reads.
+    leaves the earlier checkpoints and, at worst, a temporary directory that nothing reads. Raises
+    OSError where they cannot be written, on a full disk say, and leaves the earlier ones then.
     """
-    from safetensors.torch import save_file
-
     final = root / f"step-{step:06d}"
     temporary = root / f"tmp-{step:06d}"
     for leftover in root.glob("tmp-*"):
         shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    save_file(_unique_tensors(model), temporary / WEIGHTS, metadata={"format": "pt"})
-    model.config.save_pretrained(temporary)  # type: ignore[operator, union-attr]
-    torch.save(state, temporary / STATE)
-    sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
-    (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
-    for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
+    try:
+        _write(temporary, model, state)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if final.exists():  # the same step again, after a resume from an older checkpoint
         shutil.rmtree(final)
     temporary.rename(final)
@@ -60,6 +56,24 @@ def save_checkpoint(
     for other in steps[: max(0, here + 1 - keep)] + steps[here + 1 :]:
         shutil.rmtree(other)
     return final
+
+
+def _write(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
+    """Writes and syncs the files of a checkpoint into a new folder."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    try:
+        save_file(_unique_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+        torch.save(state, folder / STATE)
+    except (SafetensorError, RuntimeError) as error:  # neither says which file
+        raise OSError(f"cannot write into {folder}: {error}") from error
+    model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    sums = {file.name: checksum(file) for file in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+    for path in [*folder.iterdir(), folder]:
+        _sync(path)
 
 
 def find_checkpoint(root: Path) -> Path | None:
