@@ -27,6 +27,7 @@ from slope_ext import SLoPeLinear, plan_cache
 from slope_ext.ops.spmm import Backend
 
 TOKENS = [64, 8192]
+LARGEST = (36864, 9216), 16384  # of the models in model_shapes.py
 CALLS = 12
 WARM_CALLS = 3
 STEP = 16  # between token counts
@@ -69,10 +70,12 @@ def bench_shape(shape: Shape, tokens: int) -> Iterator[harness.Record]:
 
 @torch.no_grad()
 def bench(run: harness.Run) -> Iterator[harness.Record]:
-    """Records of two bar shapes, or one in a quick run."""
+    """Records of two bar shapes and of the largest product; of one shape in a quick run."""
     for shape in run.first(BAR_SHAPES[:2], 1):
         for tokens in TOKENS:
             yield from bench_shape(shape, tokens)
+    if not run.quick:
+        yield from bench_shape(*LARGEST)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """A whole training step of decoder layers: forward, backward, optimizer; dense and 2:4.
 
 As many layers of a Hugging Face model as LAYERS says, so that all methods fit beside each other,
-and of one model as many as dense and 2:4 let fit (DEEP); 8192 tokens (for some models 16384 too) in
+and of four as many as dense and 2:4 let fit (DEEP); 8192 tokens (for some models 16384 too) in
 sequences of 2048, bf16, the input's gradient included, embeddings and head left out. Methods, each
 with AdamW whose moments are bf16 (torch's fused kernel keeps no other for bf16 parameters):
 
@@ -100,7 +100,10 @@ WORKLOADS = [
     *(Workload(model, 8192, layers) for model, layers in LAYERS.items()),
     *(Workload(model, 16384, LAYERS[model]) for model in ("LLaMA-3-8B", "OPT-13B")),
 ]
-DEEP = Workload("LLaMA-3-8B", 8192, 16)
+DEEP = [
+    Workload(model, 8192, layers)
+    for model, layers in (("LLaMA-3-8B", 16), ("OPT-66B", 3), ("OPT-30B", 5), ("OPT-13B", 10))
+]
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -250,6 +253,7 @@ class Method:
 
     def peak(self, accumulating: bool) -> int:
         """Most bytes in use during a step, those of other methods included."""
+        gc.collect()  # steps of torch's 2:4 tensors leave cycles
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()  # of other streams; the step makes its own
         torch.cuda.reset_peak_memory_stats()
@@ -389,10 +393,15 @@ def memory_records(peaks: Peaks, work: Workload) -> Iterator[harness.Record]:
 def bench_deep(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
     """Records of a workload of many layers, compiled, dense and 2:4."""
     torch._dynamo.reset()
-    wanted = (("dense", "compiled"), ("dense", "compiled-optimizer"), ("slope", "compiled"))
+    rank = adapter_rank(Layers.hidden_of(work.model))
+    wanted: list[tuple[str, str, int | None]] = [
+        *(("dense", how, None) for how in ("compiled", "compiled-optimizer")),
+        ("slope", "compiled", None),
+        (f"slope;r={rank}", "compiled", rank),
+    ]
     peaks: Peaks = {}
     try:
-        methods = [prepared(name, work, how, peaks) for name, how in wanted]
+        methods = [prepared(name, work, how, peaks, rank) for name, how, rank in wanted]
     except torch.OutOfMemoryError as error:
         print(f"left out: {work.label} ({str(error).splitlines()[0]})", flush=True)
         return
@@ -453,7 +462,7 @@ def step_records(
 def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of all workloads; captured steps last: after one no backward copy counts as fresh."""
     workloads = run.own(run.first(WORKLOADS, 2))
-    deep = run.own([] if run.quick else [DEEP])
+    deep = run.own([] if run.quick else DEEP)
     for bench_of, works in (
         (bench_model, workloads),
         (bench_deep, deep),

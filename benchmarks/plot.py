@@ -172,7 +172,7 @@ class Chart:
 
 def draw_speedup(panels: Any, records: list[RawRecord]) -> None:
     """Speedup of the product against tokens, a line for each weight: over cuBLAS, over plans."""
-    kinds = ("linear_forward", "linear_forward_vs_best_id")
+    kinds = ("linear_tokens", "linear_forward_vs_best_id")
     titles = ("2:4 product, speedup over cuBLAS", "over the best algorithm of cuSPARSELt")
     for axes, bench, title in zip(panels, kinds, titles, strict=True):
         found = [r for r in records if r["bench"] == bench]
@@ -306,7 +306,7 @@ CHARTS = [
         lambda r: (
             (
                 r["bench"] == "linear_forward_vs_best_id"
-                or (r["bench"], r["baseline"]) == ("linear_forward", "F.linear")
+                or (r["bench"], r["baseline"]) == ("linear_tokens", "F.linear")
             )
             and r["dtype"] == "bfloat16"
             and r["case"] in BAR_CASES

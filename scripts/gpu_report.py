@@ -25,7 +25,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
-# Recipes and their demo text have no GPU tests of their own.
 SOURCES = ("csrc/**/*", "cmake/*", "CMakeLists.txt", "setup.py", "slope_ext/**/*.py", "tests/*.py")
 
 
@@ -34,8 +33,7 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted({p for pattern in SOURCES for p in ROOT.glob(pattern) if p.is_file()}):
         relative = path.relative_to(ROOT).as_posix()
-        if "/recipes/" not in relative:
-            digest.update(relative.encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(relative.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 

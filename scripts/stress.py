@@ -4,16 +4,18 @@
     PYTHONPATH=. python scripts/stress.py [--calls 100000] [--out tests/stress_report.json]
 
 Each call takes a layer, a token count and an op at random; its result is compared on the GPU with
-one computed beforehand, products in fp64. Layers are of every shape, in bf16 and fp16, by the own
-product and by plans where these take them, else by what "auto" takes. Memory is looked at after
-each fifth of the calls. Exit code 1 if a result is wrong, device memory grew after the first fifth,
-or host memory after the second (by then every plan is made), by more than the allocators' own
-granularity.
+one computed beforehand, products in fp64. One of them is a step of training, forward, backward and
+AdamW, of a layer that the thread has for itself; its result is computed then. Layers are of random
+shapes, in bf16 and fp16, by the own product and by plans where these take them, else by what "auto"
+takes. Memory is looked at after each fifth of the calls. Exit code 1 if a result is wrong, device
+memory grew after the first fifth, or host memory after the second (by then every plan is made), by
+more than the allocators' own granularity.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import random
@@ -32,10 +34,22 @@ import slope_ext as slope
 from slope_ext import _packed, ops, plan_cache
 from slope_ext.ops.spmm import Backend
 
-SHAPES = [(128, 192), (256, 256), (64, 512), (512, 64), (320, 96), (80, 48), (1536, 2048)]
+SHAPES = 24
+ODD_SHAPES = [(80, 48), (40, 136)]  # that plans alone take, and neither
+PLANS_IN_FP16 = 6  # shapes; cuSPARSELt may take 0.2 s to make one
 TOKENS = [1, 7, 8, 16, 33, 64, 100, 256]
 PHASES = 5
+THREADS = ("first", "second")
 DEVICE_SLACK, HOST_SLACK = 32 << 20, 32 << 20  # bytes
+LR, BETA1, BETA2, EPS, DECAY = 0.02, 0.9, 0.95, 1e-8, 0.1  # a step moves a weight by many ulp
+MASK_INTERVAL = 5
+
+OPS = (
+    *("linear", "linear_lowrank", "input_grad", "input_grad_lowrank", "weight_grad"),
+    *("weight_grad_add_", "compress", "decompress", "prune_24", "prune_compress"),
+    *("prune_compress_transposed", "prune_transposed", "double_prune_", "transpose_values"),
+    *("pack", "pack_metadata", "train"),
+)
 
 
 class Expected:
@@ -51,8 +65,35 @@ class Expected:
         return ~(off <= self.allowed)
 
 
+def differ(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Tensor:
+    """Whether any of some tensors is not what it should be."""
+    pairs = zip(found, expected, strict=True)
+    return torch.stack([(ours != theirs).any() for ours, theirs in pairs]).any()
+
+
+class Trained:
+    """A copy of a layer that one thread trains."""
+
+    def __init__(self, layer: slope.SLoPeLinear) -> None:
+        self.layer = copy.deepcopy(layer)
+        self.layer.weight.requires_grad_()
+        self.layer.prepare()
+        self.optimizer = slope.optim.AdamW(
+            [self.layer.weight],
+            lr=LR,
+            betas=(BETA1, BETA2),
+            eps=EPS,
+            weight_decay=DECAY,
+            mask_interval=MASK_INTERVAL,
+        )
+        self.steps = 0
+
+
 class Case:
-    """A layer, inputs for the largest token count, and what must come out."""
+    """A layer, inputs for the largest token count, and what must come out.
+
+    A public method is one of OPS, run with so many tokens; it returns whether that was wrong.
+    """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, backend: Backend) -> None:
         self.layer = slope.SLoPeLinear(columns, rows, device="cuda", dtype=dtype, backend=backend)
@@ -63,82 +104,167 @@ class Case:
         self.x = torch.randn(max(TOKENS), columns, device="cuda").to(dtype)
         self.dy = torch.randn(max(TOKENS), rows, device="cuda").to(dtype)
         layer = self.layer
+        self.weight = (layer.weight, layer.weight_bitmask)
         x, dy = self.x.double(), self.dy.double()
+        a, b = layer.lora_A.double(), layer.lora_B.double()
         y = x @ layer.dense_weight().double().t() + layer.bias.double()
-        low_rank = 0.5 * (x @ layer.lora_A.double().t()) @ layer.lora_B.double().t()
-        self.y = Expected(y.to(dtype))
-        self.y_lowrank = Expected((y + low_rank).to(dtype))
-        self.dx = Expected((dy @ layer.backward_weight().double()).to(dtype))
-        self.dw = {n: Expected(self._weight_grad(dy[:n], x[:n])) for n in TOKENS}
+        dx = dy @ layer.backward_weight().double()
+        self._y = Expected(y.to(dtype))
+        self._y_lowrank = Expected((y + 0.5 * (x @ a.t()) @ b.t()).to(dtype))
+        self._dx = Expected(dx.to(dtype))
+        self._dx_lowrank = Expected((dx + 0.5 * (dy @ b) @ a).to(dtype))
+        self._dw = {n: Expected(self._weight_grad(dy[:n], x[:n])) for n in TOKENS}
         self.dense = layer.dense_weight()
         # Of this weight, whose masks need not be the layer's, since its zeros are ties
         self.pruned = ops.prune_compress_transposed(self.dense)
         assert layer.weight_t is not None
         self.values_t = layer.weight_t.clone()
-        self.packed = ops.pack(layer.weight, layer.weight_bitmask)
+        self.ops = list(OPS)
+        if _packed.is_packable(rows, columns, dtype, self.x.device):
+            self.packed = ops.pack(*self.weight)
+        else:
+            self.ops.remove("pack")
+        if columns % 32 == 0:
+            self.words = _packed.empty_words(rows, columns, self.x.device)
+            ops.pack_metadata(layer.weight_bitmask, self.words)
+        else:
+            self.ops.remove("pack_metadata")
+        self.trained = {name: Trained(layer) for name in THREADS}
 
     def _weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
         dense = (dy.t() @ x).to(self.layer.weight.dtype)
         return ops.compress(dense, self.layer.weight_bitmask)
 
-    def call(self, op: str, tokens: int) -> Tensor:
-        """Runs one op; returns a bool scalar: was it wrong?"""
-        layer, x, dy = self.layer, self.x[:tokens], self.dy[:tokens]
-        weight = (layer.weight, layer.weight_bitmask)
-        if op == "linear":
-            return self.y.misses(ops.linear(x, *layer.operand()))
-        if op == "linear_lowrank":
-            return self.y_lowrank.misses(layer(x))
-        if op == "input_grad":
-            dx = ops.input_grad(
-                dy,
-                *weight,
-                layer.weight_t_bitmask,
-                layer.weight_t,
-                layer.weight_t_metadata,
-                backend=layer.backend,
-            )
-            return self.dx.misses(dx)
-        if op == "weight_grad":
-            return self.dw[tokens].misses(ops.weight_grad(dy, x, layer.weight_bitmask))
-        if op == "decompress":
-            return (ops.decompress(*weight) != self.dense).any()
-        if op == "prune_compress":
-            return differ(ops.prune_compress(self.dense), self.pruned[:2])
-        if op == "prune_compress_transposed":
-            return differ(ops.prune_compress_transposed(self.dense), self.pruned)
-        if op == "double_prune_":
-            values, bitmask, values_t, bitmask_t = self.pruned
-            found = torch.zeros_like(bitmask_t), torch.full_like(values_t, 7)
-            ops.double_prune_(values, bitmask, *found)
-            return differ(found, (bitmask_t, values_t))
-        if op == "transpose_values":
-            out = torch.full_like(self.values_t, 7)
-            ops.transpose_values(*weight, layer.weight_t_bitmask, out)
-            return (out != self.values_t).any()
-        assert op == "pack"
-        return (ops.pack(*weight) != self.packed).any()
+    def _backward_operand(self) -> tuple[Tensor | None, ...]:
+        layer = self.layer
+        return (*self.weight, layer.weight_t_bitmask, layer.weight_t, layer.weight_t_metadata)
 
+    # ---- products --------------------------------------------------------------------------------
 
-OPS = (
-    *("linear", "linear_lowrank", "input_grad", "weight_grad", "transpose_values", "pack"),
-    *("decompress", "prune_compress", "prune_compress_transposed", "double_prune_"),
-)
+    def linear(self, tokens: int) -> Tensor:
+        return self._y.misses(ops.linear(self.x[:tokens], *self.layer.operand()))
 
+    def linear_lowrank(self, tokens: int) -> Tensor:
+        return self._y_lowrank.misses(self.layer(self.x[:tokens]))
 
-def differ(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Tensor:
-    """Whether any of some tensors is not what it should be."""
-    pairs = zip(found, expected, strict=True)
-    return torch.stack([(ours != theirs).any() for ours, theirs in pairs]).any()
+    def input_grad(self, tokens: int) -> Tensor:
+        dy, backend = self.dy[:tokens], self.layer.backend
+        dx = torch.ops.slope.input_grad(dy, *self._backward_operand(), backend)
+        return self._dx.misses(dx)
+
+    def input_grad_lowrank(self, tokens: int) -> Tensor:
+        layer, dy = self.layer, self.dy[:tokens]
+        values, bitmask, bitmask_t, *copies = self._backward_operand()
+        adapter = (layer.lora_A, layer.lora_B, 0.5)
+        dx, _ = torch.ops.slope.input_grad_lowrank(
+            dy, values, bitmask, bitmask_t, *adapter, *copies, layer.backend
+        )
+        return self._dx_lowrank.misses(dx)
+
+    def weight_grad(self, tokens: int) -> Tensor:
+        dw = ops.weight_grad(self.dy[:tokens], self.x[:tokens], self.layer.weight_bitmask)
+        return self._dw[tokens].misses(dw)
+
+    def weight_grad_add_(self, tokens: int) -> Tensor:
+        grad = torch.zeros_like(self.layer.weight)
+        ops.weight_grad_add_(grad, self.dy[:tokens], self.x[:tokens], self.layer.weight_bitmask)
+        return self._dw[tokens].misses(grad)
+
+    # ---- forms of a weight -----------------------------------------------------------------------
+
+    def compress(self, _: int) -> Tensor:
+        return (ops.compress(self.dense, self.layer.weight_bitmask) != self.layer.weight).any()
+
+    def decompress(self, _: int) -> Tensor:
+        return (ops.decompress(*self.weight) != self.dense).any()
+
+    def prune_24(self, _: int) -> Tensor:
+        return (ops.prune_24(self.dense.abs()) != self.pruned[1]).any()
+
+    def prune_compress(self, _: int) -> Tensor:
+        return differ(ops.prune_compress(self.dense), self.pruned[:2])
+
+    def prune_compress_transposed(self, _: int) -> Tensor:
+        return differ(ops.prune_compress_transposed(self.dense), self.pruned)
+
+    def prune_transposed(self, _: int) -> Tensor:
+        return (ops.prune_transposed(*self.pruned[:2]) != self.pruned[3]).any()
+
+    def double_prune_(self, _: int) -> Tensor:
+        values, bitmask, values_t, bitmask_t = self.pruned
+        found = torch.zeros_like(bitmask_t), torch.full_like(values_t, 7)
+        ops.double_prune_(values, bitmask, *found)
+        return differ(found, (bitmask_t, values_t))
+
+    def transpose_values(self, _: int) -> Tensor:
+        out = torch.full_like(self.values_t, 7)
+        ops.transpose_values(*self.weight, self.layer.weight_t_bitmask, out)
+        return (out != self.values_t).any()
+
+    def pack(self, _: int) -> Tensor:
+        return (ops.pack(*self.weight) != self.packed).any()
+
+    def pack_metadata(self, _: int) -> Tensor:
+        words = torch.full_like(self.words, 7)
+        ops.pack_metadata(self.layer.weight_bitmask, words)
+        return (words != self.words).any()
+
+    # ---- training --------------------------------------------------------------------------------
+
+    def train(self, tokens: int) -> Tensor:
+        """One step of this thread's copy of the layer."""
+        trained = self.trained[threading.current_thread().name]
+        layer, optimizer = trained.layer, trained.optimizer
+        x, dy = self.x[:tokens].requires_grad_(), self.dy[:tokens]
+        weight, masks = layer.weight, (layer.weight_bitmask, layer.weight_t_bitmask)
+        dense = layer.dense_weight()
+        kept = ops.decompress(torch.ones_like(self.values_t), masks[1]).t()
+        zero = torch.zeros((), device="cuda")
+        state = optimizer.state[weight] or dict.fromkeys(("exp_avg", "exp_avg_sq", "step"), zero)
+        first, second, step = (state[key].clone() for key in ("exp_avg", "exp_avg_sq", "step"))
+        before = weight.detach().to(torch.float32, copy=True)
+        with torch.enable_grad():
+            y = layer(x)
+        y.backward(dy)
+        assert weight.grad is not None
+        assert x.grad is not None
+        gradient = weight.grad.float()
+        optimizer.step()
+        weight.grad = None
+        trained.steps += 1
+
+        a, b = layer.lora_A.double(), layer.lora_B.double()
+        product = x.double() @ dense.double().t() + layer.bias.double()
+        wanted = product + 0.5 * (x.double() @ a.t()) @ b.t()
+        wanted_dx = dy.double() @ (dense * kept).double() + 0.5 * (dy.double() @ b) @ a
+        first = BETA1 * first + (1 - BETA1) * gradient
+        second = BETA2 * second + (1 - BETA2) * gradient.square()
+        corrected = first / (1 - BETA1 ** (step + 1)), second / (1 - BETA2 ** (step + 1))
+        moved = before * (1 - LR * DECAY) - LR * corrected[0] / (corrected[1].sqrt() + EPS)
+        ulps = 2 * torch.finfo(weight.dtype).eps
+        off = (weight.detach().float() - moved).abs()
+        checks = [
+            Expected(wanted.to(y.dtype)).misses(y),
+            Expected(wanted_dx.to(y.dtype)).misses(x.grad),
+            self._dw[tokens].misses(gradient),
+            ~(off <= ulps * moved.abs() + 1e-5).all(),
+        ]
+        if trained.steps % MASK_INTERVAL == 0:
+            chosen = ops.prune_transposed(weight.detach(), masks[0])
+            checks.append((layer.weight_t_bitmask != chosen).any())
+        return torch.stack(checks).any()
 
 
 def make_cases() -> list[Case]:
     """All layers; a backend that does not take a shape, forward and backward, is left out."""
     device = torch.device("cuda", torch.cuda.current_device())
+    draw = random.Random(0).randint
+    shapes = [(16 * draw(1, 96), 32 * draw(1, 48)) for _ in range(SHAPES)] + ODD_SHAPES
     cases = []
-    for rows, columns in SHAPES:
+    for number, (rows, columns) in enumerate(shapes):
         for dtype in (torch.bfloat16, torch.float16):
-            kinds: tuple[Backend, ...] = ("native", "cusparselt")
+            plans = dtype == torch.bfloat16 or number < PLANS_IN_FP16
+            kinds: tuple[Backend, ...] = ("native", "cusparselt") if plans else ("native",)
             taken: list[Backend] = [
                 kind
                 for kind in kinds
@@ -152,10 +278,10 @@ def make_cases() -> list[Case]:
 class Worker(threading.Thread):
     """A thread with a stream of its own that makes its calls in PHASES equal parts."""
 
-    def __init__(self, cases: list[Case], calls: int, seed: int, phase: threading.Barrier) -> None:
-        super().__init__()
+    def __init__(self, name: str, cases: list[Case], calls: int, phase: threading.Barrier) -> None:
+        super().__init__(name=name)
         self.cases, self.calls, self.phase = cases, calls // PHASES, phase
-        self.choose = random.Random(seed).choice
+        self.choose = random.Random(name).choice
         self.stream = torch.cuda.Stream()
         self.wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         self.counts = dict.fromkeys(OPS, 0)
@@ -172,8 +298,9 @@ class Worker(threading.Thread):
         with torch.cuda.stream(self.stream), torch.no_grad():
             for _ in range(PHASES):
                 for number in range(self.calls):
-                    op = self.choose(OPS)
-                    self.wrong += self.choose(self.cases).call(op, self.choose(TOKENS))
+                    case = self.choose(self.cases)
+                    op = self.choose(case.ops)
+                    self.wrong += getattr(case, op)(self.choose(TOKENS))
                     self.counts[op] += 1
                     if number % 500 == 0:
                         self.stream.synchronize()
@@ -203,8 +330,8 @@ def main() -> int:
     cases = make_cases()
 
     start = time.perf_counter()
-    phase = threading.Barrier(3)
-    workers = [Worker(cases, arguments.calls // 2, seed, phase) for seed in (1, 2)]
+    phase = threading.Barrier(len(THREADS) + 1)
+    workers = [Worker(name, cases, arguments.calls // 2, phase) for name in THREADS]
     for worker in workers:
         worker.start()
     samples = []

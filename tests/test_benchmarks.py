@@ -207,6 +207,27 @@ def test_block_shows_the_records_it_names(record, monkeypatch, tmp_path):
         plot.render(block.replace("bfloat16", "float32"))
 
 
+def test_columns_make_a_table_of_ratios(record, monkeypatch, tmp_path):
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    places = [("64x32", 8, 1.5), ("64x32", 512, 1.25), ("32x64", 512, 0.5)]
+    records = [replace(record, case=c, tokens=t, ratio=ratio) for c, t, ratio in places]
+    harness.save(records, "op", tmp_path / "card")
+    block = "<!-- records: card/op bfloat16 bench=op columns=tokens -->\n<!-- /records -->\n"
+    rendered = plot.render(block)
+    assert plot.render(rendered) == rendered
+    assert rendered.splitlines()[1:5] == [
+        "| tokens | 8 | 512 |",
+        "|---|---:|---:|",
+        "| 64x32 | 1.50 | 1.25 |",
+        "| 32x64 |  | 0.50 |",
+    ]
+    assert f"Against {record.baseline}; {record.dtype}" in rendered
+
+    harness.save([*records, replace(records[0], baseline="others")], "op", tmp_path / "card")
+    with pytest.raises(SystemExit, match="several"):
+        plot.render(block)
+
+
 # ---- charts --------------------------------------------------------------------------------------
 
 
@@ -244,7 +265,7 @@ def test_charts_are_deterministic(tree, record):
     assert text.endswith("</svg>\n")
 
     (speedup,) = (chart for chart in plot.CHARTS if chart.name == "speedup")
-    wanted = replace(record, bench="linear_forward", case="4096x4096", baseline="F.linear")
+    wanted = replace(record, bench="linear_tokens", case="4096x4096", baseline="F.linear")
     lines = [asdict(replace(wanted, tokens=tokens)) for tokens in (8, 512)]
     assert all(speedup.wants(r) for r in lines)
     assert not speedup.wants(lines[0] | {"baseline": "others"})

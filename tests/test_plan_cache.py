@@ -445,26 +445,28 @@ def test_threads_have_plans_of_their_own_and_their_successors_reuse_them():
 @pytest.mark.gpu
 def test_clear_while_others_multiply():
     layer, x = layer_and_input()
-    stop, errors = threading.Event(), []
+    errors, calls = [], [0, 0]
 
-    def work():
+    def work(number):
         try:
             with torch.no_grad():
-                while not stop.is_set():
+                for _ in range(50):
                     assert_right(layer, x, layer(x))
+                    calls[number] += 1
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(50):
+    clears = 0
+    while any(thread.is_alive() for thread in threads):
         plan_cache.clear()
         plan_cache.entries()
-    stop.set()
-    for thread in threads:
-        thread.join()
+        clears += bool(min(calls))
     assert not errors
+    assert calls == [50, 50]
+    assert clears > 0
 
 
 @pytest.mark.gpu
