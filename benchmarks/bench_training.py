@@ -191,7 +191,7 @@ class Method:
 
     def __init__(self, name: str, work: Workload, how: str, rank: int | None = None) -> None:
         torch.manual_seed(0)
-        self.name, self.how = name, how
+        self.name, self.how, self.label = name, how, f"{name};{how}"
         with torch.device("cuda"):
             self.model = Layers(work.model, work.layers).to(DTYPE).train()
             x = torch.randn(work.tokens // LENGTH, LENGTH, self.model.hidden)
@@ -266,51 +266,62 @@ class Method:
         return torch.cuda.max_memory_allocated()
 
 
-def time_phases(method: Method) -> dict[str, harness.Timing]:
-    """Seconds of the phases of a step, of many in a row."""
-    marks = [
-        [torch.cuda.Event(enable_timing=True) for _ in range(len(PHASES) + 1)]
-        for _ in range(STEPS * (1 + ROUNDS))
-    ]
-    for start, forward, backward, end in marks:
-        start.record()
-        method.optimizer.zero_grad(set_to_none=True)
-        method.x.grad = None
-        y = method.model(method.x)
-        forward.record()
-        y.backward(method.dy)
-        backward.record()
-        method.optimize()
-        end.record()
-    torch.cuda.synchronize()
-    ends = [list(itertools.pairwise(events)) for events in marks[STEPS:]]
-    return {
-        phase: harness.timing_of([pairs[i][0].elapsed_time(pairs[i][1]) / 1e3 for pairs in ends])
-        for i, phase in enumerate(PHASES)
-    }
-
-
 # ---- records -------------------------------------------------------------------------------------
 
 
-def time_methods(methods: list[Method]) -> dict[str, harness.Timing]:
-    """Seconds of a step of each, in turns of STEPS steps in shuffled order."""
-    samples: dict[str, list[float]] = {f"{m.name};{m.how}": [] for m in methods}
+def turns(methods: list[Method]) -> Iterator[tuple[Method, bool]]:
+    """Methods in shuffled order, again and again; and whether a turn counts: the first do not."""
     order = list(methods)
     shuffle = random.Random(0).shuffle
     for turn in range(-1, ROUNDS):
         shuffle(order)
-        for method in order:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        yield from ((method, turn >= 0) for method in order)
+
+
+def time_methods(methods: list[Method]) -> dict[str, harness.Timing]:
+    """Seconds of a step of each, in turns of STEPS steps."""
+    samples: dict[str, list[float]] = {method.label: [] for method in methods}
+    for method, counts in turns(methods):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        method.run()
+        start.record()
+        for _ in range(STEPS):
             method.run()
-            start.record()
-            for _ in range(STEPS):
-                method.run()
-            end.record()
-            torch.cuda.synchronize()
-            if turn >= 0:
-                samples[f"{method.name};{method.how}"].append(start.elapsed_time(end) / 1e3 / STEPS)
+        end.record()
+        torch.cuda.synchronize()
+        if counts:
+            samples[method.label].append(start.elapsed_time(end) / 1e3 / STEPS)
     return {name: harness.timing_of(values) for name, values in samples.items()}
+
+
+def time_phases(methods: list[Method]) -> dict[str, dict[str, harness.Timing]]:
+    """Seconds of the phases of a step of each, in the same turns."""
+    samples: dict[str, dict[str, list[float]]] = {
+        method.label: {phase: [] for phase in PHASES} for method in methods
+    }
+    for method, counts in turns(methods):
+        steps = [
+            [torch.cuda.Event(enable_timing=True) for _ in range(len(PHASES) + 1)]
+            for _ in range(1 + STEPS)
+        ]
+        for start, forward, backward, end in steps:
+            start.record()
+            method.optimizer.zero_grad(set_to_none=True)
+            method.x.grad = None
+            y = method.model(method.x)
+            forward.record()
+            y.backward(method.dy)
+            backward.record()
+            method.optimize()
+            end.record()
+        torch.cuda.synchronize()
+        for events in steps[1:] if counts else ():
+            for phase, (first, last) in zip(PHASES, itertools.pairwise(events), strict=True):
+                samples[method.label][phase].append(first.elapsed_time(last) / 1e3)
+    return {
+        name: {phase: harness.timing_of(values) for phase, values in phases.items()}
+        for name, phases in samples.items()
+    }
 
 
 def _rounded(value: float, relative_spread: float, digits: int) -> tuple[float, float]:
@@ -328,7 +339,7 @@ def prepared(name: str, work: Workload, how: str, peaks: Peaks, rank: int | None
     before = torch.cuda.memory_allocated()
     method = Method(name, work, how, rank)
     method.prepare()
-    peaks[f"{name};{how}"] = {
+    peaks[method.label] = {
         kind: method.peak(accumulating) - before for kind, accumulating in PEAKS.items()
     }
     return method
@@ -339,7 +350,6 @@ def bench_model(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
     torch._dynamo.reset()
     methods: list[Method] = []
     peaks: Peaks = {}
-    phases: dict[str, dict[str, harness.Timing]] = {}
     hidden = Layers.hidden_of(work.model)
     ranks = (adapter_rank(hidden), hidden // 16)
     wanted: list[tuple[str, str, int | None]] = [
@@ -349,20 +359,16 @@ def bench_model(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
         *((f"slope;r={rank}", "compiled", rank) for rank in ranks),
     ]
 
-    def add(name: str, how: str, rank: int | None = None) -> None:
-        method = prepared(name, work, how, peaks, rank)
-        phases[f"{name};{how}"] = time_phases(method)
-        methods.append(method)
-
     for name, how, its_rank in wanted:
-        add(name, how, its_rank)
+        methods.append(prepared(name, work, how, peaks, its_rank))
     try:
-        add("torch-2:4", "eager")
+        methods.append(prepared("torch-2:4", work, "eager", peaks))
     except RuntimeError as error:
         print(f"left out: torch 2:4 ({str(error).splitlines()[0]})", flush=True)
         peaks.pop("torch-2:4;eager", None)
 
     yield from step_records(methods, work, run)
+    phases = time_phases(methods)
     for name, phase in itertools.product(phases, PHASES):
         yield harness.time_record(
             bench="train_phase",
