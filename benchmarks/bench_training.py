@@ -406,10 +406,14 @@ def bench_deep(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
         (f"slope;r={rank}", "compiled", rank),
     ]
     peaks: Peaks = {}
-    try:
-        methods = [prepared(name, work, how, peaks, rank) for name, how, rank in wanted]
-    except torch.OutOfMemoryError as error:
-        print(f"left out: {work.label} ({str(error).splitlines()[0]})", flush=True)
+    methods: list[Method] = []
+    for name, how, its_rank in wanted:
+        try:
+            methods.append(prepared(name, work, how, peaks, its_rank))
+        except torch.OutOfMemoryError as error:
+            print(f"left out: {work.label};{name} ({str(error).splitlines()[0]})", flush=True)
+            break
+    if len(methods) < len(wanted) - 1:
         return
     yield from step_records(methods, work, run)
     yield from memory_records(peaks, work)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Order between the streams of a GPU, for tensors that the project writes of itself.
 
-Backward copies and, in place, gradients are written where a backward pass happens to run. Who uses
-them on another stream has nothing to wait for but this: each such write leaves an event.
+Backward copies and, in place, gradients are written where a backward pass happens to run. Autograd
+orders what it hands on, but knows nothing of these; so each such write leaves an event, for which
+the next one and whoever reads on another stream can wait.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from slope_ext.sparse_layer import named_sparse_layers, qualified_name
@@ -96,11 +96,7 @@ class LazyAdapters:
         self.active = False
         self.optimizer = optimizer
         self._group_index = len(optimizer.param_groups)
-        first = {  # a tensor that groups share would be changed once for each
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in optimizer.param_groups[0].items()
-        }
-        options = {**first, **(group or {}), "params": []}
+        options = {**optimizer.param_groups[0], **(group or {}), "params": []}
         if _NAMES in options:  # all groups have names or none
             options[_NAMES] = []
         inner: Any = optimizer  # of a wrapper such as accelerate's, which has no hooks

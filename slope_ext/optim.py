@@ -133,17 +133,26 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError("AdamW: half_moments must be False with master_weights")
         for name in ("lr", "eps", "weight_decay"):
             value = options[name]
-            if not isinstance(value, (Real, Tensor)) or not 0 <= float(value) < math.inf:
-                raise ValueError(f"AdamW: {name} must be finite and not negative, got {value}")
+            if not 0 <= _number(value) < math.inf:
+                raise ValueError(
+                    f"AdamW: {name} must be a number, finite and not negative, got {value!r}"
+                )
         interval = options["mask_interval"]
         if not isinstance(interval, Integral) or isinstance(interval, bool) or interval < 0:
             raise ValueError(f"AdamW: mask_interval must be an int from 0 on, got {interval!r}")
         betas = options["betas"]
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas}")
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not pair or not all(0 <= _number(beta) < 1 for beta in betas):
+            raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas!r}")
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "eps", "weight_decay"):  # plain ones: checkpoints take no NumPy scalars
+            group[name] = (
+                options[name] if isinstance(options[name], Tensor) else float(options[name])
+            )
+        group["mask_interval"] = int(interval)
         try:
-            params = self.param_groups[-1]["params"]
+            params = group["params"]
             _require_wide_moments_of_fp16(options, params)
             _require_plain(params)
         except (TypeError, ValueError):
@@ -163,6 +172,9 @@ class AdamW(torch.optim.Optimizer):
         With a GradScaler either call its ``unscale_`` before this, or not at all: the norm is then
         the scale times the true one, and the limit is of the true one. All parameters must be on
         one device.
+
+        Raises:
+            ValueError: ``max_norm`` is negative or NaN.
         """
         if not max_norm >= 0:
             raise ValueError(f"AdamW: max_norm must not be negative, got {max_norm}")
@@ -206,7 +218,13 @@ class AdamW(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[misc]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss, if any."""
+        """One update of every parameter that has a gradient; returns the closure's loss, if any.
+
+        Raises:
+            RuntimeError: a gradient is sparse, a parameter's dtype is not that of its state any
+                more, clipping is of some gradients only, or a CUDA graph holds one of clipping and
+                step. No parameter has changed then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -216,7 +234,10 @@ class AdamW(torch.optim.Optimizer):
         _freshness.count_optimizer_step()
         grad_scale, found_inf = self._grad_scale(), getattr(self, "found_inf", None)
         layers = layers_by_weight()
-        copies = Counter(id(_copy_of(layer)) for layer in layers.values())
+        own = [
+            layers[id(p)] for group in self.param_groups for p in group["params"] if id(p) in layers
+        ]
+        copies = Counter(id(layer._buffers.get("weight_t")) for layer in own)
         shared = {copy for copy, count in copies.items() if count > 1}
         for group in self.param_groups:
             self._step_group(group, layers, shared, grad_scale, found_inf)
@@ -225,14 +246,20 @@ class AdamW(torch.optim.Optimizer):
 
     def _check_parameters(self) -> None:
         # All of them before any parameter counts its step.
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = (param for group in self.param_groups for param in group["params"])
         for param in params:
-            if param.grad is not None and param.grad.is_sparse:
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
                 raise RuntimeError("AdamW: sparse gradients are not supported; use sparse=False")
-            if not is_half(param.dtype) and "master" in self.state.get(param, {}):
+            state = self.state.get(param, {})
+            moments = state["exp_avg"].dtype if state else param.dtype
+            if moments not in (param.dtype, torch.float32) or (
+                "master" in state and not is_half(param.dtype)
+            ):
                 raise RuntimeError(
-                    f"AdamW: a parameter has a master copy, but is {dtype_name(param.dtype)} now; "
-                    "make a new optimizer after a change of dtype"
+                    f"AdamW: a parameter is {dtype_name(param.dtype)} now, but its state is of "
+                    "another dtype; make a new optimizer after a change of dtype"
                 )
 
     def _grad_scale(self) -> Tensor | None:
@@ -414,10 +441,12 @@ class AdamW(torch.optim.Optimizer):
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         for _, param, saved in self._saved_states(state_dict):
             for name in _STATE_TENSORS:
-                if name in saved and saved[name].shape != param.shape:
+                found = saved.get(name, param)
+                if not isinstance(found, Tensor) or found.shape != param.shape:
+                    got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
                     raise ValueError(
                         f"AdamW: state_dict: {name} must be {list(param.shape)} as its parameter, "
-                        f"got {list(saved[name].shape)}"
+                        f"got {got}"
                     )
 
     def _check_transposed_masks(self, state_dict: dict[str, Any]) -> None:
@@ -443,6 +472,16 @@ class AdamW(torch.optim.Optimizer):
     def _indexed_params(self) -> list[tuple[int, Tensor]]:
         # torch numbers the parameters of a state_dict in the order of the groups.
         return list(enumerate(p for group in self.param_groups for p in group["params"]))
+
+
+def _number(value: Any) -> float:
+    """A real number, or a tensor of one; NaN for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # of an int
+        return math.inf
 
 
 def _require_our_algorithm(options: dict[str, Any]) -> None:
@@ -473,11 +512,6 @@ def _refuse_capture(param: Tensor) -> None:
     """Raises while ``param`` is captured: replays would make its state anew each time."""
     if _streams.is_capturing(param):
         raise RuntimeError("AdamW: step must have run before one is captured into a CUDA graph")
-
-
-def _copy_of(layer: SparseLayer | None) -> Tensor | None:
-    """The backward copy that a layer keeps."""
-    return layer.weight_t if isinstance(layer, SLoPeLinear) else None
 
 
 def _with_copy_to_write(layer: SparseLayer | None, shared: set[int]) -> SLoPeLinear | None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -19,8 +18,9 @@ from typing_extensions import Self
 from slope_ext import _freshness
 from slope_ext._check import dtype_name
 
-_layers: weakref.WeakSet[SparseLayer] = weakref.WeakSet()
-_layers_lock = threading.Lock()  # other threads make layers, too
+# Every live layer. No WeakSet: other threads make layers while this one looks. And no lock, which
+# would hang in signal handlers and after a fork; a set adds, discards and becomes a list at once.
+_layers: set[weakref.ref[SparseLayer]] = set()
 _BROADCASTS_ARE_WRITES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
@@ -43,8 +43,7 @@ class SparseLayer(nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Copies and unpickled layers come through here too, unlike __init__.
         layer = super().__new__(cls)
-        with _layers_lock:
-            _layers.add(layer)
+        _layers.add(weakref.ref(layer, _layers.discard))
         return layer
 
     # ---- transposed mask -------------------------------------------------------------------------
@@ -273,12 +272,11 @@ def warn_of_broadcasts(layer: SparseLayer) -> None:
 
 def layers_by_weight() -> dict[int, SparseLayer]:
     """Every live sparse layer, by ``id`` of its weight Parameter."""
-    with _layers_lock:
-        layers = list(_layers)
     found = {}
-    for layer in layers:
-        # One that is being copied or unpickled has no parameters yet, or never will
-        weight = vars(layer).get("_parameters", {}).get("weight")
-        if weight is not None:
+    for ref in list(_layers):
+        # One that is being made, copied or unpickled has no parameters yet, or never will
+        layer = ref()
+        weight = None if layer is None else vars(layer).get("_parameters", {}).get("weight")
+        if layer is not None and weight is not None:
             found[id(weight)] = layer
     return found

@@ -7,6 +7,7 @@ import io
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -840,13 +841,21 @@ def test_schedule_of_masks_goes_on_from_a_checkpoint_of_torch():
     assert optimizer.state[net.up.weight]["step"] == 7.0
 
 
-def test_layers_that_are_only_half_made_do_not_count():
+def test_layers_that_are_only_half_made_do_not_count(monkeypatch):
+    def refuse(layer):
+        raise MemoryError
+
     net = nn.Sequential(slope.SLoPeLinear(16, 16))
     half = slope.SLoPeLinear.__new__(slope.SLoPeLinear)  # as copy.deepcopy begins
+    with monkeypatch.context() as patched:
+        patched.setattr(slope.SLoPeLinear, "_allocate_backward_copy", refuse)
+        with pytest.raises(MemoryError) as kept:  # which keeps the layer, too
+            slope.SLoPeLinear(16, 16)
     optimizer = slope.optim.AdamW(net.parameters())
     net(torch.randn(4, 16)).sum().backward()
     optimizer.step()
     assert "_parameters" not in vars(half)
+    assert kept.type is MemoryError
     assert optimizer.state_dict()["state"]
 
 
@@ -860,7 +869,7 @@ def test_steps_while_another_thread_makes_layers():
     def make():
         try:
             for _ in range(200):
-                made.append(copy.deepcopy(net))
+                made.append((copy.deepcopy(net), slope.SLoPeLinear(16, 16)))
         except Exception as error:
             errors.append(error)
 
@@ -924,14 +933,17 @@ def test_a_checkpoint_of_torch_keeps_options_of_groups():
     assert "mask_interval" not in saved["param_groups"][0]
 
 
-def test_parameters_that_became_wide_are_refused_before_anything_counts():
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"half_moments": True}])
+def test_parameters_that_became_wide_are_refused_before_anything_counts(options):
     layer = slope.SLoPeLinear(16, 16, bias=False, dtype=torch.bfloat16)
-    optimizer = slope.optim.AdamW([layer.weight], master_weights=True)
+    optimizer = slope.optim.AdamW([layer.weight], **options)
     layer(torch.randn(4, 16).bfloat16()).sum().backward()
     optimizer.step()
     layer.float()
+    layer.weight.grad = None
+    optimizer.step()  # frozen: nothing is wrong
     layer.weight.grad = torch.ones_like(layer.weight)
-    with pytest.raises(RuntimeError, match="has a master copy, but is float32 now"):
+    with pytest.raises(RuntimeError, match="is float32 now, but its state is of another dtype"):
         optimizer.step()
     assert int(optimizer.state[layer.weight]["step"]) == 1
     assert optimizer.param_groups[0]["mask_step"] == 1
@@ -942,9 +954,12 @@ def test_parameters_that_became_wide_are_refused_before_anything_counts():
     [
         ({"lr": float("nan")}, "lr"),
         ({"lr": "fast"}, "lr"),
+        ({"lr": torch.ones(2)}, "lr"),
+        ({"lr": 10**400}, "lr"),
         ({"eps": float("inf")}, "eps"),
         ({"weight_decay": -1}, "weight_decay"),
         ({"betas": (0.9,)}, "betas"),
+        ({"betas": None}, "betas"),
         ({"betas": (0.9, float("nan"))}, "betas"),
         ({"mask_interval": 2.5}, "mask_interval"),
         ({"mask_interval": True}, "mask_interval"),
@@ -960,3 +975,22 @@ def test_no_norm_is_refused(max_norm):
     optimizer = slope.optim.AdamW([nn.Parameter(torch.zeros(4))])
     with pytest.raises(ValueError, match="max_norm must not be negative"):
         optimizer.clip_grad_norm_(max_norm)
+
+
+def test_options_of_numpy_are_saved_as_plain_numbers():
+    options = {"lr": np.float32(0.5), "mask_interval": np.int64(7)}
+    optimizer = slope.optim.AdamW([nn.Parameter(torch.zeros(4))], **options)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    group = torch.load(file, weights_only=True)["param_groups"][0]
+    assert (group["lr"], group["mask_interval"]) == (0.5, 7)
+
+
+@pytest.mark.parametrize("found", [None, torch.zeros(4)])
+def test_state_of_no_such_parameter_is_refused(found):
+    optimizer = slope.optim.AdamW([nn.Parameter(torch.zeros(3))])
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"exp_avg": found}}
+    with pytest.raises(ValueError, match=r"exp_avg must be \[3\] as its parameter"):
+        optimizer.load_state_dict(saved)

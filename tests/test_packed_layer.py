@@ -394,8 +394,9 @@ def test_backward_passes_on_two_streams_share_a_copy():
             with torch.cuda.stream(stream):
                 y = layer(x[number])
                 if number == 0:
-                    torch.cuda._sleep(20_000_000)  # clocks: some ms before the refresh
+                    torch.cuda._sleep(200_000_000)  # clocks: 0.1 s before the refresh
                 dx += torch.autograd.grad(y, x[number], dy)
+        assert not streams[0].query()  # else the second did not have to wait
         torch.cuda.synchronize()
         expected = dy.double() @ layer.backward_weight().double()
         for found in dx:

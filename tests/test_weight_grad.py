@@ -207,3 +207,21 @@ def test_accumulation_in_place_from_several_threads(device):
         for thread in threads:
             thread.join()
     assert torch.equal(layer.weight.grad, torch.full_like(layer.weight, 4.0 * 60 * 4))
+
+
+@pytest.mark.gpu
+def test_accumulation_in_place_is_done_for_who_called_backward():
+    """It runs on the stream of the forward pass, the caller goes on on another."""
+    layer = slope.SLoPeLinear(64, 64, bias=False, device="cuda")
+    layer.prepare()
+    x = torch.ones(4, 64, device="cuda")
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        y = layer(x)
+        torch.cuda._sleep(200_000_000)  # clocks: 0.1 s before the backward pass
+    with slope.accumulate_in_place():
+        y.backward(torch.ones_like(y))
+    assert not side.query()
+    assert bool((layer.weight.grad == 4).all())

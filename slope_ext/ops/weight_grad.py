@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -72,6 +73,9 @@ def gradient_of(
                 _streams.wait_for_writer(grad)
                 weight_grad_add_(grad, dy, x, bitmask)
                 _streams.mark_written(grad)
+            if grad.is_cuda:  # who called backward may read .grad then, as autograd has it
+                engine = torch.autograd.Variable._execution_engine
+                engine.queue_callback(functools.partial(_streams.wait_for_writer, grad))
             return None
     return weight_grad(dy, x, bitmask)
 

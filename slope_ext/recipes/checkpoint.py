@@ -36,7 +36,7 @@ def save_checkpoint(
     Checkpoints of later steps go too: the run was resumed from an earlier one and repeats them.
     The files are written and synced under a temporary name first: a process killed at any time
     leaves the earlier checkpoints and, at worst, a temporary directory that nothing reads. Raises
-    OSError where they cannot be written, on a full disk say, and leaves the earlier ones then.
+    :class:`UsageError` where they cannot be written, on a full disk say; the earlier ones stay.
     """
     final = root / f"step-{step:06d}"
     temporary = root / f"tmp-{step:06d}"
@@ -44,8 +44,13 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     try:
         _write(temporary, model, state)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if _is_of_the_disk(error):
+            raise UsageError(
+                f"--output-dir: cannot write the checkpoint {final}: {error}; "
+                "earlier ones are whole"
+            ) from error
         raise
     if final.exists():  # the same step again, after a resume from an older checkpoint
         shutil.rmtree(final)
@@ -60,20 +65,24 @@ def save_checkpoint(
 
 def _write(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
     """Writes and syncs the files of a checkpoint into a new folder."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    try:
-        save_file(_unique_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
-        torch.save(state, folder / STATE)
-    except (SafetensorError, RuntimeError) as error:  # neither says which file
-        raise OSError(f"cannot write into {folder}: {error}") from error
+    save_file(_unique_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+    torch.save(state, folder / STATE)
     model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
     sums = {file.name: checksum(file) for file in sorted(folder.iterdir())}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
     for path in [*folder.iterdir(), folder]:
         _sync(path)
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether writing failed: as torch.save says it, as safetensors does, or as Python does."""
+    from safetensors import SafetensorError
+
+    of_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    return of_torch or isinstance(error, (OSError, SafetensorError))
 
 
 def find_checkpoint(root: Path) -> Path | None:

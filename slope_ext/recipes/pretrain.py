@@ -459,14 +459,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``slope-pretrain``.
 
     Returns the exit code: 0 when the run is complete or has reached ``--stop-after``, 1 when the
-    loss or its gradient is not finite, 2 for a mistake in the arguments or a file that cannot be
-    read or written, 130 or 143 after SIGINT or SIGTERM.
+    loss or its gradient is not finite, 2 for a mistake in the arguments or a checkpoint that cannot
+    be written, 130 or 143 after SIGINT or SIGTERM.
     """
     try:
         args = parse_arguments(argv)
         with deterministic_algorithms(args.deterministic):
             return pretrain(args)
-    except (UsageError, OSError) as error:
+    except UsageError as error:
         print(f"slope-pretrain: error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
