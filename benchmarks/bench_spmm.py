@@ -84,7 +84,7 @@ def sparse_limit(
 
 
 def forward_cases(
-    layers: list[SLoPeLinear], dense: list[Tensor], xs: list[Tensor]
+    layers: list[SLoPeLinear], dense: list[Tensor], xs: list[Tensor], *, with_torch: bool = True
 ) -> dict[str, harness.Case]:
     """Ours, cuBLAS and torch's 2:4 layer; each has a weight and an input per buffer set."""
     operands = [layer.operand() for layer in layers]
@@ -92,6 +92,8 @@ def forward_cases(
         "ours": lambda i: torch.ops.slope.linear(xs[i], *operands[i]),
         "F.linear": lambda i: F.linear(xs[i], dense[i]),
     }
+    if not with_torch:
+        return cases
     try:
         sparse = [torch.sparse.to_sparse_semi_structured(weight) for weight in dense]
     except RuntimeError as error:
@@ -192,9 +194,8 @@ def bench_survey(
     for tokens, (_, limit) in limits.items():
         xs = [torch.randn(tokens, shape[1], device="cuda").to(dtype) for _ in range(sets[tokens])]
         tune_plans(layers[0], tokens, backward=False)
-        cases = forward_cases(layers[: len(xs)], dense[: len(xs)], xs)
-        if dtype == torch.float16:
-            cases.pop(TORCH_LINEAR, None)
+        operands = (layers[: len(xs)], dense[: len(xs)], xs)
+        cases = forward_cases(*operands, with_torch=dtype == torch.bfloat16)
         timings = harness.time_cases(cases, len(xs), SURVEY_ROUNDS, optional=(TORCH_LINEAR,))
         yield from harness.baseline_records(
             timings,

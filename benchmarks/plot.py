@@ -115,16 +115,17 @@ def render(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         start, file, dtype, options, end = match.groups()
         words = options.split()
-        column = next((w.removeprefix("columns=") for w in words if w.startswith("columns=")), None)
+        columns = [word for word in words if word.startswith("columns=")]
         records = [
             r
             for r in json.loads((RESULTS / f"{file}.json").read_text())
-            if r["dtype"] == dtype
-            and all(_fits(r, word) for word in words if not word.startswith("columns="))
+            if r["dtype"] == dtype and all(_fits(r, word) for word in words if word not in columns)
         ]
         if not records:
             raise SystemExit(f"no records for {start.strip()}")
-        return start + (ratios_by(column, records) if column else table(records)) + end
+        if columns:
+            return start + ratios_by(columns[0].removeprefix("columns="), records) + end
+        return start + table(records) + end
 
     return BLOCK.sub(replace, text)
 

@@ -31,7 +31,7 @@ from gpu_report import source_hash
 from torch import Tensor
 
 import slope_ext as slope
-from slope_ext import _packed, ops, plan_cache
+from slope_ext import _packed, ops, plan_cache, reference
 from slope_ext.ops.spmm import Backend
 
 SHAPES = 24
@@ -219,10 +219,12 @@ class Case:
         weight, masks = layer.weight, (layer.weight_bitmask, layer.weight_t_bitmask)
         dense = layer.dense_weight()
         kept = ops.decompress(torch.ones_like(self.values_t), masks[1]).t()
-        zero = torch.zeros((), device="cuda")
-        state = optimizer.state[weight] or dict.fromkeys(("exp_avg", "exp_avg_sq", "step"), zero)
-        first, second, step = (state[key].clone() for key in ("exp_avg", "exp_avg_sq", "step"))
-        before = weight.detach().to(torch.float32, copy=True)
+        moved = weight.detach().to(torch.float32, copy=True)
+        state = optimizer.state[weight]
+        moments = [
+            state[key].clone() if state else torch.zeros_like(moved)
+            for key in ("exp_avg", "exp_avg_sq")
+        ]
         with torch.enable_grad():
             y = layer(x)
         y.backward(dy)
@@ -237,10 +239,16 @@ class Case:
         product = x.double() @ dense.double().t() + layer.bias.double()
         wanted = product + 0.5 * (x.double() @ a.t()) @ b.t()
         wanted_dx = dy.double() @ (dense * kept).double() + 0.5 * (dy.double() @ b) @ a
-        first = BETA1 * first + (1 - BETA1) * gradient
-        second = BETA2 * second + (1 - BETA2) * gradient.square()
-        corrected = first / (1 - BETA1 ** (step + 1)), second / (1 - BETA2 ** (step + 1))
-        moved = before * (1 - LR * DECAY) - LR * corrected[0] / (corrected[1].sqrt() + EPS)
+        reference.adamw_(
+            *([moved], [gradient], [moments[0]], [moments[1]], []),
+            [torch.tensor(float(trained.steps))],
+            *([], [], []),
+            lr=LR,
+            beta1=BETA1,
+            beta2=BETA2,
+            eps=EPS,
+            weight_decay=DECAY,
+        )
         ulps = 2 * torch.finfo(weight.dtype).eps
         off = (weight.detach().float() - moved).abs()
         checks = [

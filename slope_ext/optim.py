@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -234,13 +234,8 @@ class AdamW(torch.optim.Optimizer):
         _freshness.count_optimizer_step()
         grad_scale, found_inf = self._grad_scale(), getattr(self, "found_inf", None)
         layers = layers_by_weight()
-        own = [
-            layers[id(p)] for group in self.param_groups for p in group["params"] if id(p) in layers
-        ]
-        copies = Counter(id(layer._buffers.get("weight_t")) for layer in own)
-        shared = {copy for copy, count in copies.items() if count > 1}
         for group in self.param_groups:
-            self._step_group(group, layers, shared, grad_scale, found_inf)
+            self._step_group(group, layers, grad_scale, found_inf)
         self._clipping = None
         return loss
 
@@ -280,7 +275,6 @@ class AdamW(torch.optim.Optimizer):
         self,
         group: dict[str, Any],
         layers: dict[int, SparseLayer],
-        shared: set[int],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -295,8 +289,9 @@ class AdamW(torch.optim.Optimizer):
 
         # Buckets: what one adamw_ call can take. A layer whose mask is due gets its copy later.
         buckets: dict[Any, list[tuple[Tensor, SLoPeLinear | None]]] = defaultdict(list)
+        written: set[int] = set()
         for param, state in zip(params, states, strict=True):
-            copied = None if choose else _with_copy_to_write(layers.get(id(param)), shared)
+            copied = None if choose else _with_copy_to_write(layers.get(id(param)), written)
             key = (param.device, param.dtype, state["exp_avg"].dtype, "master" in state)
             buckets[(*key, copied is not None)].append((param, copied))
         for bucket in buckets.values():
@@ -514,13 +509,20 @@ def _refuse_capture(param: Tensor) -> None:
         raise RuntimeError("AdamW: step must have run before one is captured into a CUDA graph")
 
 
-def _with_copy_to_write(layer: SparseLayer | None, shared: set[int]) -> SLoPeLinear | None:
+def _with_copy_to_write(layer: SparseLayer | None, written: set[int]) -> SLoPeLinear | None:
     """The layer, if a step is to write its backward copy; else the next backward pass does.
 
-    That does where a mask changed; once a step was captured, whatever a step writes; and where
-    layers whose weights were tied once still share a copy (one of ``shared``, ids).
+    That does where a mask changed; once a step was captured, whatever a step writes; and for all
+    but the first of layers that share a copy, since their weights were tied once. ``written`` are
+    the ids of copies that have one.
     """
-    if not isinstance(layer, SLoPeLinear) or layer.weight_t is None or id(layer.weight_t) in shared:
+    if (
+        not isinstance(layer, SLoPeLinear)
+        or layer.weight_t is None
+        or id(layer.weight_t) in written
+    ):
         return None
-    left = _freshness.step_was_captured() or not layer.transposed_mask_is_fresh()
-    return None if left else layer
+    if _freshness.step_was_captured() or not layer.transposed_mask_is_fresh():
+        return None
+    written.add(id(layer.weight_t))
+    return layer

@@ -5,7 +5,6 @@ import copy
 import gc
 import io
 import pickle
-import sys
 import threading
 import weakref
 
@@ -784,26 +783,21 @@ def test_relu_in_the_product_is_a_relu_after_it(dtype, rank, compiled, device):
             assert torch.equal(param.grad, other.grad)
 
 
-def test_masks_change_while_other_threads_multiply():
+def test_masks_change_while_other_threads_multiply(switching_often):
     layer, x = slope.SLoPeLinear(16, 16), torch.randn(2, 16)
     expected, errors = layer(x).detach(), []
 
     def work():
         try:
             with torch.no_grad():
-                for _ in range(300):
+                for _ in range(1000):
                     assert torch.equal(layer(x), expected)
         except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            layer.update_transposed_mask()
-    finally:
-        sys.setswitchinterval(interval)
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        layer.update_transposed_mask()
     assert not errors

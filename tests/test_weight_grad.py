@@ -191,14 +191,14 @@ def test_accumulation_in_place_from_several_threads(device):
     layer.weight.grad = torch.zeros_like(layer.weight)
 
     def work():
-        stream = torch.cuda.Stream() if device == "cuda" else None
+        stream = torch.cuda.Stream() if device.type == "cuda" else None
         with torch.cuda.stream(stream):
             for _ in range(60):
                 layer(x).sum().backward()
             if stream is not None:
                 stream.synchronize()
 
-    if device == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
     with slope.accumulate_in_place():
         threads = [threading.Thread(target=work) for _ in range(4)]
