@@ -58,7 +58,7 @@ SELECTION = ("adamw", "compress", "prune", "transpose", "pack")
 # Large shapes; what is slow, needs the caching allocator, or runs no kernel of ours ("reference");
 # what looks whether a tensor was freed: the tools keep the Python frames of launches.
 LEFT_OUT = (
-    *("4096", "4104", "4097", "random", "exact_step", "many_rows_of_tiles"),
+    *("4096", "4104", "4097", "random", "exact_step", "many_rows_of_tiles", "large_products"),
     *("graph", "captur", "compile", "overhead", "thread", "leak", "memory", "reference"),
     "is_not_held",
 )

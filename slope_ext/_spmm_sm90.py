@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from slope_ext.ops.spmm import Activation
 # rows of W, tokens, segments of W's columns; kTiles of csrc/ops/spmm_sm90.cpp
 TILES = [
     *((256, 192, 1), (256, 176, 1), (256, 168, 1), (256, 160, 1), (256, 152, 1), (256, 128, 1)),
-    *((128, 256, 1), (128, 192, 1), (128, 192, 2)),
+    *((128, 256, 1), (128, 256, 2), (128, 192, 1), (128, 192, 2)),
     *((128, 128, 1), (128, 128, 2), (128, 128, 3), (128, 128, 4)),
     *((128, 64, 1), (128, 64, 2), (128, 64, 3), (128, 64, 4)),
 ]
@@ -30,16 +31,33 @@ class _Params(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "values", "metadata", "tail_x", "tail_weight")),
         *((name, ctypes.c_void_p) for name in ("bias", "y")),
-        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "rank")),
-        *((name, ctypes.c_int32) for name in ("kind", "tile", "device", "activation")),
+        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "rank", "first_rows")),
+        *((name, ctypes.c_int32) for name in ("kind", "tile", "rest_tile", "device", "activation")),
     ]
 
 
 @functools.cache
-def _symbol() -> Any:
-    symbol = ctypes.CDLL(str(_library._LIBRARY_FILE)).slope_spmm_sm90
-    symbol.argtypes = [ctypes.POINTER(_Params), ctypes.c_void_p]
-    return symbol
+def _library_file() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_library._LIBRARY_FILE))
+    library.slope_spmm_sm90.argtypes = [ctypes.POINTER(_Params), ctypes.c_void_p]
+    library.slope_spmm_sm90_choose.argtypes = [ctypes.POINTER(_Params)]
+    return library
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernels make a product: rows of W below ``first_rows`` by a tile, the rest by another.
+
+    Tiles are indices into TILES; -1: what the op would choose. ``first_rows`` is a multiple of 64,
+    or 0 where ``tile`` makes all rows.
+    """
+
+    tile: int = -1
+    first_rows: int = 0
+    rest_tile: int = 0
+
+
+THE_OPS = Choice()
 
 
 def spmm_sm90(x: Tensor, values: Tensor, words: Tensor, y: Tensor, **options: Any) -> Tensor:
@@ -57,7 +75,7 @@ def launcher(
     tail: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     activation: Activation = "none",
-    tile: int = -1,
+    choice: Choice = THE_OPS,
 ) -> Callable[[], None]:
     """What launches the product on the stream that is current now, while its operands live.
 
@@ -71,7 +89,7 @@ def launcher(
         tail: [tokens, rank] and [out, rank], rank a multiple of 8.
         bias: [out].
         activation: as in :func:`slope_ext.ops.linear`.
-        tile: index into TILES; -1: the one that the op would take.
+        choice: the kernels.
 
     Raises:
         RuntimeError: when called, if the launch failed.
@@ -79,15 +97,25 @@ def launcher(
     tail_x, tail_weight = tail or (None, None)
     tensors = (x, values, words, tail_x, tail_weight, bias, y)
     rank = 0 if tail_x is None else tail_x.shape[1]
-    sizes = (x.shape[0], values.shape[0], 2 * values.shape[1], rank)
+    sizes = (x.shape[0], values.shape[0], 2 * values.shape[1], rank, choice.first_rows)
     kind = int(x.dtype == torch.bfloat16)
+    tiles = (choice.tile, choice.rest_tile)
     applied = ACTIVATIONS.index(activation)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    params = _Params(*addresses, *sizes, kind, tile, x.device.index, applied)
-    symbol, stream = _symbol(), torch.cuda.current_stream(x.device).cuda_stream
+    params = _Params(*addresses, *sizes, kind, *tiles, x.device.index, applied)
+    symbol = _library_file().slope_spmm_sm90
+    stream = torch.cuda.current_stream(x.device).cuda_stream
 
     def launch() -> None:
         if (status := symbol(ctypes.byref(params), stream)) != 0:
             raise RuntimeError(f"spmm_sm90: CUDA error {status}")
 
     return launch
+
+
+def chosen(tokens: int, rows: int, columns: int, *, rank: int = 0, device: int = 0) -> Choice:
+    """What the op would choose for a product."""
+    params = _Params(tokens=tokens, rows=rows, columns=columns, rank=rank, tile=-1, device=device)
+    if (status := _library_file().slope_spmm_sm90_choose(ctypes.byref(params))) != 0:
+        raise RuntimeError(f"spmm_sm90: CUDA error {status}")
+    return Choice(params.tile, params.first_rows, params.rest_tile)

@@ -14,7 +14,7 @@ import slope_ext as slope
 from cases import Operands
 from slope_ext import _packed, ops, plan_cache
 from slope_ext._check import metadata_words
-from slope_ext._spmm_sm90 import TILES, spmm_sm90
+from slope_ext._spmm_sm90 import TILES, Choice, chosen, spmm_sm90
 
 CUDA = torch.device("cuda")
 HALF = [torch.bfloat16, torch.float16]
@@ -123,6 +123,17 @@ def test_linear(shape, tokens, dtype):
     assert_rounded(without, exact - o.bias.double(), sums)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4097, 16384])
+def test_many_tokens(tokens):
+    skip_unless_it_runs()
+    o = Operands(328, 288, torch.bfloat16, CUDA)
+    x = o.randn(tokens, 288)
+    y = ops.linear(x, o.values, o.bitmask, o.bias, metadata=with_words(o), backend="native")
+    exact = F.linear(x.double(), o.dense.double(), o.bias.double())
+    assert_rounded(y, exact, F.linear(x.double().abs(), o.dense.double().abs()) + o.bias.abs())
+
+
 GUARD = 1024  # elements on both sides
 
 
@@ -152,15 +163,20 @@ def tile_name(tile):
 
 
 def check_tile(tile, row_tiles, rests, rank, activation, columns=288, token_tiles=2):
-    """Operands amid NaN, the result amid a sentinel; ``token_tiles`` whole tiles and each rest."""
-    skip_unless_it_runs()
+    """``token_tiles`` whole tiles and each rest of tokens; of rows not quite ``row_tiles``."""
     tile_rows, tile_tokens, _ = TILES[tile]
     rows = row_tiles * tile_rows - (32 if activation == "swiglu" else 24)
+    counts = [token_tiles * tile_tokens + rest for rest in rests]
+    check_product(Choice(tile), rows, counts, rank, activation, columns)
+
+
+def check_product(choice, rows, counts, rank, activation, columns):
+    """Operands amid NaN, the result amid a sentinel."""
+    skip_unless_it_runs()
     o = Operands(rows, columns, torch.bfloat16, CUDA)
     words = with_words(o)
     features = rows // 2 if activation == "swiglu" else rows
-    for rest in rests:
-        tokens = token_tiles * tile_tokens + rest
+    for tokens in counts:
         tensors = [between(tokens, columns, float("nan")), between(tokens, rank, float("nan"))]
         tensors += [between(rows, rank, float("nan")), between(tokens, features, 12345.0)]
         (x, _), (left, _), (right, _), (y, whole) = tensors
@@ -168,7 +184,7 @@ def check_tile(tile, row_tiles, rests, rank, activation, columns=288, token_tile
             tensor.copy_(torch.randn_like(tensor))
         y.fill_(float("nan"))
         tail = (left, right) if rank else None
-        options = {"tail": tail, "bias": o.bias, "activation": activation, "tile": tile}
+        options = {"tail": tail, "bias": o.bias, "activation": activation, "choice": choice}
         spmm_sm90(x, o.values, words, y, **options)
         operands = [(x, o.dense), (left, right)] if rank else [(x, o.dense)]
         exact = sum(F.linear(a.double(), b.double()) for a, b in operands) + o.bias.double()
@@ -191,7 +207,9 @@ def test_every_tile_with_every_rest(tile, row_tiles, rank, activation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [2, 6, 7], ids=tile_name)
+@pytest.mark.parametrize(
+    "tile", [TILES.index(t) for t in ((256, 168, 1), (128, 256, 1), (128, 192, 1))], ids=tile_name
+)
 @pytest.mark.parametrize("columns", [32, 256, 512, 544, 1024])
 def test_blocks_with_several_tiles(tile, columns):
     """Three and more; 256 columns, whose metadata comes together, once to four times."""
@@ -220,8 +238,54 @@ def test_segments_add_up_in_one_order(tile):
     skip_unless_it_runs()
     o = Operands(1024, 4096, torch.float16, CUDA)  # bf16 would hide most other orders
     words, x = with_words(o), o.randn(40, 4096)
-    runs = [spmm_sm90(x, o.values, words, o.randn(40, 1024), tile=tile) for _ in range(20)]
+    empty = torch.empty(20, 40, 1024, dtype=torch.float16, device=CUDA)
+    runs = [spmm_sm90(x, o.values, words, y, choice=Choice(tile)) for y in empty]
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("first", "rest"),
+    [
+        ((128, 256, 1), (128, 128, 4)),
+        ((256, 168, 1), (128, 192, 2)),
+        ((128, 64, 1), (128, 64, 1)),
+        ((128, 128, 2), (256, 192, 1)),
+    ],
+)
+@pytest.mark.parametrize("first_rows", [64, 512, 1088])
+@pytest.mark.parametrize(
+    ("rank", "activation"), [(0, "none"), (40, "relu"), (40, "swiglu")], ids=str
+)
+def test_a_product_in_two_parts(first, rest, first_rows, rank, activation):
+    choice = Choice(TILES.index(first), first_rows, TILES.index(rest))
+    for rows in (first_rows + 16, first_rows + 592):
+        check_product(choice, rows, (1, 65, 130, 400), rank, activation, 544)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8, 20480, 5120), (256, 9216, 9216)])
+def test_large_products_are_split_where_a_round_would_be_empty(shape):
+    skip_unless_it_runs()
+    tokens, rows, columns = shape
+    choice = chosen(*shape)
+    if torch.cuda.get_device_properties(0).multi_processor_count == 132:
+        assert 0 < choice.first_rows < rows
+    check_product(choice, rows, [tokens], 16, "none", columns)
+    assert chosen(8, 4096, 1024).first_rows == 0
+    assert chosen(64, 72, 64, rank=8).first_rows == 0
+
+
+@pytest.mark.gpu
+def test_parts_that_cannot_be_are_refused():
+    skip_unless_it_runs()
+    o = Operands(256, 64, torch.bfloat16, CUDA)
+    words, x, y = with_words(o), o.randn(8, 64), o.randn(8, 256)
+    for choice in (Choice(0, 65), Choice(0, 320), Choice(0, -64), Choice(0, 64, len(TILES))):
+        before = y.clone()
+        with pytest.raises(RuntimeError, match="CUDA error 1"):
+            spmm_sm90(x, o.values, words, y, choice=choice)
+        assert torch.equal(y, before)
 
 
 @pytest.mark.gpu

@@ -260,8 +260,10 @@ Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight
       .rows = rows,
       .columns = columns,
       .rank = right ? right->size(1) : 0,
+      .first_rows = 0,
       .kind = values.scalar_type() == ScalarType::Half ? FloatKind::kHalf : FloatKind::kBFloat16,
       .tile = -1,
+      .rest_tile = 0,
       .device = values.get_device(),
       .activation = activation,
   };

@@ -35,7 +35,7 @@ constexpr Tile tile_of(double stage_us, double next_us, double sum_us = 0.0) {
 // Times by a fit to products of 16 shapes with 1 to 8192 tokens on an H200, in bursts and at the
 // power limit (tiles of 64 tokens and three segments: 10 shapes with 8 to 256 tokens; tiles of
 // 128 x 192: 10 with 128 to 2048); what counts is which tile has the least.
-constexpr std::array<Tile, 17> kTiles{{
+constexpr std::array<Tile, 18> kTiles{{
     tile_of<256, 192, 4, 2>(0.661, 2.3),
     tile_of<256, 176, 4, 2>(0.619, 2.0),
     tile_of<256, 168, 4, 2>(0.583, 3.1),
@@ -43,6 +43,7 @@ constexpr std::array<Tile, 17> kTiles{{
     tile_of<256, 152, 4, 2>(0.542, 2.8),
     tile_of<256, 128, 5, 2>(0.464, 2.4),
     tile_of<128, 256, 4, 2>(0.435, 2.9),
+    tile_of<128, 256, 4, 1, 2>(0.410, 0.0, 7.0),
     tile_of<128, 192, 5, 2>(0.338, 2.7),
     tile_of<128, 192, 5, 1, 2>(0.318, 0.0, 5.4),
     tile_of<128, 128, 6, 1>(0.264, 1.6),
@@ -54,7 +55,10 @@ constexpr std::array<Tile, 17> kTiles{{
     tile_of<128, 64, 10, 1, 3>(0.222, 0.0, 1.2),
     tile_of<128, 64, 10, 1, 4>(0.222, 0.0, 2.8),
 }};
-constexpr double kLateStartUs = 1.4;  // of a kernel that waits for the one before it to end
+constexpr double kLateStartUs = 1.4;   // of a kernel that waits for the one before it to end
+constexpr double kSplitUs = 3.0;       // from one kernel of a product to the other
+constexpr double kSplitGain = 0.04;    // of the time, at least; the times err by as much
+constexpr double kSplitFromUs = 30.0;  // products that take less stay whole: the search takes some
 
 constexpr int kElementBytes = 2;
 constexpr int kDevices = 64;       // that are remembered
@@ -80,8 +84,13 @@ EncodeTiled encode_tiled() {
 
 struct Matrix {
   const void* data;
-  int64_t rows, columns;  // row-major, contiguous
+  int64_t rows, columns;  // row-major
+  int64_t stride;         // elements from row to row
 };
+
+Matrix contiguous(const void* data, int64_t rows, int64_t columns) {
+  return {data, rows, columns, columns};
+}
 
 struct Box {
   int rows, columns;  // the columns are one swizzle span wide
@@ -103,7 +112,7 @@ class MapMaker {
   CUtensorMap make(const Matrix& matrix, Box box) {
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.columns),
                                  static_cast<cuuint64_t>(matrix.rows)};
-    const cuuint64_t row_bytes[1] = {sizes[0] * kElementBytes};
+    const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(matrix.stride) * kElementBytes};
     const cuuint32_t box_sizes[2] = {static_cast<cuuint32_t>(box.columns),
                                      static_cast<cuuint32_t>(box.rows)};
     const cuuint32_t steps[2] = {1, 1};
@@ -181,7 +190,7 @@ int clusters_at_once(int index, int device, int processors) {
 
 // ---- choice of the tile ------------------------------------------------------------------
 
-// How a product is cut into tiles, and the microseconds that it takes.
+// How the product of some rows of W is cut into tiles, and the microseconds that it takes.
 struct Cut {
   int tile;
   int64_t row_tiles, token_tiles;  // those of a cluster are one
@@ -198,9 +207,9 @@ bool may_start_early(int64_t blocks, int processors) {
   return 2 * blocks <= processors || 4 * blocks >= 3 * int64_t{processors};
 }
 
-Cut cut_of(int index, const SpmmSm90Params& params, int processors) {
+Cut cut_of(int index, const SpmmSm90Params& params, int64_t rows, int processors) {
   const Tile& tile = kTiles[index];
-  const int64_t row_tiles = ceil_div(params.rows, int64_t{tile.rows} * tile.cluster);
+  const int64_t row_tiles = ceil_div(rows, int64_t{tile.rows} * tile.cluster);
   const int64_t token_tiles = ceil_div(params.tokens, tile.tokens);
   const int64_t tiles = row_tiles * token_tiles;
   const int64_t at_once = clusters_at_once(index, params.device, processors);
@@ -229,14 +238,62 @@ Cut cut_of(int index, const SpmmSm90Params& params, int processors) {
   return cut;
 }
 
-Cut choose_cut(const SpmmSm90Params& params, int processors) {
-  if (params.tile >= 0) {
-    return cut_of(params.tile, params, processors);
-  }
-  Cut best = cut_of(0, params, processors);
+Cut fastest_cut(const SpmmSm90Params& params, int64_t rows, int processors) {
+  Cut best = cut_of(0, params, rows, processors);
   for (int index = 1; index < spmm_sm90_tile_count(); ++index) {
-    const Cut other = cut_of(index, params, processors);
+    const Cut other = cut_of(index, params, rows, processors);
     best = other.time < best.time ? other : best;
+  }
+  return best;
+}
+
+// W's rows by one kernel, or the first by one and the rest by another.
+struct Split {
+  int64_t first_rows;
+  Cut first, rest;  // rest counts if there are more rows than the first
+};
+
+// One kernel, unless two do it sooner: one whose tiles fill every round, and one for what would be
+// a last round that leaves much of the GPU idle, with smaller tiles or in segments:
+//
+//   36864 x 9216, 256 tokens    144 clusters of two tiles, 66 at once: three rounds
+//   rows     0 .. 33791         132 of them: two rounds
+//   rows 33792 .. 36863         48 tiles of 128 x 128, in two segments: a third of a round
+Split choose_split(const SpmmSm90Params& params, int processors) {
+  if (params.tile >= 0) {
+    const int64_t first_rows = params.first_rows > 0 ? params.first_rows : params.rows;
+    return {first_rows, cut_of(params.tile, params, first_rows, processors),
+            cut_of(params.rest_tile, params, params.rows - first_rows, processors)};
+  }
+  Split best{params.rows, fastest_cut(params, params.rows, processors), {}};
+  if (best.first.time < kSplitFromUs) {
+    return best;
+  }
+  double time = best.first.time * (1.0 - kSplitGain);
+  for (int index = 0; index < spmm_sm90_tile_count(); ++index) {
+    const Tile& tile = kTiles[index];
+    if (tile.segments > 1) {
+      continue;
+    }
+    const Cut whole = cut_of(index, params, params.rows, processors);
+    if (whole.clusters == 0) {
+      continue;
+    }
+    const int64_t full_rounds = whole.row_tiles * whole.token_tiles / whole.clusters;
+    const int64_t row_tiles = full_rounds * whole.clusters / whole.token_tiles;
+    const int64_t first_rows = row_tiles * tile.rows * tile.cluster;
+    if (first_rows == 0 || first_rows >= params.rows) {
+      continue;
+    }
+    const Cut first = cut_of(index, params, first_rows, processors);
+    if (first.time + kSplitUs >= time) {
+      continue;
+    }
+    const Cut rest = fastest_cut(params, params.rows - first_rows, processors);
+    if (const double both = first.time + kSplitUs + rest.time; both < time) {
+      best = {first_rows, first, rest};
+      time = both;
+    }
   }
   return best;
 }
@@ -247,56 +304,58 @@ bool is_aligned(const void* pointer, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-bool is_valid(const SpmmSm90Params& params) {
+bool has_valid_sizes(const SpmmSm90Params& params) {
   constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max() - 256;  // and a tile more
   const bool sizes = params.tokens >= 0 && params.tokens <= kMaxSize && params.rows >= 0 &&
                      params.rows <= kMaxSize && params.rows % 8 == 0 && params.columns >= 0 &&
                      params.columns <= kMaxSize && params.columns % kSm90AtomColumns == 0 &&
                      params.rank >= 0 && params.rank <= kMaxSize && params.rank % 8 == 0;
+  const bool tile = params.tile >= -1 && params.tile < spmm_sm90_tile_count() &&
+                    params.rest_tile >= 0 && params.rest_tile < spmm_sm90_tile_count();
+  const bool split = params.first_rows >= 0 && params.first_rows <= params.rows &&
+                     params.first_rows % kSm90BlockRows == 0;
+  return sizes && tile && split;
+}
+
+bool is_valid(const SpmmSm90Params& params) {
   const bool pointers = is_aligned(params.x, 16) && is_aligned(params.values, 16) &&
                         is_aligned(params.metadata, 16) && is_aligned(params.tail_x, 16) &&
                         is_aligned(params.tail_weight, 16) && is_aligned(params.bias, 2) &&
                         is_aligned(params.y, 16);
   const bool tail = params.rank == 0 || (params.tail_x != nullptr && params.tail_weight != nullptr);
   const bool kind = params.kind == FloatKind::kHalf || params.kind == FloatKind::kBFloat16;
-  const bool tile = params.tile >= -1 && params.tile < spmm_sm90_tile_count();
   const bool gated = params.activation == Activation::kSwiglu;
   const bool activation = params.activation == Activation::kNone ||
                           params.activation == Activation::kRelu ||
                           (gated && params.rows % (2 * kGateRows) == 0);
-  return sizes && pointers && tail && kind && tile && activation;
+  return has_valid_sizes(params) && pointers && tail && kind && activation;
 }
 
-}  // namespace
+// ---- one kernel ------------------------------------------------------------------------------
 
-// ---- launcher --------------------------------------------------------------------------------
+// The product of `count` rows of W from `first` on, a multiple of 64.
+SpmmSm90Params part_of(const SpmmSm90Params& params, int64_t first, int64_t count) {
+  const auto moved = [](const void* pointer, int64_t bytes) -> const void* {
+    return pointer == nullptr ? nullptr : static_cast<const uint8_t*>(pointer) + bytes;
+  };
+  const int64_t quads = ceil_div(params.columns, kSm90QuadColumns);
+  SpmmSm90Params part = params;
+  part.values = moved(params.values, first * (params.columns / 2) * kElementBytes);
+  part.metadata = moved(params.metadata, first / kSm90BlockRows * quads * kSm90QuadBytes);
+  part.tail_weight = moved(params.tail_weight, first * params.rank * kElementBytes);
+  part.bias = moved(params.bias, first * kElementBytes);
+  part.y = static_cast<uint8_t*>(params.y) + features_of(first, params.activation) * kElementBytes;
+  part.rows = count;
+  return part;
+}
 
-bool spmm_sm90_runs(int device) { return processors_of(device) > 0; }
-
-int spmm_sm90_tile_count() { return static_cast<int>(kTiles.size()); }
-
-cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) {
-  if (!is_valid(params)) {
-    return cudaErrorInvalidValue;
-  }
-  if (params.tokens == 0 || params.rows == 0) {
-    return cudaSuccess;
-  }
-  if (params.columns == 0) {
-    return cudaErrorInvalidValue;
-  }
-
-  const int processors = processors_of(params.device);
-  if (processors == 0) {
-    return cudaErrorNotSupported;
-  }
-  const Cut cut = choose_cut(params, processors);
-  if (cut.clusters == 0) {
-    return cudaErrorInvalidValue;
-  }
+// Launches the kernel for the rows of W in `params`; rows of Y are `features` apart, not
+// contiguous.
+cudaError_t launch_cut(const SpmmSm90Params& params, const Cut& cut, int64_t features,
+                       cudaStream_t stream) {
   const Tile& tile = kTiles[cut.tile];
-  if (cut.row_tiles * cut.token_tiles * tile.segments >
-      std::numeric_limits<int32_t>::max() - processors) {
+  const int64_t tiles = cut.row_tiles * cut.token_tiles;
+  if ((tiles + cut.clusters) * tile.segments > std::numeric_limits<int32_t>::max()) {
     return cudaErrorInvalidValue;
   }
 
@@ -313,16 +372,16 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
   const int64_t tokens = round_up(params.tokens, 8);
   const BoxRows x_rows{tokens >= tile.tokens ? sm90_x_part(tile.tokens, tile.cluster) : 0,
                        sm90_x_part(static_cast<int>(tokens % tile.tokens), tile.cluster)};
-  map_pair(args.values, {params.values, params.rows, params.columns / 2}, w_rows,
+  map_pair(args.values, contiguous(params.values, params.rows, params.columns / 2), w_rows,
            kSm90TileColumns / 2);
-  map_pair(args.x, {params.x, params.tokens, params.columns}, x_rows, kSm90TileColumns);
+  map_pair(args.x, contiguous(params.x, params.tokens, params.columns), x_rows, kSm90TileColumns);
   if (params.rank > 0) {
-    map_pair(args.tail_weight, {params.tail_weight, params.rows, params.rank}, w_rows,
+    map_pair(args.tail_weight, contiguous(params.tail_weight, params.rows, params.rank), w_rows,
              kSm90TailTileColumns);
-    map_pair(args.tail_x, {params.tail_x, params.tokens, params.rank}, x_rows,
+    map_pair(args.tail_x, contiguous(params.tail_x, params.tokens, params.rank), x_rows,
              kSm90TailTileColumns);
   }
-  const Matrix y{params.y, params.tokens, features_of(params.rows, params.activation)};
+  const Matrix y{params.y, params.tokens, features_of(params.rows, params.activation), features};
   const auto out_box = static_cast<int>(features_of(kSm90OutBox, params.activation));
   const int rest = tile.tokens % kSm90OutBox;
   args.y = maps.make(y, {kSm90OutBox, out_box});
@@ -354,9 +413,65 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
   return tile.launch(args, params.kind, blocks, cut.starts_early, stream);
 }
 
+}  // namespace
+
+// ---- launcher --------------------------------------------------------------------------------
+
+bool spmm_sm90_runs(int device) { return processors_of(device) > 0; }
+
+int spmm_sm90_tile_count() { return static_cast<int>(kTiles.size()); }
+
+cudaError_t choose_spmm_sm90(SpmmSm90Params& params) {
+  const int processors = processors_of(params.device);
+  if (!has_valid_sizes(params) || params.tokens == 0 || params.rows == 0) {
+    return cudaErrorInvalidValue;
+  }
+  if (processors == 0) {
+    return cudaErrorNotSupported;
+  }
+  const Split split = choose_split(params, processors);
+  params.first_rows = split.first_rows < params.rows ? split.first_rows : 0;
+  params.tile = split.first.tile;
+  params.rest_tile = split.rest.tile;
+  return cudaSuccess;
+}
+
+cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) {
+  if (!is_valid(params)) {
+    return cudaErrorInvalidValue;
+  }
+  if (params.tokens == 0 || params.rows == 0) {
+    return cudaSuccess;
+  }
+  if (params.columns == 0) {
+    return cudaErrorInvalidValue;
+  }
+
+  const int processors = processors_of(params.device);
+  if (processors == 0) {
+    return cudaErrorNotSupported;
+  }
+  const Split split = choose_split(params, processors);
+  const int64_t features = features_of(params.rows, params.activation);
+  const int64_t rest_rows = params.rows - split.first_rows;
+  if (split.first.clusters == 0 || (rest_rows > 0 && split.rest.clusters == 0)) {
+    return cudaErrorInvalidValue;
+  }
+  const cudaError_t status =
+      launch_cut(part_of(params, 0, split.first_rows), split.first, features, stream);
+  if (status != cudaSuccess || rest_rows == 0) {
+    return status;
+  }
+  return launch_cut(part_of(params, split.first_rows, rest_rows), split.rest, features, stream);
+}
+
 }  // namespace slope
 
 int slope_spmm_sm90(const void* params, void* stream) {
   return slope::launch_spmm_sm90(*static_cast<const slope::SpmmSm90Params*>(params),
                                  static_cast<cudaStream_t>(stream));
+}
+
+int slope_spmm_sm90_choose(void* params) {
+  return slope::choose_spmm_sm90(*static_cast<slope::SpmmSm90Params*>(params));
 }

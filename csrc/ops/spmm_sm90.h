@@ -25,8 +25,9 @@ struct SpmmSm90Params {
   int64_t rows;             // multiple of 8, with kSwiglu of 16
   int64_t columns;          // multiple of 32
   int64_t rank;             // multiple of 8, 0 for no tail
+  int64_t first_rows;       // by `tile`, a multiple of 64; those beyond by `rest_tile`. 0: all rows
   FloatKind kind;           // kHalf or kBFloat16
-  int32_t tile;             // -1 chooses; else an index below spmm_sm90_tile_count()
+  int32_t tile, rest_tile;  // indices below spmm_sm90_tile_count(); tile -1 chooses all three
   int32_t device;           // the current one
   Activation activation;
 };
@@ -34,6 +35,9 @@ struct SpmmSm90Params {
 // y <- activation(x W^T [+ tail_x tail_weight^T] [+ bias]), fp32 sums. cudaErrorNotSupported where
 // the current device is not of compute capability 9.0 or the driver has no tensor maps.
 cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream);
+
+// Has first_rows, tile and rest_tile name what launch_spmm_sm90 would choose; looks at sizes alone.
+cudaError_t choose_spmm_sm90(SpmmSm90Params& params);
 
 // Whether the kernels run on a device: capability 9.0, and this library has code for sm_90a.
 bool spmm_sm90_runs(int device);
@@ -46,3 +50,6 @@ int spmm_sm90_tile_count();
 // cudaError_t.
 extern "C" __attribute__((visibility("default"))) int slope_spmm_sm90(const void* params,
                                                                       void* stream);
+
+// choose_spmm_sm90 for the same.
+extern "C" __attribute__((visibility("default"))) int slope_spmm_sm90_choose(void* params);
