@@ -32,8 +32,8 @@ _SPLITS = ((2, 1), (2, 2), (4, 1), (4, 2))
 _SEGMENTS = ((-1, 0),)
 _SPLIT_OUTPUTS = 1 << 24  # rows * tokens up to which splitting K can pay
 
-# Of the result's norm, where rounding makes 0.002 and a column of W left out of 4096 0.016; and of
-# its largest magnitude, where rounding makes 0.004
+# Of the result's norm, where rounding makes 0.002 and a column of W left out 0.016 (of 4096) to
+# 0.005 (of 40000); and of its largest magnitude, where rounding makes 0.004
 _NORM_TOLERANCE, _TOLERANCE = 0.005, 0.02
 _FIRST_TURNS, _FEWEST_TURNS, _MORE_TURNS = 2, 3, 15
 _DROP, _DROP_AT_ONCE = 1.15, 1.75  # slower than the best by these factors
@@ -46,6 +46,7 @@ class _Trial:
     algorithm: Any  # None: the own product
     launch: Callable[[], None]
     samples: list[float] = field(default_factory=list)
+    far: bool = False  # behind, by one launch: not timed in rows
 
     @property
     def seconds(self) -> float:
@@ -205,15 +206,17 @@ def _time_all(problem: Any, native: bool) -> tuple[list[Any], dict[Any, float], 
     trials = _timed(job, tried)
     if problem.rows * problem.tokens <= _SPLIT_OUTPUTS and len(ids) > 1:
         segments = torch.cuda.get_device_capability(problem.device)[0] == 9
-        best = sorted(trials, key=lambda trial: trial.seconds)[:2]
+        near = [trial for trial in trials if not trial.far]
+        best = sorted(near, key=lambda trial: trial.seconds)[:2]
         splits = _SEGMENTS if segments else _SPLITS
         wanted = [_C.SpmmAlgorithm(t.algorithm.id, *split) for t in best for split in splits]
         trials += _timed(job, wanted)
         tried += wanted
     own = job.native_trial() if native else None
     if trials:
-        fastest = min(trial.seconds for trial in trials)
-        close = [trial for trial in trials if trial.seconds <= _DROP * fastest]
+        near = [trial for trial in trials if not trial.far]
+        fastest = min(trial.seconds for trial in near)
+        close = [trial for trial in near if trial.seconds <= _DROP * fastest]
         seconds = sum(job.launches * trial.seconds + 1e-4 for trial in close)
         turns = int(_SECONDS / seconds)
         close += [] if own is None else [own]
@@ -224,16 +227,16 @@ def _time_all(problem: Any, native: bool) -> tuple[list[Any], dict[Any, float], 
 
 
 def _timed(job: _Sweep, algorithms: list[Any]) -> list[_Trial]:
-    """Trials of the algorithms that are right; those far behind in one launch are in no row."""
+    """Trials of the algorithms that are right; a launch of each tells which are worth a row."""
     trials = [trial for algorithm in algorithms if (trial := job.trial(algorithm)) is not None]
-    close = trials
     if job.launches > 1 and trials:
         job.time(trials, turns=1, launches=1)
         fastest = min(trial.seconds for trial in trials)
-        close = [trial for trial in trials if trial.seconds <= _DROP_AT_ONCE * fastest]
-        for trial in close:
-            trial.samples.clear()
-    job.time(close, _FIRST_TURNS)
+        for trial in trials:
+            trial.far = trial.seconds > _DROP_AT_ONCE * fastest
+            if not trial.far:
+                trial.samples.clear()
+    job.time([trial for trial in trials if not trial.far], _FIRST_TURNS)
     return trials
 
 
