@@ -85,6 +85,7 @@ class _Sweep:
         dtype = torch.bfloat16 if problem.bfloat16 else torch.float16
         rows, columns, tokens = problem.rows, problem.columns, problem.tokens
         self.problem = problem
+        self.plans: dict[tuple[int, int], Any] = {}  # one for each split of K
         values = torch.randn(rows, columns // 2, dtype=dtype, device=self.device)
         self.bitmask = _random_mask(rows, columns, self.device)
         self.packed = ops.pack(values, self.bitmask)
@@ -104,10 +105,16 @@ class _Sweep:
         operand_bytes = sum(tensor.nbytes for tensor in (self.packed, self.x, self.y))
         self.launches = launches(operand_bytes, self.l2_bytes, 2 * rows * columns * tokens)
 
+    def plan(self, algorithm: Any) -> Any:
+        split = algorithm.split_k, algorithm.split_k_mode
+        if split in self.plans:
+            return self.plans[split].with_id(algorithm.id)
+        return self.plans.setdefault(split, _C.SpmmPlan(self.problem, algorithm))
+
     def trial(self, algorithm: Any) -> _Trial | None:
         """Makes the plan and runs it once; None where the library refuses or the result is off."""
         try:
-            plan = _C.SpmmPlan(self.problem, algorithm)
+            plan = self.plan(algorithm)
             bytes_ = max(1, plan.workspace_bytes)
             workspace = torch.empty(bytes_, dtype=torch.uint8, device=self.device)
             trial = _Trial(algorithm, functools.partial(self._run_plan, plan, workspace))
@@ -199,9 +206,9 @@ def sweep(problem: Any, *, native: bool = False) -> Sweep:
 
 def _time_all(problem: Any, native: bool) -> tuple[list[Any], dict[Any, float], float | None]:
     """What was tried, the times of those that are right, and the own product's."""
-    count = _C.SpmmPlan(problem, _C.SpmmAlgorithm()).algorithm_count
-    ids = algorithm_ids(problem.bfloat16, problem.device, count)
     job = _Sweep(problem)
+    count = job.plan(_C.SpmmAlgorithm()).algorithm_count
+    ids = algorithm_ids(problem.bfloat16, problem.device, count)
     tried = [_C.SpmmAlgorithm(i) for i in ids]
     trials = _timed(job, tried)
     if problem.rows * problem.tokens <= _SPLIT_OUTPUTS and len(ids) > 1:

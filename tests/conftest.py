@@ -52,6 +52,14 @@ def _no_tf32():
 
 
 @pytest.fixture(autouse=True)
+def _own_compiled_variants():
+    """Dynamo counts the variants of a function over all tests, and takes no more than eight."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
 def _own_plan_cache(tmp_path, monkeypatch):
     """No sweeps unless a test asks for them, and no table of the user's or the package's."""
     monkeypatch.setenv("SLOPE_EXT_CACHE_DIR", str(tmp_path / "plan_cache"))

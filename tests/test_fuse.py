@@ -254,7 +254,6 @@ def test_compiled_fused_mlp(trained, device):
     _, fused = twins(device)
     mlp = fused.layers[0].mlp
     x = torch.randn(5, 32, device=device)
-    torch._dynamo.reset()
     compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
     with torch.set_grad_enabled(trained):
         close(compiled(x), mlp(x))

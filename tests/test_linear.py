@@ -619,7 +619,6 @@ def test_forward_mode_is_refused_not_ignored():
     compiled = torch.compile(lambda x: torch.func.jvp(layer, (x,), (x,)), backend="eager")
     with pytest.raises(NotImplementedError, match="slope::linear has no forward-mode gradient"):
         compiled(x)
-    torch._dynamo.reset()  # it went on in parts, which later tests would meet
     values = layer.weight.detach()
     with pytest.raises(NotImplementedError, match="slope::decompress has no forward-mode"):
         torch.func.jvp(lambda v: ops.decompress(v, layer.weight_bitmask), (values,), (values,))
@@ -767,7 +766,6 @@ def test_relu_in_the_product_is_a_relu_after_it(dtype, rank, compiled, device):
     xs = [torch.randn(5, 64, device=device, dtype=dtype).requires_grad_() for _ in range(2)]
     with torch.no_grad():
         xs[1].copy_(xs[0])
-    torch._dynamo.reset()  # other tests' variants count against the limit of recompilations
     module = torch.compile(fused, backend="aot_eager", fullgraph=True) if compiled else fused
     expected, found = torch.relu(plain(xs[0])), module(xs[1])
     assert torch.equal(found, expected)

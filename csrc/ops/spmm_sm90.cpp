@@ -34,8 +34,8 @@ constexpr Tile tile_of(double stage_us, double next_us, double sum_us = 0.0) {
 
 // Times by a fit to products of 16 shapes with 1 to 8192 tokens on an H200, in bursts and at the
 // power limit (tiles of 64 tokens and three segments: 10 shapes with 8 to 256 tokens; tiles of
-// 128 x 192: 10 with 128 to 2048; those of 128 x 256 in two segments are estimates); what counts
-// is which tile has the least.
+// 128 x 192: 10 with 128 to 2048; 128 x 256 in two segments: 8 products); what counts is which tile
+// has the least.
 constexpr std::array<Tile, 18> kTiles{{
     tile_of<256, 192, 4, 2>(0.661, 2.3),
     tile_of<256, 176, 4, 2>(0.619, 2.0),
@@ -44,7 +44,7 @@ constexpr std::array<Tile, 18> kTiles{{
     tile_of<256, 152, 4, 2>(0.542, 2.8),
     tile_of<256, 128, 5, 2>(0.464, 2.4),
     tile_of<128, 256, 4, 2>(0.435, 2.9),
-    tile_of<128, 256, 4, 1, 2>(0.410, 0.0, 7.0),
+    tile_of<128, 256, 4, 1, 2>(0.454, 0.0, 6.6),
     tile_of<128, 192, 5, 2>(0.338, 2.7),
     tile_of<128, 192, 5, 1, 2>(0.318, 0.0, 5.4),
     tile_of<128, 128, 6, 1>(0.264, 1.6),
@@ -57,8 +57,7 @@ constexpr std::array<Tile, 18> kTiles{{
     tile_of<128, 64, 10, 1, 4>(0.222, 0.0, 2.8),
 }};
 constexpr double kLateStartUs = 1.4;   // of a kernel that waits for the one before it to end
-constexpr double kSplitUs = 3.0;       // from one kernel of a product to the other, an estimate
-constexpr double kSplitGain = 0.04;    // of the time, at least; the times err by as much
+constexpr double kSplitUs = 8.0;       // two kernels of a product rather than one; of 55 products
 constexpr double kSplitFromUs = 30.0;  // products that take less stay whole: the search takes some
 
 constexpr int kElementBytes = 2;
@@ -270,7 +269,7 @@ Split choose_split(const SpmmSm90Params& params, int processors) {
   if (best.first.time < kSplitFromUs) {
     return best;
   }
-  double time = best.first.time * (1.0 - kSplitGain);
+  double time = best.first.time;
   for (int index = 0; index < spmm_sm90_tile_count(); ++index) {
     const Tile& tile = kTiles[index];
     if (tile.segments > 1) {
