@@ -126,10 +126,6 @@ class Plan {
   Plan(const SpmmProblem& problem, const SpmmAlgorithm& algorithm)
       : plan_(raising([&](char* error) { return cache().make(problem, algorithm, error); }),
               cache().free) {}
-  Plan(const Plan& other, int32_t id)
-      : plan_(
-            raising([&](char* error) { return cache().with_id(other.plan_.get(), id, error); }),
-            cache().free) {}
 
   void run(uintptr_t packed, uintptr_t x, uintptr_t bias, uintptr_t y, uintptr_t workspace,
            uintptr_t stream) {
@@ -176,9 +172,6 @@ void bind_plan_cache(py::module_& m) {
       .def_readonly("split_k_mode", &SpmmAlgorithm::split_k_mode);
   py::class_<Plan>(m, "SpmmPlan", "A plan outside of the cache; of the thread that made it.")
       .def(py::init<const SpmmProblem&, const SpmmAlgorithm&>())
-      .def(
-          "with_id", [](const Plan& plan, int32_t id) { return std::make_unique<Plan>(plan, id); },
-          py::arg("id"), "The same with another algorithm, in microseconds.")
       .def("run", &Plan::run, "Launches the product; addresses as integers.")
       .def_property_readonly("workspace_bytes", &Plan::workspace_bytes)
       .def_property_readonly("algorithm_count", &Plan::algorithm_count);

@@ -35,8 +35,8 @@ _SPLIT_OUTPUTS = 1 << 24  # rows * tokens up to which splitting K can pay
 # Of the result's norm, where rounding makes 0.002 and a column of W left out 0.016 (of 4096) to
 # 0.005 (of 40000); and of its largest magnitude, where rounding makes 0.004
 _NORM_TOLERANCE, _TOLERANCE = 0.005, 0.02
-_FIRST_TURNS, _FEWEST_TURNS, _MORE_TURNS = 2, 3, 15
-_DROP, _DROP_AT_ONCE = 1.15, 1.75  # slower than the best by these factors
+_FIRST_TURNS, _FEWEST_TURNS, _MORE_TURNS = 2, 3, 15  # of rows one first
+_DROP, _DROP_AT_ONCE = 1.15, 1.3  # slower than the best by these factors
 _SECONDS = 0.5  # spent on timing one shape, about
 _ROW_FLOP = 1e12  # of the dense products of a row, which takes a millisecond or two
 
@@ -85,7 +85,6 @@ class _Sweep:
         dtype = torch.bfloat16 if problem.bfloat16 else torch.float16
         rows, columns, tokens = problem.rows, problem.columns, problem.tokens
         self.problem = problem
-        self.plans: dict[tuple[int, int], Any] = {}  # one for each split of K
         values = torch.randn(rows, columns // 2, dtype=dtype, device=self.device)
         self.bitmask = _random_mask(rows, columns, self.device)
         self.packed = ops.pack(values, self.bitmask)
@@ -105,16 +104,10 @@ class _Sweep:
         operand_bytes = sum(tensor.nbytes for tensor in (self.packed, self.x, self.y))
         self.launches = launches(operand_bytes, self.l2_bytes, 2 * rows * columns * tokens)
 
-    def plan(self, algorithm: Any) -> Any:
-        split = algorithm.split_k, algorithm.split_k_mode
-        if split in self.plans:
-            return self.plans[split].with_id(algorithm.id)
-        return self.plans.setdefault(split, _C.SpmmPlan(self.problem, algorithm))
-
     def trial(self, algorithm: Any) -> _Trial | None:
         """Makes the plan and runs it once; None where the library refuses or the result is off."""
         try:
-            plan = self.plan(algorithm)
+            plan = _C.SpmmPlan(self.problem, algorithm)
             bytes_ = max(1, plan.workspace_bytes)
             workspace = torch.empty(bytes_, dtype=torch.uint8, device=self.device)
             trial = _Trial(algorithm, functools.partial(self._run_plan, plan, workspace))
@@ -206,9 +199,9 @@ def sweep(problem: Any, *, native: bool = False) -> Sweep:
 
 def _time_all(problem: Any, native: bool) -> tuple[list[Any], dict[Any, float], float | None]:
     """What was tried, the times of those that are right, and the own product's."""
-    job = _Sweep(problem)
-    count = job.plan(_C.SpmmAlgorithm()).algorithm_count
+    count = _C.SpmmPlan(problem, _C.SpmmAlgorithm()).algorithm_count
     ids = algorithm_ids(problem.bfloat16, problem.device, count)
+    job = _Sweep(problem)
     tried = [_C.SpmmAlgorithm(i) for i in ids]
     trials = _timed(job, tried)
     if problem.rows * problem.tokens <= _SPLIT_OUTPUTS and len(ids) > 1:
@@ -243,7 +236,8 @@ def _timed(job: _Sweep, algorithms: list[Any]) -> list[_Trial]:
             trial.far = trial.seconds > _DROP_AT_ONCE * fastest
             if not trial.far:
                 trial.samples.clear()
-    job.time([trial for trial in trials if not trial.far], _FIRST_TURNS)
+    turns = 1 if job.launches > 1 else _FIRST_TURNS
+    job.time([trial for trial in trials if not trial.far], turns)
     return trials
 
 

@@ -196,6 +196,23 @@ def test_packed_operand_multiplies_by_every_algorithm(shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(80, 48), (320, 288), (1088, 1056), (192, 96), (16, 32)])
+def test_packed_bytes_are_the_weights_alone(shape):
+    """Not what was in the memory before."""
+    o = Operands(*shape, torch.bfloat16, torch.device("cuda"))
+    packed = []
+    for junk in (0, 0xFF, 0xA5):
+        torch.cuda.empty_cache()
+        stale = [
+            torch.full((1 << size,), junk, dtype=torch.uint8, device="cuda")
+            for size in range(9, 25)
+        ]
+        del stale
+        packed.append(ops.pack(o.values, o.bitmask))
+    assert all(torch.equal(other, packed[0]) for other in packed)
+
+
+@pytest.mark.gpu
 def test_operand_in_place_is_what_pack_makes():
     o = Operands(192, 96, torch.bfloat16, torch.device("cuda"))
     values, metadata = _packed.empty(192, 96, torch.bfloat16, o.values.device)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import slope_ext as slope
 from cases import Operands
-from slope_ext import _C, _tuned_table, _tuner, ops, plan_cache
+from slope_ext import _tuned_table, _tuner, ops, plan_cache
 from slope_ext._tuned_table import Candidate, Entry, Key, Sweep, Table
 
 SHIPPED = _tuned_table.SHIPPED  # the package's own; tests see another folder
@@ -477,53 +477,6 @@ def test_an_algorithm_that_is_not_offered_falls_back_to_the_default():
     plan_cache.clear()
     assert_right(layer, x, layer(x))
     assert plan_cache.entries()[0]["algorithm"] == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_plans_of_one_description_keep_their_algorithms(dtype):
-    """A tuner makes one plan and the others from it; they compute as plans made alone."""
-    rows, columns, tokens = 256, 1024, 16
-    o = Operands(rows, columns, dtype, CUDA)
-    packed, x = ops.pack(o.values, o.bitmask), o.randn(tokens, columns)
-    bfloat16 = dtype == torch.bfloat16
-    problem = _C.SpmmProblem(
-        rows=rows, columns=columns, tokens=tokens, device=0, bfloat16=bfloat16, bias=True
-    )
-
-    def product(plan):
-        y = torch.full((tokens, rows), float("nan"), dtype=dtype, device=CUDA)
-        workspace = torch.empty(max(1, plan.workspace_bytes), dtype=torch.uint8, device=CUDA)
-        plan.run(
-            *(t.data_ptr() for t in (packed, x, o.bias, y, workspace)),
-            torch.cuda.current_stream().cuda_stream,
-        )
-        return y
-
-    first = _C.SpmmPlan(problem, _C.SpmmAlgorithm())
-    ids = _tuner.algorithm_ids(bfloat16, 0, first.algorithm_count)
-    others = {}
-    for id_ in ids:
-        try:
-            alone = _C.SpmmPlan(problem, _C.SpmmAlgorithm(id_))
-        except RuntimeError:
-            with pytest.raises(RuntimeError, match="cuSPARSELt"):
-                first.with_id(id_)
-        else:
-            others[id_] = alone, first.with_id(id_)
-    assert len(others) == 1 or len(others) > 5
-    with pytest.raises(RuntimeError, match=r"cuSPARSELt (algorithm id|plan)"):
-        first.with_id(first.algorithm_count)
-    expected = product(_C.SpmmPlan(problem, _C.SpmmAlgorithm()))
-    torch.testing.assert_close(expected, F.linear(x, o.dense, o.bias), rtol=2e-2, atol=0.5)
-    for alone, shared in others.values():
-        assert shared.workspace_bytes == alone.workspace_bytes
-        assert torch.equal(product(shared), product(alone))
-    assert torch.equal(product(first), expected)
-    del first
-    _, last = others.popitem()[1]
-    others.clear()
-    torch.testing.assert_close(product(last), expected, rtol=2e-2, atol=0.5)
 
 
 @pytest.mark.gpu

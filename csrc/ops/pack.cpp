@@ -72,6 +72,8 @@ void write_by_library(const char* op, const Tensor& bitmask, void* metadata, cud
     const auto scratch_room = static_cast<int64_t>(std::max<size_t>(scratch_bytes, 1));
     const Tensor compressed = torch::stable::new_empty(bitmask, {room});
     const Tensor scratch = torch::stable::new_empty(bitmask, {scratch_room});
+    // The library leaves gaps where no tile of its own ends with the weight
+    check_cuda(cudaMemsetAsync(compressed.mutable_data_ptr(), 0, bytes, stream), op);
     status = lt.SpMMACompress2(&handle, &weight, 1, cusparselt::kNonTranspose,
                                surrogate.const_data_ptr(), compressed.mutable_data_ptr(),
                                scratch.mutable_data_ptr(), stream);

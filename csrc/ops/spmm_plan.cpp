@@ -24,13 +24,19 @@ constexpr uint32_t kAlignment = 16;  // bytes
 
 // ---- one plan ------------------------------------------------------------------------------
 
-SpmmDescription::SpmmDescription(const cusparselt::Handle& handle, const SpmmProblem& problem)
-    : SpmmDescription(Unmade{}, handle, problem) {
+SpmmPlan::SpmmPlan(const cusparselt::Handle& handle, const SpmmProblem& problem,
+                   const SpmmAlgorithm& algorithm)
+    : SpmmPlan(Unmade{}, handle, problem, algorithm) {
   // From here on the destructor runs if something is refused
   const auto& lt = cusparselt::api();
   const auto made = [this](int status, const char* what) {
     cusparselt::check(status, kOp, what);
     ++initialised_;
+  };
+  const auto set = [&](cusparselt::AlgAttribute attribute, int value, const char* what) {
+    cusparselt::check(
+        lt.MatmulAlgSetAttribute(&handle_, &selection_, attribute, &value, sizeof(value)), kOp,
+        what);
   };
   const cudaDataType type = problem.bfloat16 != 0 ? CUDA_R_16BF : CUDA_R_16F;
 
@@ -52,88 +58,58 @@ SpmmDescription::SpmmDescription(const cusparselt::Handle& handle, const SpmmPro
     set_bias(&handle_);
   }
   made(lt.MatmulAlgSelectionInit(&handle_, &selection_, &matmul_, 0), "algorithm selection");
+  if (algorithm.id != 0) {
+    set(cusparselt::kConfigId, algorithm.id, "algorithm id");
+  }
+  if (algorithm.split_k != 1) {
+    set(cusparselt::kSplitK, algorithm.split_k, "split-k");
+  }
+  if (algorithm.split_k_mode != 0) {
+    set(cusparselt::kSplitKMode, algorithm.split_k_mode, "split-k mode");
+  }
+  made(lt.MatmulPlanInit(&handle_, &plan_, &matmul_, &selection_), "plan");
+  cusparselt::check(lt.MatmulGetWorkspace(&handle_, &plan_, &workspace_bytes_), kOp,
+                    "workspace size");
 }
 
-SpmmDescription::SpmmDescription(Unmade, const cusparselt::Handle& handle,
-                                 const SpmmProblem& problem)
-    : handle_(handle), problem_(problem) {}
+SpmmPlan::SpmmPlan(Unmade, const cusparselt::Handle& handle, const SpmmProblem& problem,
+                   const SpmmAlgorithm& algorithm)
+    : handle_(handle), problem_(problem), algorithm_(algorithm) {}
 
-SpmmDescription::~SpmmDescription() {
+SpmmPlan::~SpmmPlan() {
   // Statuses are of no use here: nothing can be done about them.
   const auto& lt = cusparselt::api();
+  if (initialised_ > 5) lt.MatmulPlanDestroy(&plan_);
   if (initialised_ > 4) lt.MatmulAlgSelectionDestroy(&selection_);
   if (initialised_ > 2) lt.MatDescriptorDestroy(&d_);
   if (initialised_ > 1) lt.MatDescriptorDestroy(&b_);
   if (initialised_ > 0) lt.MatDescriptorDestroy(&a_);
 }
 
-void SpmmDescription::set_bias(const void* bias) {
+void SpmmPlan::set_bias(const void* bias) {
   cusparselt::check(cusparselt::api().MatmulDescSetAttribute(
                         &handle_, &matmul_, cusparselt::kBiasPointer, &bias, sizeof(bias)),
                     kOp, "bias");
 }
 
-void SpmmDescription::select(cusparselt::AlgAttribute attribute, int value, const char* what) {
-  cusparselt::check(cusparselt::api().MatmulAlgSetAttribute(&handle_, &selection_, attribute,
-                                                            &value, sizeof(value)),
-                    kOp, what);
+void SpmmPlan::run(const SpmmOperands& operands, cudaStream_t stream) {
+  if (problem_.bias != 0) {
+    set_bias(operands.bias);
+  }
+  const float alpha = 1.0f;
+  const float beta = problem_.accumulate != 0 ? 1.0f : 0.0f;
+  cusparselt::check(
+      cusparselt::api().Matmul(&handle_, &plan_, &alpha, operands.packed, operands.x, &beta,
+                               operands.y, operands.y, operands.workspace, &stream, 1),
+      kOp, "product");
 }
 
-int32_t SpmmDescription::algorithm_count() const {
+int32_t SpmmPlan::algorithm_count() const {
   int count = 0;
   cusparselt::check(cusparselt::api().MatmulAlgGetAttribute(
                         &handle_, &selection_, cusparselt::kConfigMaxId, &count, sizeof(count)),
                     kOp, "number of algorithms");
   return count;
-}
-
-SpmmPlan::SpmmPlan(const cusparselt::Handle& handle, const SpmmProblem& problem,
-                   const SpmmAlgorithm& algorithm)
-    : description_(std::make_shared<SpmmDescription>(handle, problem)), algorithm_(algorithm) {
-  if (algorithm.id != 0) {
-    description_->select(cusparselt::kConfigId, algorithm.id, "algorithm id");
-  }
-  if (algorithm.split_k != 1) {
-    description_->select(cusparselt::kSplitK, algorithm.split_k, "split-k");
-  }
-  if (algorithm.split_k_mode != 0) {
-    description_->select(cusparselt::kSplitKMode, algorithm.split_k_mode, "split-k mode");
-  }
-  initialise();
-}
-
-SpmmPlan::SpmmPlan(const SpmmPlan& other, int32_t id)
-    : description_(other.description_), algorithm_(other.algorithm_) {
-  algorithm_.id = id;
-  description_->select(cusparselt::kConfigId, id, "algorithm id");
-  initialise();
-}
-
-void SpmmPlan::initialise() {
-  const auto& lt = cusparselt::api();
-  const SpmmDescription& of = *description_;
-  cusparselt::check(lt.MatmulPlanInit(&of.handle_, &plan_, &of.matmul_, &of.selection_), kOp,
-                    "plan");
-  const int status = lt.MatmulGetWorkspace(&of.handle_, &plan_, &workspace_bytes_);
-  if (status != 0) {
-    lt.MatmulPlanDestroy(&plan_);
-  }
-  cusparselt::check(status, kOp, "workspace size");
-}
-
-SpmmPlan::~SpmmPlan() { cusparselt::api().MatmulPlanDestroy(&plan_); }
-
-void SpmmPlan::run(const SpmmOperands& operands, cudaStream_t stream) {
-  const SpmmProblem& problem = description_->problem_;
-  if (problem.bias != 0) {
-    description_->set_bias(operands.bias);
-  }
-  const float alpha = 1.0f;
-  const float beta = problem.accumulate != 0 ? 1.0f : 0.0f;
-  cusparselt::check(
-      cusparselt::api().Matmul(&description_->handle_, &plan_, &alpha, operands.packed, operands.x,
-                               &beta, operands.y, operands.y, operands.workspace, &stream, 1),
-      kOp, "product");
 }
 
 // ---- the cache -----------------------------------------------------------------------------
@@ -314,12 +290,6 @@ SpmmPlan* make(const SpmmProblem& problem, const SpmmAlgorithm& algorithm, char*
   return plan;
 }
 
-SpmmPlan* with_id(const SpmmPlan* other, int32_t id, char* error) {
-  SpmmPlan* plan = nullptr;
-  guarded(error, [&] { plan = new SpmmPlan(*other, id); });
-  return plan;
-}
-
 bool run(SpmmPlan* plan, const SpmmOperands& operands, cudaStream_t stream, char* error) {
   return guarded(error, [&] { plan->run(operands, stream); });
 }
@@ -343,7 +313,6 @@ const slope::SpmmCacheApi* slope_spmm_cache_api() {
       .metadata_writer = slope::metadata_writer,
       .native_runs = slope::spmm_sm90_runs,
       .make = slope::make,
-      .with_id = slope::with_id,
       .run = slope::run,
       .workspace_bytes =
           [](const slope::SpmmPlan* plan) { return static_cast<int64_t>(plan->workspace_bytes()); },

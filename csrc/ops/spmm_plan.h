@@ -56,56 +56,35 @@ struct SpmmOperands {
   void* workspace;
 };
 
-// A problem as the library holds it: the matrices, the product, and the algorithm that the next plan
-// is to take. Making one takes cuSPARSELt 0.8 0.2 s in fp16, a plan of it some microseconds.
-class SpmmDescription {
- public:
-  // Raises RuntimeError where the library refuses the problem.
-  SpmmDescription(const cusparselt::Handle& handle, const SpmmProblem& problem);
-  ~SpmmDescription();
-  SpmmDescription(const SpmmDescription&) = delete;
-  SpmmDescription& operator=(const SpmmDescription&) = delete;
-
-  int32_t algorithm_count() const;  // ids are 0 .. count - 1
-
- private:
-  friend class SpmmPlan;
-  struct Unmade {};
-  SpmmDescription(Unmade, const cusparselt::Handle& handle, const SpmmProblem& problem);
-  void set_bias(const void* bias);
-  void select(cusparselt::AlgAttribute attribute, int value, const char* what);
-
-  const cusparselt::Handle& handle_;
-  const SpmmProblem problem_;
-  cusparselt::MatDescriptor a_, b_, d_;
-  cusparselt::MatmulDescriptor matmul_;
-  cusparselt::AlgSelection selection_;
-  int initialised_ = 0;  // structs to destroy, in the order of their making
-};
-
 class SpmmPlan {
  public:
   // Raises RuntimeError where the library refuses the problem or the algorithm.
   SpmmPlan(const cusparselt::Handle& handle, const SpmmProblem& problem,
            const SpmmAlgorithm& algorithm);
-  // As another, but for the id. Both use one description; the other keeps its algorithm.
-  SpmmPlan(const SpmmPlan& other, int32_t id);
   ~SpmmPlan();
   SpmmPlan(const SpmmPlan&) = delete;
   SpmmPlan& operator=(const SpmmPlan&) = delete;
 
   void run(const SpmmOperands& operands, cudaStream_t stream);
   size_t workspace_bytes() const { return workspace_bytes_; }
-  int32_t algorithm_count() const { return description_->algorithm_count(); }
+  int32_t algorithm_count() const;  // ids are 0 .. count - 1
   const SpmmAlgorithm& algorithm() const { return algorithm_; }
 
  private:
-  void initialise();
+  struct Unmade {};
+  SpmmPlan(Unmade, const cusparselt::Handle& handle, const SpmmProblem& problem,
+           const SpmmAlgorithm& algorithm);
+  void set_bias(const void* bias);
 
-  const std::shared_ptr<SpmmDescription> description_;
-  SpmmAlgorithm algorithm_;
+  const cusparselt::Handle& handle_;
+  const SpmmProblem problem_;
+  const SpmmAlgorithm algorithm_;
+  cusparselt::MatDescriptor a_, b_, d_;
+  cusparselt::MatmulDescriptor matmul_;
+  cusparselt::AlgSelection selection_;
   cusparselt::Plan plan_;
   size_t workspace_bytes_ = 0;
+  int initialised_ = 0;  // structs to destroy, in the order of their making
 };
 
 // This thread's handle for the current device, whose ordinal is `device`.
@@ -148,7 +127,6 @@ struct SpmmCacheApi {
   bool (*native_runs)(int device);     // ops/spmm_sm90.h
   // A plan outside of the cache, for a tuner.
   SpmmPlan* (*make)(const SpmmProblem& problem, const SpmmAlgorithm& algorithm, char* error);
-  SpmmPlan* (*with_id)(const SpmmPlan* other, int32_t id, char* error);
   bool (*run)(SpmmPlan* plan, const SpmmOperands& operands, cudaStream_t stream, char* error);
   int64_t (*workspace_bytes)(const SpmmPlan* plan);
   bool (*algorithm_count)(const SpmmPlan* plan, int32_t& count, char* error);
