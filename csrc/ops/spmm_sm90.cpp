@@ -56,8 +56,12 @@ constexpr std::array<Tile, 18> kTiles{{
     tile_of<128, 64, 10, 1, 3>(0.222, 0.0, 1.2),
     tile_of<128, 64, 10, 1, 4>(0.222, 0.0, 2.8),
 }};
-constexpr double kLateStartUs = 1.4;   // of a kernel that waits for the one before it to end
-constexpr double kSplitUs = 8.0;       // two kernels of a product rather than one; of 55 products
+constexpr double kLateStartUs = 1.4;  // of a kernel that waits for the one before it to end
+// Of a product in two kernels, by a fit to 119 in rows of launches and 6 in bursts
+constexpr double kSplitUs = 4.0;       // for having two
+constexpr double kSplitGain = 0.02;    // of one kernel's time, at least: the times err by as much
+constexpr int kNarrowTokens = 128;     // of tiles whose stages take longer in the second kernel,
+constexpr double kNarrowRest = 0.35;   // by this part for each further segment
 constexpr double kSplitFromUs = 30.0;  // products that take less stay whole: the search takes some
 
 constexpr int kElementBytes = 2;
@@ -207,7 +211,8 @@ bool may_start_early(int64_t blocks, int processors) {
   return 2 * blocks <= processors || 4 * blocks >= 3 * int64_t{processors};
 }
 
-Cut cut_of(int index, const SpmmSm90Params& params, int64_t rows, int processors) {
+Cut cut_of(int index, const SpmmSm90Params& params, int64_t rows, int processors,
+           bool is_rest = false) {
   const Tile& tile = kTiles[index];
   const int64_t row_tiles = ceil_div(rows, int64_t{tile.rows} * tile.cluster);
   const int64_t token_tiles = ceil_div(params.tokens, tile.tokens);
@@ -233,15 +238,18 @@ Cut cut_of(int index, const SpmmSm90Params& params, int64_t rows, int processors
   const int64_t segment = ceil_div(quads, tile.segments) * (kSm90QuadColumns / kSm90TileColumns);
   const auto stages = static_cast<double>((in_segments ? std::min(k_tiles, segment) : k_tiles) +
                                           ceil_div(params.rank, kSm90TailTileColumns));
-  cut.time = rounds * stages * tile.stage_us + (rounds - 1) * tile.next_us + tile.sum_us +
+  const double stage_us =
+      tile.stage_us *
+      (is_rest && tile.tokens <= kNarrowTokens ? 1.0 + kNarrowRest * (tile.segments - 1) : 1.0);
+  cut.time = rounds * stages * stage_us + (rounds - 1) * tile.next_us + tile.sum_us +
              (cut.starts_early ? 0.0 : kLateStartUs);
   return cut;
 }
 
-Cut fastest_cut(const SpmmSm90Params& params, int64_t rows, int processors) {
-  Cut best = cut_of(0, params, rows, processors);
+Cut fastest_cut(const SpmmSm90Params& params, int64_t rows, int processors, bool is_rest = false) {
+  Cut best = cut_of(0, params, rows, processors, is_rest);
   for (int index = 1; index < spmm_sm90_tile_count(); ++index) {
-    const Cut other = cut_of(index, params, rows, processors);
+    const Cut other = cut_of(index, params, rows, processors, is_rest);
     best = other.time < best.time ? other : best;
   }
   return best;
@@ -269,7 +277,7 @@ Split choose_split(const SpmmSm90Params& params, int processors) {
   if (best.first.time < kSplitFromUs) {
     return best;
   }
-  double time = best.first.time;
+  double time = best.first.time * (1.0 - kSplitGain);
   for (int index = 0; index < spmm_sm90_tile_count(); ++index) {
     const Tile& tile = kTiles[index];
     if (tile.segments > 1) {
@@ -289,7 +297,7 @@ Split choose_split(const SpmmSm90Params& params, int processors) {
     if (first.time + kSplitUs >= time) {
       continue;
     }
-    const Cut rest = fastest_cut(params, params.rows - first_rows, processors);
+    const Cut rest = fastest_cut(params, params.rows - first_rows, processors, true);
     if (const double both = first.time + kSplitUs + rest.time; both < time) {
       best = {first_rows, first, rest};
       time = both;
