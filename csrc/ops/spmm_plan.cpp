@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "common/cuda_check.h"
+#include "common/hash.h"
 #include "common/per_thread.h"
 #include "ops/pack_metadata.h"
 #include "ops/spmm_sm90.h"
@@ -118,15 +119,8 @@ namespace {
 
 struct HashProblem {
   size_t operator()(const SpmmProblem& problem) const {
-    uint64_t hash = 0;
-    for (const uint64_t part :
-         {static_cast<uint64_t>(problem.rows), static_cast<uint64_t>(problem.columns),
-          static_cast<uint64_t>(problem.tokens),
-          static_cast<uint64_t>(problem.bfloat16 | problem.bias << 1 | problem.accumulate << 2)}) {
-      hash = (hash ^ part) * 0x9e3779b97f4a7c15u;
-      hash ^= hash >> 32;
-    }
-    return hash;
+    return hash_of({problem.rows, problem.columns, problem.tokens,
+                    problem.bfloat16 | problem.bias << 1 | problem.accumulate << 2});
   }
 };
 

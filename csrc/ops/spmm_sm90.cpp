@@ -9,6 +9,7 @@
 #include <limits>
 #include <utility>
 
+#include "common/hash.h"
 #include "common/round_up.h"
 #include "ops/spmm_sm90_args.h"
 
@@ -58,14 +59,14 @@ constexpr std::array<Tile, 18> kTiles{{
 }};
 constexpr double kLateStartUs = 1.4;  // of a kernel that waits for the one before it to end
 // Of a product in two kernels, by a fit to 119 in rows of launches and 6 in bursts
-constexpr double kSplitUs = 4.0;       // for having two
-constexpr double kSplitGain = 0.02;    // of one kernel's time, at least: the times err by as much
-constexpr int kNarrowTokens = 128;     // of tiles whose stages take longer in the second kernel,
-constexpr double kNarrowRest = 0.35;   // by this part for each further segment
-constexpr double kSplitFromUs = 30.0;  // products that take less stay whole: the search takes some
+constexpr double kSplitUs = 4.0;      // for having two
+constexpr double kSplitGain = 0.02;   // of one kernel's time, at least: the times err by as much
+constexpr int kNarrowTokens = 128;    // of tiles whose stages take longer in the second kernel,
+constexpr double kNarrowRest = 0.35;  // by this part for each further segment
 
 constexpr int kElementBytes = 2;
 constexpr int kDevices = 64;       // that are remembered
+constexpr int kRemembered = 256;   // choices of a thread
 constexpr int kRasterRows = 3072;  // of W that blocks work on at a time
 
 // ---- tensor maps ---------------------------------------------------------------------------
@@ -267,16 +268,8 @@ struct Split {
 //   36864 x 9216, 256 tokens    144 clusters of two tiles, 66 at once: three rounds
 //   rows     0 .. 33791         132 of them: two rounds
 //   rows 33792 .. 36863         48 tiles of 128 x 128, in two segments: a third of a round
-Split choose_split(const SpmmSm90Params& params, int processors) {
-  if (params.tile >= 0) {
-    const int64_t first_rows = params.first_rows > 0 ? params.first_rows : params.rows;
-    return {first_rows, cut_of(params.tile, params, first_rows, processors),
-            cut_of(params.rest_tile, params, params.rows - first_rows, processors)};
-  }
+Split fastest_split(const SpmmSm90Params& params, int processors) {
   Split best{params.rows, fastest_cut(params, params.rows, processors), {}};
-  if (best.first.time < kSplitFromUs) {
-    return best;
-  }
   double time = best.first.time * (1.0 - kSplitGain);
   for (int index = 0; index < spmm_sm90_tile_count(); ++index) {
     const Tile& tile = kTiles[index];
@@ -304,6 +297,37 @@ Split choose_split(const SpmmSm90Params& params, int processors) {
     }
   }
   return best;
+}
+
+// What fastest_split() depends on, for a device.
+struct Sizes {
+  int device = -1;
+  int64_t rows = 0, columns = 0, tokens = 0, rank = 0;
+
+  bool operator==(const Sizes&) const = default;
+};
+
+// The split that was asked for, else the fastest, which a thread remembers.
+Split choose_split(const SpmmSm90Params& params, int processors) {
+  if (params.tile >= 0) {
+    const int64_t first_rows = params.first_rows > 0 ? params.first_rows : params.rows;
+    return {first_rows, cut_of(params.tile, params, first_rows, processors),
+            cut_of(params.rest_tile, params, params.rows - first_rows, processors)};
+  }
+  struct Known {
+    Sizes sizes;
+    Split split;
+  };
+  static thread_local std::array<Known, kRemembered> known{};
+
+  const Sizes sizes{params.device, params.rows, params.columns, params.tokens, params.rank};
+  const uint64_t hash =
+      hash_of({sizes.device, sizes.rows, sizes.columns, sizes.tokens, sizes.rank});
+  Known& place = known[hash % kRemembered];
+  if (place.sizes != sizes) {
+    place = {sizes, fastest_split(params, processors)};
+  }
+  return place.split;
 }
 
 // ---- checks ----------------------------------------------------------------------------------
