@@ -36,6 +36,7 @@ from slope_ext.ops.spmm import Backend
 
 SHAPES = 24
 ODD_SHAPES = [(80, 48), (40, 136)]  # that plans alone take, and neither
+LARGE_SHAPE = (17408, 1024)  # 256 tokens: the product in two kernels; dW in chunks on two streams
 PLANS_IN_FP16 = 2  # shapes; cuSPARSELt takes 0.2 s for each product, of each thread
 TOKENS = [1, 7, 8, 16, 33, 64, 100, 256]
 PHASES = 5
@@ -272,7 +273,8 @@ def make_cases() -> list[Case]:
     """All layers; a backend that does not take a shape, forward and backward, is left out."""
     device = torch.device("cuda", torch.cuda.current_device())
     draw = random.Random(0).randint
-    shapes = [(16 * draw(1, 96), 32 * draw(1, 48)) for _ in range(SHAPES)] + ODD_SHAPES
+    shapes = [(16 * draw(1, 96), 32 * draw(1, 48)) for _ in range(SHAPES)]
+    shapes += [*ODD_SHAPES, LARGE_SHAPE]
     cases = []
     for number, (rows, columns) in enumerate(shapes):
         for dtype in (torch.bfloat16, torch.float16):

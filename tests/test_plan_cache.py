@@ -287,6 +287,47 @@ def test_shipped_tables_lie_under_the_users_own():
     assert {e.tokens: e.id for e in found} == {8: 5, 16: 2}
 
 
+@pytest.mark.parametrize(
+    ("factor", "right"), [(1.0, True), (1.004, True), (1.01, False), (math.nan, False)]
+)
+def test_results_off_everywhere_by_little_are_wrong(factor, right):
+    """None of the elements is 2 % of the largest off."""
+    job = object.__new__(_tuner._Sweep)
+    job.before, job.expected, job.y = float("nan"), torch.randn(64, 96), torch.empty(64, 96)
+    job.norm, job.largest = job.expected.norm(), job.expected.abs().amax()
+    trial = _tuner._Trial(None, lambda: job.y.copy_(job.expected * factor))
+    assert job._is_right(trial) == right
+
+
+class Job:
+    """What a sweep does on the GPU, of algorithms that take so long."""
+
+    def __init__(self, seconds, launches):
+        self.seconds, self.launches, self.timed = seconds, launches, []
+
+    def trial(self, algorithm):
+        return None if algorithm == "wrong" else _tuner._Trial(algorithm, lambda: None)
+
+    def time(self, trials, turns, launches=None):
+        self.timed.append(([t.algorithm for t in trials], turns, launches or self.launches))
+        for trial in trials:
+            trial.samples += [self.seconds[trial.algorithm]] * turns
+
+
+@pytest.mark.parametrize("launches", [1, 5])
+def test_one_launch_of_a_long_product_tells_what_is_worth_a_row(launches):
+    job = Job({"a": 1.0, "b": 1.29, "c": 1.31}, launches)
+    trials = _tuner._timed(job, ["a", "wrong", "b", "c"])
+    assert [t.algorithm for t in trials] == ["a", "b", "c"]
+    if launches == 1:
+        assert job.timed == [(["a", "b", "c"], 2, 1)]
+        assert not any(t.far for t in trials)
+    else:
+        assert job.timed == [(["a", "b", "c"], 1, 1), (["a", "b"], 1, 5)]
+        assert [t.far for t in trials] == [False, False, True]
+        assert [t.samples for t in trials] == [[1.0], [1.29], [1.31]]
+
+
 def test_large_products_are_timed_in_rows():
     assert _tuner.launches(90 << 20, 50 << 20, 10**9) == 1
     assert _tuner.launches(110 << 20, 50 << 20, 2 * 4096**3) == 7
