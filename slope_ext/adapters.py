@@ -6,12 +6,14 @@ Source: arXiv 2405.16325, section 3.2.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from slope_ext import _freshness
 from slope_ext.sparse_layer import named_sparse_layers, qualified_name
 
 _NAMES = "param_names"  # what torch's optimizers call parameters that were given with names
@@ -28,6 +30,9 @@ class LazyAdapters:
     To resume, load this object's state before the optimizer's, or the model's before that: either
     adds the adapters if the checkpoint was past the switch, so that the rest fits. What was made
     for the model's parameters before (an AveragedModel, say) must be made anew after the switch.
+
+    A step captured into a CUDA graph before the switch goes on without the adapters: capture it
+    anew then; the switch warns of it.
 
     With DistributedDataParallel pass the module inside, and wrap it again after the step that
     returns True: DDP reduces only the parameters that it saw when it wrapped.
@@ -129,6 +134,12 @@ class LazyAdapters:
                     if _NAMES in group:
                         group[_NAMES].append(qualified_name(name, factor))
         self.active = True
+        if _freshness.step_was_captured():
+            warnings.warn(
+                "LazyAdapters: a step was captured into a CUDA graph before the adapters were "
+                "there; capture it anew, its replays do not train them",
+                stacklevel=3,
+            )
 
     def _before_optimizer_loads(
         self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]

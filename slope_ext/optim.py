@@ -28,6 +28,9 @@ _TRANSPOSED_MASK = "transposed_mask"
 _DECOUPLED = "decoupled_weight_decay"
 
 
+_RATES = ("lr", "eps", "weight_decay")
+
+
 class _Clipping(NamedTuple):
     norm: Tensor  # of all gradients
     max_norm: float
@@ -131,12 +134,7 @@ class AdamW(torch.optim.Optimizer):
         _require_our_algorithm(options)
         if options["half_moments"] and options["master_weights"]:
             raise ValueError("AdamW: half_moments must be False with master_weights")
-        for name in ("lr", "eps", "weight_decay"):
-            value = options[name]
-            if not 0 <= _number(value) < math.inf:
-                raise ValueError(
-                    f"AdamW: {name} must be a number, finite and not negative, got {value!r}"
-                )
+        _require_rates(options, tensors=True)
         interval = options["mask_interval"]
         if not isinstance(interval, Integral) or isinstance(interval, bool) or interval < 0:
             raise ValueError(f"AdamW: mask_interval must be an int from 0 on, got {interval!r}")
@@ -146,7 +144,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas!r}")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("lr", "eps", "weight_decay"):  # plain ones: checkpoints take no NumPy scalars
+        for name in _RATES:  # plain ones: checkpoints take no NumPy scalars
             group[name] = (
                 options[name] if isinstance(options[name], Tensor) else float(options[name])
             )
@@ -221,14 +219,19 @@ class AdamW(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; returns the closure's loss, if any.
 
         Raises:
-            RuntimeError: a gradient is sparse, a parameter's dtype is not that of its state any
-                more, clipping is of some gradients only, or a CUDA graph holds one of clipping and
-                step. No parameter has changed then.
+            RuntimeError: a gradient is sparse or of another dtype than its parameter, that is not
+                the dtype of its state any more, clipping is of some gradients only, or a CUDA graph
+                holds one of clipping and step.
+            ValueError: an option of a group was set to what is out of range.
+
+        Nothing has changed and nothing counted then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            _require_rates(group, tensors=False)  # to look would wait for the GPU
         self._check_parameters()
         self._follow_gradients()
         _freshness.count_optimizer_step()
@@ -247,6 +250,11 @@ class AdamW(torch.optim.Optimizer):
                 continue
             if param.grad.is_sparse:
                 raise RuntimeError("AdamW: sparse gradients are not supported; use sparse=False")
+            if param.grad.dtype != param.dtype:
+                raise RuntimeError(
+                    f"AdamW: the gradient of a {dtype_name(param.dtype)} parameter is "
+                    f"{dtype_name(param.grad.dtype)}; it must be of the parameter's dtype"
+                )
             state = self.state.get(param, {})
             moments = state["exp_avg"].dtype if state else param.dtype
             if moments not in (param.dtype, torch.float32) or (
@@ -477,6 +485,18 @@ def _number(value: Any) -> float:
         return float(value) if isinstance(value, Real) else math.nan
     except OverflowError:  # of an int
         return math.inf
+
+
+def _require_rates(options: dict[str, Any], *, tensors: bool) -> None:
+    """Raises where a rate is none; those that are tensors are looked at only if so asked."""
+    for name in _RATES:
+        value = options[name]
+        if isinstance(value, Tensor) and not tensors:
+            continue
+        if not 0 <= _number(value) < math.inf:
+            raise ValueError(
+                f"AdamW: {name} must be a number, finite and not negative, got {value!r}"
+            )
 
 
 def _require_our_algorithm(options: dict[str, Any]) -> None:

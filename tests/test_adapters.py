@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import slope_ext as slope
+from slope_ext import _freshness
 
 
 def make_model(seed=0):
@@ -277,3 +278,13 @@ def test_optimizers_that_deal_out_parameters_are_refused():
     with pytest.raises(ValueError, match="must not be a ZeroRedundancyOptimizer"):
         slope.LazyAdapters(model, opt, rank=2, total_steps=4)
     assert len(opt.param_groups) == 1
+
+
+def test_switch_warns_of_a_captured_step(monkeypatch):
+    layer = slope.SLoPeLinear(16, 16)
+    optimizer = slope.optim.AdamW(layer.parameters())
+    adapters = slope.LazyAdapters(layer, optimizer, rank=2, total_steps=2, fraction=0.5)
+    assert not adapters.step()
+    monkeypatch.setattr(_freshness, "_step_was_captured", True)
+    with pytest.warns(UserWarning, match="captured into a CUDA graph before the adapters"):
+        assert adapters.step()

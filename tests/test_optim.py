@@ -951,6 +951,31 @@ def test_parameters_that_became_wide_are_refused_before_anything_counts(options)
     assert optimizer.param_groups[0]["mask_step"] == 1
 
 
+@pytest.mark.parametrize("fault", ["grad_dtype", "lr"])
+def test_a_step_that_cannot_be_is_refused_before_anything_counts(fault):
+    layers = [slope.SLoPeLinear(16, 16, bias=False, dtype=torch.bfloat16) for _ in range(2)]
+    groups = [{"params": [layer.weight]} for layer in layers]
+    optimizer = slope.optim.AdamW(groups, lr=0.1)
+    if fault == "grad_dtype":
+        if not hasattr(torch.Tensor, "grad_dtype"):
+            pytest.skip("gradients are of the parameter's dtype here")
+        layers[1].weight.grad_dtype = torch.float32
+        kind, message = RuntimeError, "the gradient of a bfloat16 parameter is float32"
+    else:
+        optimizer.param_groups[1]["lr"] = float("nan")
+        kind, message = ValueError, "lr must be a number, finite and not negative, got nan"
+    for layer in layers:
+        dtype = getattr(layer.weight, "grad_dtype", torch.bfloat16)
+        layer.weight.grad = torch.ones_like(layer.weight, dtype=dtype)
+    before = [layer.weight.detach().clone() for layer in layers]
+    with pytest.raises(kind, match=message):
+        optimizer.step()
+    for layer, weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.weight, weight)
+    assert not optimizer.state
+    assert [group["mask_step"] for group in optimizer.param_groups] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
