@@ -7,6 +7,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "ops/spmm_sm90_choice.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -20,6 +22,26 @@ py::dict build_info() {
   info["torch_target"] = SLOPE_TORCH_TARGET;
   info["compiler"] = SLOPE_COMPILER;
   return info;
+}
+
+// What the own product for Hopper would choose for a device with so many multiprocessors and room
+// for so many clusters of each tile: tile, first_rows and rest_tile of SpmmSm90Params.
+std::tuple<int, int64_t, int> spmm_sm90_choice(
+    int64_t tokens, int64_t rows, int64_t columns, int processors,
+    const std::array<int, slope::kSm90Tiles.size()>& clusters) {
+  const slope::Sm90Split split = slope::sm90_split({rows, columns, tokens}, {processors, clusters});
+  const bool whole = split.first_rows == rows;
+  return {split.first.tile, whole ? 0 : split.first_rows, whole ? 0 : split.rest.tile};
+}
+
+void bind_choice(py::module_& m) {
+  py::list tiles;
+  for (const slope::Sm90Tile& tile : slope::kSm90Tiles) {
+    tiles.append(py::make_tuple(tile.rows, tile.tokens, tile.segments));
+  }
+  m.attr("SPMM_SM90_TILES") = tiles;
+  m.def("spmm_sm90_choice", &spmm_sm90_choice, py::arg("tokens"), py::arg("rows"),
+        py::arg("columns"), py::kw_only(), py::arg("processors"), py::arg("clusters"));
 }
 
 }  // namespace
@@ -196,10 +218,11 @@ void bind_plan_cache(py::module_& m) {
 #endif  // USE_CUDA
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts of slope_ext, and its plan cache where CUDA is built.";
+  m.doc() = "Build facts of slope_ext, how the own product chooses, the plan cache of CUDA builds.";
   m.def("build_info", &build_info,
         "Facts of this build: dict with str values for cuda, cuda_archs (comma-separated), "
         "torch_headers, torch_target and compiler; empty strings where CUDA was left out.");
+  bind_choice(m);
 #ifdef USE_CUDA
   bind_plan_cache(m);
 #endif

@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_ext import _library
+from slope_ext import _C, _library
 from slope_ext._check import ACTIVATIONS
 from slope_ext.ops.spmm import Activation
 
-# rows of W, tokens, segments of W's columns; kTiles of csrc/ops/spmm_sm90.cpp
-TILES = [
-    *((256, 192, 1), (256, 176, 1), (256, 168, 1), (256, 160, 1), (256, 152, 1), (256, 128, 1)),
-    *((128, 256, 1), (128, 256, 2), (128, 192, 1), (128, 192, 2)),
-    *((128, 128, 1), (128, 128, 2), (128, 128, 3), (128, 128, 4)),
-    *((128, 64, 1), (128, 64, 2), (128, 64, 3), (128, 64, 4)),
-]
+# rows of W, tokens, segments of W's columns
+TILES = _C.SPMM_SM90_TILES
 
 
 class _Params(ctypes.Structure):
@@ -113,9 +108,12 @@ def launcher(
     return launch
 
 
-def chosen(tokens: int, rows: int, columns: int, *, rank: int = 0, device: int = 0) -> Choice:
+def chosen(tokens: int, rows: int, columns: int, *, device: int = 0) -> Choice:
     """What the op would choose for a product."""
-    params = _Params(tokens=tokens, rows=rows, columns=columns, rank=rank, tile=-1, device=device)
-    if (status := _library_file().slope_spmm_sm90_choose(ctypes.byref(params))) != 0:
+    params = _Params(tokens=tokens, rows=rows, columns=columns, tile=-1, device=device)
+    choose = _library_file().slope_spmm_sm90_choose
+    with torch.cuda.device(device):
+        status = choose(ctypes.byref(params))
+    if status != 0:
         raise RuntimeError(f"spmm_sm90: CUDA error {status}")
     return Choice(params.tile, params.first_rows, params.rest_tile)

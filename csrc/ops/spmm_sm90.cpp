@@ -1,68 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Host side of spmm_sm90: which tile, tensor maps, launch. No torch header.
+// Host side of spmm_sm90: what a device has room for, tensor maps, launch. No torch header.
 #include "ops/spmm_sm90.h"
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <limits>
+#include <mutex>
 #include <utility>
 
 #include "common/hash.h"
 #include "common/round_up.h"
 #include "ops/spmm_sm90_args.h"
+#include "ops/spmm_sm90_choice.h"
 
 namespace slope {
 namespace {
 
-struct Tile {
-  int rows, tokens, cluster, segments;
-  double stage_us;  // of a stage, with all blocks at work
-  double next_us;   // what a further tile of a block adds beside its stages, without segments
-  double sum_us;    // to add up segments
+struct Kernel {
   decltype(&SpmmSm90Tile<256, 192, 4, 2, 1>::launch) launch;
   decltype(&SpmmSm90Tile<256, 192, 4, 2, 1>::clusters_at_once) clusters_at_once;
 };
 
-template <int kRows, int kTokens, int kStages, int kCluster, int kSegments = 1>
-constexpr Tile tile_of(double stage_us, double next_us, double sum_us = 0.0) {
-  using Kernel = SpmmSm90Tile<kRows, kTokens, kStages, kCluster, kSegments>;
-  return {kRows,     kTokens,         kCluster,
-          kSegments, stage_us,        next_us,
-          sum_us,    &Kernel::launch, &Kernel::clusters_at_once};
+template <size_t kIndex>
+constexpr Kernel kernel_of() {
+  constexpr Sm90Tile kTile = kSm90Tiles[kIndex];
+  using Of = SpmmSm90Tile<kTile.rows, kTile.tokens, kTile.stages, kTile.cluster, kTile.segments>;
+  return {&Of::launch, &Of::clusters_at_once};
 }
 
-// Times by a fit to products of 16 shapes with 1 to 8192 tokens on an H200, in bursts and at the
-// power limit (tiles of 64 tokens and three segments: 10 shapes with 8 to 256 tokens; tiles of
-// 128 x 192: 10 with 128 to 2048; 128 x 256 in two segments: 8 products); what counts is which tile
-// has the least.
-constexpr std::array<Tile, 18> kTiles{{
-    tile_of<256, 192, 4, 2>(0.661, 2.3),
-    tile_of<256, 176, 4, 2>(0.619, 2.0),
-    tile_of<256, 168, 4, 2>(0.583, 3.1),
-    tile_of<256, 160, 4, 2>(0.555, 2.7),
-    tile_of<256, 152, 4, 2>(0.542, 2.8),
-    tile_of<256, 128, 5, 2>(0.464, 2.4),
-    tile_of<128, 256, 4, 2>(0.435, 2.9),
-    tile_of<128, 256, 4, 1, 2>(0.454, 0.0, 6.6),
-    tile_of<128, 192, 5, 2>(0.338, 2.7),
-    tile_of<128, 192, 5, 1, 2>(0.318, 0.0, 5.4),
-    tile_of<128, 128, 6, 1>(0.264, 1.6),
-    tile_of<128, 128, 6, 1, 2>(0.254, 0.0, 1.2),
-    tile_of<128, 128, 6, 1, 3>(0.254, 0.0, 2.3),
-    tile_of<128, 128, 6, 1, 4>(0.260, 0.0, 2.4),
-    tile_of<128, 64, 10, 1>(0.222, 1.2),
-    tile_of<128, 64, 10, 1, 2>(0.222, 0.0, 0.3),
-    tile_of<128, 64, 10, 1, 3>(0.222, 0.0, 1.2),
-    tile_of<128, 64, 10, 1, 4>(0.222, 0.0, 2.8),
-}};
-constexpr double kLateStartUs = 1.4;  // of a kernel that waits for the one before it to end
-// Of a product in two kernels, by a fit to 119 in rows of launches and 6 in bursts
-constexpr double kSplitUs = 4.0;      // for having two
-constexpr double kSplitGain = 0.02;   // of one kernel's time, at least: the times err by as much
-constexpr int kNarrowTokens = 128;    // of tiles whose stages take longer in the second kernel,
-constexpr double kNarrowRest = 0.35;  // by this part for each further segment
+template <size_t... kIndices>
+constexpr std::array<Kernel, sizeof...(kIndices)> kernels_of(std::index_sequence<kIndices...>) {
+  return {kernel_of<kIndices>()...};
+}
+
+constexpr auto kKernels = kernels_of(std::make_index_sequence<kSm90Tiles.size()>());
 
 constexpr int kElementBytes = 2;
 constexpr int kDevices = 64;       // that are remembered
@@ -178,154 +151,70 @@ int processors_of(int device) {
   return remembered(known, device, [=] { return ask_processors(device); });
 }
 
-// Clusters of a tile that run at the same time. Those of two are pairs of multiprocessors that any
-// device has; how many larger ones there are depends on the chip.
-int clusters_at_once(int index, int device, int processors) {
-  const Tile& tile = kTiles[index];
+// Clusters of a tile that run at the same time on the current device. Those of two are pairs of
+// multiprocessors that any has; how many larger ones there are depends on the chip.
+int clusters_at_once(size_t index, int processors) {
+  const Sm90Tile& tile = kSm90Tiles[index];
   const int most = processors / (tile.cluster * tile.segments);
   if (tile.segments == 1) {
     return most;
   }
-  static std::array<std::array<std::atomic<int>, kDevices>, kTiles.size()> known{};
-  return remembered(known[index], device, [&] {
-    const int asked = tile.clusters_at_once();
-    return asked > 0 ? std::min(asked, most) : most * 15 / 16;
-  });
+  const int asked = kKernels[index].clusters_at_once();
+  return asked > 0 ? std::min(asked, most) : most * 15 / 16;
 }
 
-// ---- choice of the tile ------------------------------------------------------------------
-
-// How the product of some rows of W is cut into tiles, and the microseconds that it takes.
-struct Cut {
-  int tile;
-  int64_t row_tiles, token_tiles;  // those of a cluster are one
-  int64_t clusters;                // 0: the device cannot run them
-  bool starts_early;               // LaunchShape
-  double time;                     // infinite: not to be chosen
-};
-
-// Blocks that start early come first to multiprocessors that the kernel before leaves idle: of two
-// kernels with few blocks all, of two with many almost none. In between, from half to three
-// quarters of the multiprocessors, some do, and then the blocks crowd in one part of the GPU and
-// share the way to L2: up to 35 % longer, measured in rows of one product.
-bool may_start_early(int64_t blocks, int processors) {
-  return 2 * blocks <= processors || 4 * blocks >= 3 * int64_t{processors};
-}
-
-Cut cut_of(int index, const SpmmSm90Params& params, int64_t rows, int processors,
-           bool is_rest = false) {
-  const Tile& tile = kTiles[index];
-  const int64_t row_tiles = ceil_div(rows, int64_t{tile.rows} * tile.cluster);
-  const int64_t token_tiles = ceil_div(params.tokens, tile.tokens);
-  const int64_t tiles = row_tiles * token_tiles;
-  const int64_t at_once = clusters_at_once(index, params.device, processors);
-  Cut cut{index, row_tiles, token_tiles, 0, false, std::numeric_limits<double>::infinity()};
-  if (at_once == 0) {
-    return cut;
+Sm90Room ask_room(int processors) {
+  Sm90Room room{processors, {}};
+  for (size_t index = 0; index < kSm90Tiles.size(); ++index) {
+    room.clusters[index] = clusters_at_once(index, processors);
   }
-  // Every cluster takes as many tiles, one after the other, as the busiest has to. Those with
-  // segments take one, and where they come in several rounds, each starts anew: 5120 x 20480 with
-  // 256 tokens took 94 us in three of four segments, 73 us in one round without
-  const bool in_segments = tile.segments > 1;
-  const auto rounds = static_cast<double>(ceil_div(tiles, at_once));
-  cut.clusters = in_segments ? tiles : std::min(tiles, at_once);
-  cut.starts_early = may_start_early(cut.clusters * tile.cluster * tile.segments, processors);
-  if (in_segments && rounds > 1.0) {
-    return cut;
-  }
-
-  const int64_t k_tiles = ceil_div(params.columns, kSm90TileColumns);
-  const int64_t quads = ceil_div(params.columns, kSm90QuadColumns);
-  const int64_t segment = ceil_div(quads, tile.segments) * (kSm90QuadColumns / kSm90TileColumns);
-  const auto stages = static_cast<double>((in_segments ? std::min(k_tiles, segment) : k_tiles) +
-                                          ceil_div(params.rank, kSm90TailTileColumns));
-  const double stage_us =
-      tile.stage_us *
-      (is_rest && tile.tokens <= kNarrowTokens ? 1.0 + kNarrowRest * (tile.segments - 1) : 1.0);
-  cut.time = rounds * stages * stage_us + (rounds - 1) * tile.next_us + tile.sum_us +
-             (cut.starts_early ? 0.0 : kLateStartUs);
-  return cut;
+  return room;
 }
 
-Cut fastest_cut(const SpmmSm90Params& params, int64_t rows, int processors, bool is_rest = false) {
-  Cut best = cut_of(0, params, rows, processors, is_rest);
-  for (int index = 1; index < spmm_sm90_tile_count(); ++index) {
-    const Cut other = cut_of(index, params, rows, processors, is_rest);
-    best = other.time < best.time ? other : best;
+// Of the current device, which has so many multiprocessors.
+Sm90Room room_of(int device, int processors) {
+  if (device >= kDevices) {
+    return ask_room(processors);
   }
-  return best;
+  static std::array<std::once_flag, kDevices> asked;
+  static std::array<Sm90Room, kDevices> rooms;
+  std::call_once(asked[device], [&] { rooms[device] = ask_room(processors); });
+  return rooms[device];
 }
 
-// W's rows by one kernel, or the first by one and the rest by another.
-struct Split {
-  int64_t first_rows;
-  Cut first, rest;  // rest counts if there are more rows than the first
-};
+// ---- choice --------------------------------------------------------------------------------
 
-// One kernel, unless two do it sooner: one whose tiles fill every round, and one for what would be
-// a last round that leaves much of the GPU idle, with smaller tiles or in segments:
-//
-//   36864 x 9216, 256 tokens    144 clusters of two tiles, 66 at once: three rounds
-//   rows     0 .. 33791         132 of them: two rounds
-//   rows 33792 .. 36863         48 tiles of 128 x 128, in two segments: a third of a round
-Split fastest_split(const SpmmSm90Params& params, int processors) {
-  Split best{params.rows, fastest_cut(params, params.rows, processors), {}};
-  double time = best.first.time * (1.0 - kSplitGain);
-  for (int index = 0; index < spmm_sm90_tile_count(); ++index) {
-    const Tile& tile = kTiles[index];
-    if (tile.segments > 1) {
-      continue;
-    }
-    const Cut whole = cut_of(index, params, params.rows, processors);
-    if (whole.clusters == 0) {
-      continue;
-    }
-    const int64_t full_rounds = whole.row_tiles * whole.token_tiles / whole.clusters;
-    const int64_t row_tiles = full_rounds * whole.clusters / whole.token_tiles;
-    const int64_t first_rows = row_tiles * tile.rows * tile.cluster;
-    if (first_rows == 0 || first_rows >= params.rows) {
-      continue;
-    }
-    const Cut first = cut_of(index, params, first_rows, processors);
-    if (first.time + kSplitUs >= time) {
-      continue;
-    }
-    const Cut rest = fastest_cut(params, params.rows - first_rows, processors, true);
-    if (const double both = first.time + kSplitUs + rest.time; both < time) {
-      best = {first_rows, first, rest};
-      time = both;
-    }
-  }
-  return best;
-}
-
-// What fastest_split() depends on, for a device.
+// What the fastest split depends on.
 struct Sizes {
   int device = -1;
-  int64_t rows = 0, columns = 0, tokens = 0, rank = 0;
+  int64_t rows = 0, columns = 0, tokens = 0;
 
   bool operator==(const Sizes&) const = default;
 };
 
 // The split that was asked for, else the fastest, which a thread remembers.
-Split choose_split(const SpmmSm90Params& params, int processors) {
+Sm90Split choose_split(const SpmmSm90Params& params, int processors) {
+  const Sm90Product product{params.rows, params.columns, params.tokens};
   if (params.tile >= 0) {
+    const Sm90Room room = room_of(params.device, processors);
     const int64_t first_rows = params.first_rows > 0 ? params.first_rows : params.rows;
-    return {first_rows, cut_of(params.tile, params, first_rows, processors),
-            cut_of(params.rest_tile, params, params.rows - first_rows, processors)};
+    const auto rows = [&](int64_t count) {
+      return Sm90Product{count, product.columns, product.tokens};
+    };
+    return {first_rows, sm90_cut(params.tile, rows(first_rows), room),
+            sm90_cut(params.rest_tile, rows(params.rows - first_rows), room)};
   }
   struct Known {
     Sizes sizes;
-    Split split;
+    Sm90Split split;
   };
   static thread_local std::array<Known, kRemembered> known{};
 
-  const Sizes sizes{params.device, params.rows, params.columns, params.tokens, params.rank};
-  const uint64_t hash =
-      hash_of({sizes.device, sizes.rows, sizes.columns, sizes.tokens, sizes.rank});
-  Known& place = known[hash % kRemembered];
+  const Sizes sizes{params.device, params.rows, params.columns, params.tokens};
+  Known& place =
+      known[hash_of({sizes.device, sizes.rows, sizes.columns, sizes.tokens}) % kRemembered];
   if (place.sizes != sizes) {
-    place = {sizes, fastest_split(params, processors)};
+    place = {sizes, sm90_split(product, room_of(params.device, processors))};
   }
   return place.split;
 }
@@ -383,9 +272,9 @@ SpmmSm90Params part_of(const SpmmSm90Params& params, int64_t first, int64_t coun
 
 // Launches the kernel for the rows of W in `params`; rows of Y are `features` apart, not
 // contiguous.
-cudaError_t launch_cut(const SpmmSm90Params& params, const Cut& cut, int64_t features,
+cudaError_t launch_cut(const SpmmSm90Params& params, const Sm90Cut& cut, int64_t features,
                        cudaStream_t stream) {
-  const Tile& tile = kTiles[cut.tile];
+  const Sm90Tile& tile = kSm90Tiles[cut.tile];
   const int64_t tiles = cut.row_tiles * cut.token_tiles;
   if ((tiles + cut.clusters) * tile.segments > std::numeric_limits<int32_t>::max()) {
     return cudaErrorInvalidValue;
@@ -442,7 +331,7 @@ cudaError_t launch_cut(const SpmmSm90Params& params, const Cut& cut, int64_t fea
   args.last_height = make_divisor(static_cast<uint32_t>(last));
 
   const auto blocks = static_cast<unsigned>(cut.clusters * tile.cluster * tile.segments);
-  return tile.launch(args, params.kind, blocks, cut.starts_early, stream);
+  return kKernels[cut.tile].launch(args, params.kind, blocks, cut.starts_early, stream);
 }
 
 }  // namespace
@@ -451,7 +340,7 @@ cudaError_t launch_cut(const SpmmSm90Params& params, const Cut& cut, int64_t fea
 
 bool spmm_sm90_runs(int device) { return processors_of(device) > 0; }
 
-int spmm_sm90_tile_count() { return static_cast<int>(kTiles.size()); }
+int spmm_sm90_tile_count() { return static_cast<int>(kSm90Tiles.size()); }
 
 cudaError_t choose_spmm_sm90(SpmmSm90Params& params) {
   const int processors = processors_of(params.device);
@@ -461,7 +350,7 @@ cudaError_t choose_spmm_sm90(SpmmSm90Params& params) {
   if (processors == 0) {
     return cudaErrorNotSupported;
   }
-  const Split split = choose_split(params, processors);
+  const Sm90Split split = choose_split(params, processors);
   params.first_rows = split.first_rows < params.rows ? split.first_rows : 0;
   params.tile = split.first.tile;
   params.rest_tile = split.rest.tile;
@@ -483,7 +372,7 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
   if (processors == 0) {
     return cudaErrorNotSupported;
   }
-  const Split split = choose_split(params, processors);
+  const Sm90Split split = choose_split(params, processors);
   const int64_t features = features_of(params.rows, params.activation);
   const int64_t rest_rows = params.rows - split.first_rows;
   if (split.first.clusters == 0 || (rest_rows > 0 && split.rest.clusters == 0)) {

@@ -11,16 +11,9 @@
 #include "common/activation.h"
 #include "common/divisor.h"
 #include "common/weight.h"
+#include "ops/spmm_sm90_tiles.h"
 
 namespace slope {
-
-constexpr int kSm90BlockRows = 64;        // of W in a wgmma
-constexpr int kSm90AtomColumns = 32;      // of W in a sparse wgmma
-constexpr int kSm90TileColumns = 64;      // of W and X in a stage
-constexpr int kSm90QuadColumns = 256;     // of W whose metadata a thread loads at once
-constexpr int kSm90QuadBytes = 128 * 16;  // of metadata, for these columns of 64 rows
-constexpr int kSm90TailTileColumns = 32;  // of the tail's factors in a stage
-constexpr int kSm90OutBox = 64;           // rows of W, and at most so many tokens, in a store
 
 // Tokens that each block of a cluster loads of a tile with `tokens`: whole swizzle patterns of
 // eight.

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/spmm_sm90_choice.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "common/round_up.h"
+
+namespace slope {
+namespace {
+
+constexpr int kTiles = static_cast<int>(kSm90Tiles.size());
+constexpr double kLateStartUs = 1.4;  // of a kernel that waits for the one before it to end
+// Of a product in two kernels, by a fit to 119 in rows of launches and 6 in bursts
+constexpr double kSplitUs = 4.0;      // for having two
+constexpr double kSplitGain = 0.02;   // of one kernel's time, at least: the times err by as much
+constexpr int kNarrowTokens = 128;    // of tiles whose stages take longer in the second kernel,
+constexpr double kNarrowRest = 0.35;  // by this part for each further segment
+
+// Blocks that start early come first to multiprocessors that the kernel before leaves idle: of two
+// kernels with few blocks all, of two with many almost none. In between, from half to three
+// quarters of the multiprocessors, some do, and then the blocks crowd in one part of the GPU and
+// share the way to L2: up to 35 % longer, measured in rows of one product.
+bool may_start_early(int64_t blocks, int processors) {
+  return 2 * blocks <= processors || 4 * blocks >= 3 * int64_t{processors};
+}
+
+Sm90Product with_rows(const Sm90Product& product, int64_t rows) {
+  return {rows, product.columns, product.tokens};
+}
+
+Sm90Cut fastest_cut(const Sm90Product& product, const Sm90Room& room, bool is_rest = false) {
+  Sm90Cut best = sm90_cut(0, product, room, is_rest);
+  for (int tile = 1; tile < kTiles; ++tile) {
+    const Sm90Cut other = sm90_cut(tile, product, room, is_rest);
+    best = other.time < best.time ? other : best;
+  }
+  return best;
+}
+
+}  // namespace
+
+Sm90Cut sm90_cut(int index, const Sm90Product& product, const Sm90Room& room, bool is_rest) {
+  const Sm90Tile& tile = kSm90Tiles[index];
+  const int64_t row_tiles = ceil_div(product.rows, int64_t{tile.rows} * tile.cluster);
+  const int64_t token_tiles = ceil_div(product.tokens, int64_t{tile.tokens});
+  const int64_t tiles = row_tiles * token_tiles;
+  const int64_t at_once = room.clusters[index];
+  Sm90Cut cut{index, row_tiles, token_tiles, 0, false, std::numeric_limits<double>::infinity()};
+  if (at_once == 0) {
+    return cut;
+  }
+  // Every cluster takes as many tiles, one after the other, as the busiest has to. Those with
+  // segments take one, and where they come in several rounds, each starts anew: 5120 x 20480 with
+  // 256 tokens took 94 us in three of four segments, 73 us in one round without
+  const bool in_segments = tile.segments > 1;
+  const auto rounds = static_cast<double>(ceil_div(tiles, at_once));
+  cut.clusters = in_segments ? tiles : std::min(tiles, at_once);
+  cut.starts_early = may_start_early(cut.clusters * tile.cluster * tile.segments, room.processors);
+  if (in_segments && rounds > 1.0) {
+    return cut;
+  }
+
+  const int64_t k_tiles = ceil_div(product.columns, kSm90TileColumns);
+  const int64_t quads = ceil_div(product.columns, kSm90QuadColumns);
+  const int64_t segment = ceil_div(quads, tile.segments) * (kSm90QuadColumns / kSm90TileColumns);
+  const auto stages = static_cast<double>(in_segments ? std::min(k_tiles, segment) : k_tiles);
+  const bool is_slow = is_rest && tile.tokens <= kNarrowTokens;
+  const double stage_us = tile.stage_us * (is_slow ? 1.0 + kNarrowRest * (tile.segments - 1) : 1.0);
+  cut.time = rounds * stages * stage_us + (rounds - 1) * tile.next_us + tile.sum_us +
+             (cut.starts_early ? 0.0 : kLateStartUs);
+  return cut;
+}
+
+// Two kernels: one whose tiles fill every round, and one for what would be a last round that leaves
+// much of the GPU idle, with smaller tiles or in segments:
+//
+//   36864 x 9216, 256 tokens    144 clusters of two tiles, 66 at once: three rounds
+//   rows     0 .. 33791         132 of them: two rounds
+//   rows 33792 .. 36863         48 tiles of 128 x 128, in two segments: a third of a round
+Sm90Split sm90_split(const Sm90Product& product, const Sm90Room& room) {
+  Sm90Split best{product.rows, fastest_cut(product, room), {}};
+  double time = best.first.time * (1.0 - kSplitGain);
+  for (int index = 0; index < kTiles; ++index) {
+    const Sm90Tile& tile = kSm90Tiles[index];
+    const Sm90Cut whole = sm90_cut(index, product, room);
+    if (tile.segments > 1 || whole.clusters == 0) {
+      continue;
+    }
+    const int64_t full_rounds = whole.row_tiles * whole.token_tiles / whole.clusters;
+    const int64_t row_tiles = full_rounds * whole.clusters / whole.token_tiles;
+    const int64_t first_rows = row_tiles * tile.rows * tile.cluster;
+    if (first_rows == 0 || first_rows >= product.rows) {
+      continue;
+    }
+    const Sm90Cut first = sm90_cut(index, with_rows(product, first_rows), room);
+    if (first.time + kSplitUs >= time) {
+      continue;
+    }
+    const Sm90Cut rest = fastest_cut(with_rows(product, product.rows - first_rows), room, true);
+    if (const double both = first.time + kSplitUs + rest.time; both < time) {
+      best = {first_rows, first, rest};
+      time = both;
+    }
+  }
+  return best;
+}
+
+}  // namespace slope

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels of the own product for Hopper are taken: host arithmetic, no GPU needed."""
+
+import random
+
+import pytest
+
+from slope_ext import _C
+
+TILES = _C.SPMM_SM90_TILES
+H200 = 132  # multiprocessors, as of an H100 SXM
+
+
+def room(processors=H200, without=()):
+    """Clusters that run at the same time; larger ones than pairs as an H200 says, in proportion."""
+    larger = {2: processors // 2, 3: 39 * processors // H200, 4: 28 * processors // H200}
+    pairs = {tile: tile[:2] not in ((128, 128), (128, 64)) for tile in TILES}
+    return [
+        0
+        if tile in without
+        else larger.get(tile[2], processors // 2 if pairs[tile] else processors)
+        for tile in TILES
+    ]
+
+
+def choose(tokens, rows, columns, processors=H200, **options):
+    clusters = room(processors, **options)
+    tile, first_rows, rest = _C.spmm_sm90_choice(
+        tokens, rows, columns, processors=processors, clusters=clusters
+    )
+    return TILES[tile], first_rows, TILES[rest]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "tile"),
+    [
+        (9216, 9216, 8192, (256, 192, 1)),
+        (20480, 5120, 8192, (128, 256, 1)),
+        (5120, 20480, 8192, (128, 256, 1)),
+        (14336, 4096, 8192, (256, 176, 1)),
+        (4096, 14336, 8192, (256, 168, 1)),
+        (4096, 4096, 8192, (256, 168, 1)),
+        (9216, 9216, 2048, (256, 192, 1)),
+        (5120, 20480, 2048, (256, 160, 1)),
+        (4096, 4096, 2048, (128, 256, 1)),
+        (4096, 14336, 2048, (128, 256, 1)),
+        (5120, 20480, 512, (128, 192, 1)),
+        (4096, 14336, 512, (128, 256, 2)),
+        (7168, 28672, 256, (128, 256, 2)),
+        (4096, 4096, 64, (128, 64, 2)),
+        (2048, 8192, 64, (128, 64, 4)),
+    ],
+)
+def test_one_kernel(rows, columns, tokens, tile):
+    """What measures best, or within what the times err by."""
+    assert choose(tokens, rows, columns)[:2] == (tile, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "choice"),
+    [
+        (14336, 4096, 2048, ((256, 192, 1), 12288, (128, 256, 1))),
+        (20480, 5120, 256, ((128, 256, 1), 16896, (128, 128, 2))),
+        (36864, 9216, 256, ((128, 256, 1), 33792, (128, 128, 2))),
+        (36864, 9216, 192, ((256, 192, 1), 33792, (128, 128, 2))),
+        (9216, 36864, 640, ((256, 128, 1), 6656, (128, 256, 2))),
+    ],
+)
+def test_two_kernels_where_a_last_round_would_be_mostly_empty(rows, columns, tokens, choice):
+    assert choose(tokens, rows, columns) == choice
+
+
+@pytest.mark.parametrize("processors", [132, 114, 78, 16])
+def test_parts_are_of_this_product(processors):
+    random.seed(0)
+    split = 0
+    for _ in range(2000):
+        rows, columns = 8 * random.randint(1, 4000), 32 * random.randint(1, 1200)
+        tokens = random.choice([random.randint(1, 300), random.randint(1, 20000)])
+        tile, first_rows, _ = choose(tokens, rows, columns, processors)
+        assert 0 <= first_rows < rows
+        assert first_rows % tile[0] == 0
+        assert tile[2] == 1 or first_rows == 0, "segments take one round"
+        split += first_rows > 0
+    assert split > 20
+
+
+def test_tiles_that_a_device_has_no_room_for_are_not_taken():
+    segments = [tile for tile in TILES if tile[2] > 1]
+    for rows, columns, tokens in [(4096, 14336, 512), (20480, 5120, 256), (1024, 1024, 8)]:
+        assert choose(tokens, rows, columns)[0] in segments or choose(tokens, rows, columns)[1] > 0
+        tile, _, rest = choose(tokens, rows, columns, without=segments)
+        assert tile not in segments
+        assert rest not in segments
