@@ -2,9 +2,10 @@
 """A whole training step of decoder layers: forward, backward, optimizer; dense and 2:4.
 
 As many layers of a Hugging Face model as LAYERS says, so that all methods fit beside each other,
-and of four as many as dense and 2:4 let fit (DEEP); 8192 tokens (for some models 16384 too) in
-sequences of 2048, bf16, the input's gradient included, embeddings and head left out. Methods, each
-with AdamW whose moments are bf16 (torch's fused kernel keeps no other for bf16 parameters):
+and of four as many as dense and 2:4 let fit (DEEP); 8192 tokens (for some models 16384 too, for
+OPT-2.7B 2048) in sequences of 2048, bf16, the input's gradient included, embeddings and head left
+out. Methods, each with AdamW whose moments are bf16 (torch's fused kernel keeps no other for bf16
+parameters):
 
 dense           torch.optim.AdamW(fused=True)
 slope           every linear layer 2:4, OPT's ReLU in the product's kernel,
@@ -17,8 +18,8 @@ torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposab
 
 dense and slope eager, compiled (torch.compile of every layer, fullgraph) and captured: that, and
 the whole step as one CUDA graph; dense also with the optimizer's step compiled by torch.compile,
-which moves bytes faster than the fused kernel. The baseline is the fastest dense one in the same
-turns; captured steps have turns of their own, against dense ones, captured and not.
+which moves bytes faster than the fused kernel, and that captured. The baseline is the fastest dense
+one in the same turns; captured steps have turns of their own, against dense ones, captured and not.
 
 train_step      time of a step; limit: the FLOPs of its products at the rates of this run
 train_rate      tokens per second through these layers
@@ -28,7 +29,8 @@ train_phase     forward, backward, optimizer of steps in a row, captured ones le
                 dense, compiled, optimizer too
 train_memory    most memory in use during a step: weights, optimizer, activations, gradients; those
                 exist in the second half of the step only, or, "accumulating", from an earlier
-                backward pass on; baseline: dense, run the same way
+                backward pass on; "requested": without what the allocator rounds up; baseline:
+                dense, run the same way
 """
 
 from __future__ import annotations
@@ -63,6 +65,9 @@ ROUNDS = 7
 PHASES = ("forward", "backward", "optimizer")
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # bf16, dense, SXM
 PEAKS = {"peak": False, "peak, accumulating": True}  # whether gradients of an earlier pass exist
+# What is counted of a peak, and by which statistics of the allocator.
+BYTES = {"": "allocated_bytes.all", ", requested": "requested_bytes.all"}
+OPTIMIZER = "-optimizer"  # ends the name of what has the optimizer's step compiled
 # Layers that are run.
 LAYERS = {
     "LLaMA-3-8B": 2, "OPT-66B": 1, "OPT-13B": 2, "OPT-30B": 1, "OPT-6.7B": 3, "OPT-2.7B": 4,
@@ -99,6 +104,7 @@ class Workload:
 WORKLOADS = [
     *(Workload(model, 8192, layers) for model, layers in LAYERS.items()),
     *(Workload(model, 16384, LAYERS[model]) for model in ("LLaMA-3-8B", "OPT-13B")),
+    Workload("OPT-2.7B", 2048, LAYERS["OPT-2.7B"]),  # is the host fast enough?
 ]
 DEEP = [
     Workload(model, 8192, layers)
@@ -192,6 +198,7 @@ class Method:
     def __init__(self, name: str, work: Workload, how: str, rank: int | None = None) -> None:
         torch.manual_seed(0)
         self.name, self.how, self.label = name, how, f"{name};{how}"
+        self.is_captured = how.startswith("captured")
         with torch.device("cuda"):
             self.model = Layers(work.model, work.layers).to(DTYPE).train()
             x = torch.randn(work.tokens // LENGTH, LENGTH, self.model.hidden)
@@ -204,9 +211,10 @@ class Method:
                     module.__class__ = TorchTwoFourLinear
         if not name.startswith("slope"):
             params = self.model.parameters()
-            kernel: Any = {"foreach" if how == "compiled-optimizer" else "fused": True}
+            kernel: Any = {"foreach" if how.endswith(OPTIMIZER) else "fused": True}
+            capturable = self.is_captured or how.endswith(OPTIMIZER)
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                params, capturable=how in ("captured", "compiled-optimizer"), **kernel, **options
+                params, capturable=capturable, **kernel, **options
             )
         else:
             copy: Any = "recompute" if name == "slope;recompute" else "cached"
@@ -222,7 +230,7 @@ class Method:
             for layer in self.model.layers.children():
                 layer.compile(fullgraph=True)
         self.optimize: Callable[[], Any] = self.optimizer.step
-        if how == "compiled-optimizer":
+        if how.endswith(OPTIMIZER):
             self.optimize = torch.compile(self.optimizer.step)
         self.run: Callable[[], None] = self.step
 
@@ -240,19 +248,19 @@ class Method:
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self.step()
-            if self.how == "captured":
+            if self.is_captured:
                 self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        if self.how == "captured":
+        if self.is_captured:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.model(self.x).backward(self.dy)
                 self.optimize()
             self.run = graph.replay
 
-    def peak(self, accumulating: bool) -> int:
-        """Most bytes in use during a step, those of other methods included."""
+    def peak(self, accumulating: bool) -> dict[str, int]:
+        """Most bytes in use during a step, of each of BYTES, those of other methods included."""
         gc.collect()  # steps of torch's 2:4 tensors leave cycles
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()  # of other streams; the step makes its own
@@ -263,7 +271,8 @@ class Method:
         else:
             self.step()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        stats = torch.cuda.memory_stats()
+        return {kind: stats[f"{name}.peak"] for kind, name in BYTES.items()}
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -336,11 +345,13 @@ def prepared(name: str, work: Workload, how: str, peaks: Peaks, rank: int | None
     """A method that is ready to run, when its peaks are known."""
     gc.collect()  # what earlier models left
     torch._C._cuda_clearCublasWorkspaces()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()
     method = Method(name, work, how, rank)
     method.prepare()
     peaks[method.label] = {
-        kind: method.peak(accumulating) - before for kind, accumulating in PEAKS.items()
+        kind + counted: most - before[f"{BYTES[counted]}.current"]
+        for kind, accumulating in PEAKS.items()
+        for counted, most in method.peak(accumulating).items()
     }
     return method
 
@@ -383,17 +394,18 @@ def bench_model(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
 
 def memory_records(peaks: Peaks, work: Workload) -> Iterator[harness.Record]:
     """Most bytes in use of each method, against dense run the same way."""
-    for name, kind in itertools.product(peaks, PEAKS):
+    for name, of_name in peaks.items():
         if not name.startswith("dense"):
             baseline = f"dense;{name.rpartition(';')[2]}"
-            yield harness.bytes_record(
-                bench="train_memory",
-                case=f"{work.label};{name};{kind}",
-                ours=peaks[name][kind],
-                baseline=baseline,
-                theirs=peaks[baseline][kind],
-                **work.common,
-            )
+            for kind, most in of_name.items():
+                yield harness.bytes_record(
+                    bench="train_memory",
+                    case=f"{work.label};{name};{kind}",
+                    ours=most,
+                    baseline=baseline,
+                    theirs=peaks[baseline][kind],
+                    **work.common,
+                )
 
 
 def bench_deep(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
@@ -423,12 +435,13 @@ def bench_captured(work: Workload, run: harness.Run) -> Iterator[harness.Record]
     """Records of a workload's captured steps, and of a dense one that is not."""
     torch._dynamo.reset()
     gc.collect()
-    wanted = (("dense", "compiled-optimizer"), ("dense", "captured"), ("slope", "captured"))
-    methods = [Method(name, work, how) for name, how in wanted]
+    hows = ("compiled" + OPTIMIZER, "captured", "captured" + OPTIMIZER)
+    methods = [*(Method("dense", work, how) for how in hows), Method("slope", work, "captured")]
     for method in methods:
         method.prepare()
+    captured = {f"{work.label};{method.label}" for method in methods if method.is_captured}
     for record in step_records(methods, work, run):
-        if record.case.endswith("captured"):
+        if record.case in captured:
             yield record
 
 
