@@ -156,7 +156,7 @@ int processors_of(int device) {
 int clusters_at_once(size_t index, int processors) {
   const Sm90Tile& tile = kSm90Tiles[index];
   const int most = processors / (tile.cluster * tile.segments);
-  if (tile.segments == 1) {
+  if (tile.cluster * tile.segments <= 2) {
     return most;
   }
   const int asked = kKernels[index].clusters_at_once();

@@ -29,7 +29,7 @@ struct Sm90Tile {
 // power limit (tiles of 64 tokens and three segments: 10 shapes with 8 to 256 tokens; tiles of
 // 128 x 192: 10 with 128 to 2048; 128 x 256 in two segments: 8 products); what counts is which tile
 // has the least.
-constexpr std::array<Sm90Tile, 18> kSm90Tiles{{
+constexpr std::array<Sm90Tile, 19> kSm90Tiles{{
     {256, 192, 4, 2, 1, 0.661, 2.3, 0.0},
     {256, 176, 4, 2, 1, 0.619, 2.0, 0.0},
     {256, 168, 4, 2, 1, 0.583, 3.1, 0.0},
@@ -48,6 +48,7 @@ constexpr std::array<Sm90Tile, 18> kSm90Tiles{{
     {128, 64, 10, 1, 2, 0.222, 0.0, 0.3},
     {128, 64, 10, 1, 3, 0.222, 0.0, 1.2},
     {128, 64, 10, 1, 4, 0.222, 0.0, 2.8},
+    {128, 256, 4, 4, 1, 9.0, 2.9, 0.0},
 }};
 
 }  // namespace slope
