@@ -14,7 +14,8 @@ slope;recompute the same with backward_copy="recompute"
 slope;r=...     the same with adapters of that rank, 1.56 or 6.25 % of hidden, as in the last 1 % of
                 steps
 torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposable mask chosen anew
-                in each step, products by SparseSemiStructuredTensorCUSPARSELT; eager only
+                in each step, products by SparseSemiStructuredTensorCUSPARSELT with a searched
+                algorithm; eager only
 
 dense and slope eager, compiled (torch.compile of every layer, fullgraph) and captured: that, and
 the whole step as one CUDA graph; dense also with the optimizer's step compiled by torch.compile,
@@ -157,12 +158,22 @@ class _Prune(torch.autograd.Function):
 
 
 class TorchTwoFourLinear(nn.Linear):
-    """torch's 2:4 training, as fully sparse training with transposable masks does it."""
+    """torch's 2:4 training, as fully sparse training with transposable masks does it.
+
+    Products by the algorithm that torch's search finds for the forward one, kept from the first
+    call: the default one is up to twice as slow.
+    """
+
+    algorithm: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, _Prune.apply(self.weight), self.bias)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], -1)
+        weight = _Prune.apply(self.weight)  # type: ignore[no-untyped-call]
+        if self.algorithm is None:
+            with torch.no_grad():
+                self.algorithm = torch._cslt_sparse_mm_search(weight.packed, rows.detach().t())
+        weight.alg_id_cusparselt = self.algorithm
+        return F.linear(rows, weight, self.bias).view(*x.shape[:-1], -1)
 
 
 def model_flops(model: Layers, tokens: int) -> float:
