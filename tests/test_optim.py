@@ -954,10 +954,7 @@ def test_parameters_that_became_wide_are_refused_before_anything_counts(options)
 @pytest.mark.parametrize(
     ("fault", "value"),
     [
-        pytest.param(
-            *("grad_dtype", torch.float32),
-            marks=pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="no such"),
-        ),
+        ("grad_dtype", torch.float32),
         ("lr", float("nan")),
         ("lr", -1e-6),
         ("betas", (1.0, 0.999)),
