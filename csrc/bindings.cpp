@@ -30,8 +30,8 @@ std::tuple<int, int64_t, int> spmm_sm90_choice(
     int64_t tokens, int64_t rows, int64_t columns, int processors,
     const std::array<int, slope::kSm90Tiles.size()>& clusters) {
   const slope::Sm90Split split = slope::sm90_split({rows, columns, tokens}, {processors, clusters});
-  const bool whole = split.first_rows == rows;
-  return {split.first.tile, whole ? 0 : split.first_rows, whole ? 0 : split.rest.tile};
+  const int64_t first_rows = split.first_rows < rows ? split.first_rows : 0;
+  return {split.first.tile, first_rows, split.rest.tile};
 }
 
 void bind_choice(py::module_& m) {
@@ -39,9 +39,12 @@ void bind_choice(py::module_& m) {
   for (const slope::Sm90Tile& tile : slope::kSm90Tiles) {
     tiles.append(py::make_tuple(tile.rows, tile.tokens, tile.segments));
   }
-  m.attr("SPMM_SM90_TILES") = tiles;
+  m.attr("SPMM_SM90_TILES") = py::tuple(tiles);
   m.def("spmm_sm90_choice", &spmm_sm90_choice, py::arg("tokens"), py::arg("rows"),
-        py::arg("columns"), py::kw_only(), py::arg("processors"), py::arg("clusters"));
+        py::arg("columns"), py::kw_only(), py::arg("processors"), py::arg("clusters"),
+        "What the own product would choose on a device with so many multiprocessors and room for "
+        "so many clusters of each tile at the same time: (tile, first_rows, rest_tile), indices "
+        "into SPMM_SM90_TILES; first_rows 0: one kernel.");
 }
 
 }  // namespace

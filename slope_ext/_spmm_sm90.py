@@ -31,11 +31,18 @@ class _Params(ctypes.Structure):
     ]
 
 
+class _Room(ctypes.Structure):
+    """Sm90Room of csrc/ops/spmm_sm90_choice.h."""
+
+    _fields_ = [("processors", ctypes.c_int), ("clusters", ctypes.c_int * len(TILES))]
+
+
 @functools.cache
 def _library_file() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_library._LIBRARY_FILE))
     library.slope_spmm_sm90.argtypes = [ctypes.POINTER(_Params), ctypes.c_void_p]
     library.slope_spmm_sm90_choose.argtypes = [ctypes.POINTER(_Params)]
+    library.slope_spmm_sm90_room.argtypes = [ctypes.POINTER(_Room)]
     return library
 
 
@@ -102,18 +109,35 @@ def launcher(
     stream = torch.cuda.current_stream(x.device).cuda_stream
 
     def launch() -> None:
-        if (status := symbol(ctypes.byref(params), stream)) != 0:
-            raise RuntimeError(f"spmm_sm90: CUDA error {status}")
+        _require_success(symbol(ctypes.byref(params), stream))
 
     return launch
 
 
 def chosen(tokens: int, rows: int, columns: int, *, device: int = 0) -> Choice:
-    """What the op would choose for a product."""
+    """What the op would choose for X [tokens, columns] and W [rows, columns].
+
+    Raises:
+        RuntimeError: the device does not run the product, or a size is out of range.
+    """
     params = _Params(tokens=tokens, rows=rows, columns=columns, tile=-1, device=device)
-    choose = _library_file().slope_spmm_sm90_choose
     with torch.cuda.device(device):
-        status = choose(ctypes.byref(params))
+        _require_success(_library_file().slope_spmm_sm90_choose(ctypes.byref(params)))
+    return Choice(params.tile, params.first_rows, params.rest_tile)
+
+
+def room(device: int = 0) -> dict[str, Any]:
+    """``processors`` and ``clusters`` of a device for :func:`slope_ext._C.spmm_sm90_choice`.
+
+    Raises:
+        RuntimeError: the device does not run the product.
+    """
+    found = _Room()
+    with torch.cuda.device(device):
+        _require_success(_library_file().slope_spmm_sm90_room(ctypes.byref(found)))
+    return {"processors": found.processors, "clusters": list(found.clusters)}
+
+
+def _require_success(status: int) -> None:
     if status != 0:
         raise RuntimeError(f"spmm_sm90: CUDA error {status}")
-    return Choice(params.tile, params.first_rows, params.rest_tile)

@@ -31,8 +31,8 @@ class LazyAdapters:
     adds the adapters if the checkpoint was past the switch, so that the rest fits. What was made
     for the model's parameters before (an AveragedModel, say) must be made anew after the switch.
 
-    A step captured into a CUDA graph before the switch goes on without the adapters: capture it
-    anew then; the switch warns of it.
+    A step captured into a CUDA graph before the switch goes on without the adapters: capture one
+    anew, after a step that was not captured. The switch warns of it if any step was captured.
 
     With DistributedDataParallel pass the module inside, and wrap it again after the step that
     returns True: DDP reduces only the parameters that it saw when it wrapped.
@@ -114,6 +114,13 @@ class LazyAdapters:
     def step(self) -> bool:
         """Counts one optimizer step; returns True if it is the one that adds the adapters."""
         switching = not self.active and self.steps >= self.switch_step
+        if switching and _freshness.step_was_captured():
+            warnings.warn(
+                "LazyAdapters: a step was captured into a CUDA graph before the adapters were "
+                "there; if it is of this model, take one step and capture another: replays of the "
+                "first do not train them",
+                stacklevel=2,
+            )
         if switching:
             self.activate()
         self.steps += 1
@@ -134,12 +141,6 @@ class LazyAdapters:
                     if _NAMES in group:
                         group[_NAMES].append(qualified_name(name, factor))
         self.active = True
-        if _freshness.step_was_captured():
-            warnings.warn(
-                "LazyAdapters: a step was captured into a CUDA graph before the adapters were "
-                "there; capture it anew, its replays do not train them",
-                stacklevel=3,
-            )
 
     def _before_optimizer_loads(
         self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]

@@ -28,7 +28,8 @@ _TRANSPOSED_MASK = "transposed_mask"
 _DECOUPLED = "decoupled_weight_decay"
 
 
-_RATES = ("lr", "eps", "weight_decay")
+_SCALARS = ("lr", "eps", "weight_decay")
+_ROUNDING = 1e-12  # a scheduler that ends at 0 may end so far below
 
 
 class _Clipping(NamedTuple):
@@ -131,24 +132,14 @@ class AdamW(torch.optim.Optimizer):
             TypeError: a trained parameter is a tensor of tensors, such as a DTensor.
         """
         options = {**self.defaults, **param_group}
-        _require_our_algorithm(options)
-        if options["half_moments"] and options["master_weights"]:
-            raise ValueError("AdamW: half_moments must be False with master_weights")
-        _require_rates(options, tensors=True)
-        interval = options["mask_interval"]
-        if not isinstance(interval, Integral) or isinstance(interval, bool) or interval < 0:
-            raise ValueError(f"AdamW: mask_interval must be an int from 0 on, got {interval!r}")
-        betas = options["betas"]
-        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-        if not pair or not all(0 <= _number(beta) < 1 for beta in betas):
-            raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas!r}")
+        _require_options(options, check_tensors=True)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in _RATES:  # plain ones: checkpoints take no NumPy scalars
+        for name in _SCALARS:  # plain ones: checkpoints take no NumPy scalars
             group[name] = (
                 options[name] if isinstance(options[name], Tensor) else float(options[name])
             )
-        group["mask_interval"] = int(interval)
+        group["mask_interval"] = int(options["mask_interval"])
         try:
             params = group["params"]
             _require_wide_moments_of_fp16(options, params)
@@ -219,33 +210,32 @@ class AdamW(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; returns the closure's loss, if any.
 
         Raises:
-            RuntimeError: a gradient is sparse or of another dtype than its parameter, that is not
-                the dtype of its state any more, clipping is of some gradients only, or a CUDA graph
-                holds one of clipping and step.
+            RuntimeError: a gradient is sparse; a gradient or state is of another dtype than its
+                parameter; clipping is of some gradients only; a CUDA graph holds one of clipping
+                and step, or the first step of a parameter.
             ValueError: an option of a group was set to what is out of range.
 
-        Nothing has changed and nothing counted then.
+        But for the closure, which has run, nothing has changed and nothing counted then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _require_rates(group, tensors=False)  # to look would wait for the GPU
-        self._check_parameters()
+            self._check_group(group)
         self._follow_gradients()
-        _freshness.count_optimizer_step()
         grad_scale, found_inf = self._grad_scale(), getattr(self, "found_inf", None)
+        _freshness.count_optimizer_step()
         layers = layers_by_weight()
         for group in self.param_groups:
             self._step_group(group, layers, grad_scale, found_inf)
         self._clipping = None
         return loss
 
-    def _check_parameters(self) -> None:
-        # All of them before any parameter counts its step.
-        params = (param for group in self.param_groups for param in group["params"])
-        for param in params:
+    def _check_group(self, group: dict[str, Any]) -> None:
+        # Tensors among the options are not looked at: that would wait for the GPU
+        _require_options(group, check_tensors=False)
+        for param in group["params"]:
             if param.grad is None:
                 continue
             if param.grad.is_sparse:
@@ -264,6 +254,9 @@ class AdamW(torch.optim.Optimizer):
                     f"AdamW: a parameter is {dtype_name(param.dtype)} now, but its state is of "
                     "another dtype; make a new optimizer after a change of dtype"
                 )
+            wants_master = group["master_weights"] and moments != param.dtype
+            if not state or (wants_master and "master" not in state):
+                _refuse_capture(param)
 
     def _grad_scale(self) -> Tensor | None:
         """What gradients are to be divided by: a GradScaler's scale times the clipping."""
@@ -325,6 +318,7 @@ class AdamW(torch.optim.Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor):
             scalars["lr_tensor"], lr = lr.float(), 0.0
+        lr = max(lr, 0.0)
         scalars = {name: s if s is None else s.to(device) for name, s in scalars.items()}
 
         steps = [state["step"] for state in states]
@@ -364,7 +358,6 @@ class AdamW(torch.optim.Optimizer):
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if not state:
-            _refuse_capture(param)
             wide = is_half(param.dtype) and not group["half_moments"]
             dtype = torch.float32 if wide else param.dtype
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -372,7 +365,6 @@ class AdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
         wide = state["exp_avg"].dtype != param.dtype
         if group["master_weights"] and wide and "master" not in state:
-            _refuse_capture(param)
             state["master"] = param.detach().float()
         return state
 
@@ -487,16 +479,29 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-def _require_rates(options: dict[str, Any], *, tensors: bool) -> None:
-    """Raises where a rate is none; those that are tensors are looked at only if so asked."""
-    for name in _RATES:
+def _require_options(options: dict[str, Any], *, check_tensors: bool) -> None:
+    """Raises where an option of a group is out of range; tensors are looked at if so asked."""
+
+    def within(value: Any, low: float, end: float) -> bool:
+        unseen = isinstance(value, Tensor) and not check_tensors
+        return unseen or low <= _number(value) < end
+
+    _require_our_algorithm(options)
+    if options["half_moments"] and options["master_weights"]:
+        raise ValueError("AdamW: half_moments must be False with master_weights")
+    for name in _SCALARS:
         value = options[name]
-        if isinstance(value, Tensor) and not tensors:
-            continue
-        if not 0 <= _number(value) < math.inf:
+        if not within(value, -_ROUNDING if name == "lr" else 0.0, math.inf):
             raise ValueError(
                 f"AdamW: {name} must be a number, finite and not negative, got {value!r}"
             )
+    interval = options["mask_interval"]
+    if not isinstance(interval, Integral) or isinstance(interval, bool) or interval < 0:
+        raise ValueError(f"AdamW: mask_interval must be an int from 0 on, got {interval!r}")
+    betas = options["betas"]
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not pair or not all(within(beta, 0.0, 1.0) for beta in betas):
+        raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas!r}")
 
 
 def _require_our_algorithm(options: dict[str, Any]) -> None:

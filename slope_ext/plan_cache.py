@@ -152,10 +152,10 @@ def tune(
     other processes. Layers that have an activation or an adapter by then keep to the own product,
     which has these in its kernel, and so do backward copies that are recomputed. Values may move:
     tune before capturing CUDA graphs and before making copies whose buffers are paired with the
-    model's (``AveragedModel``). An fp16 sweep on Hopper takes some seconds and leaves 0.3 GB of
-    host memory behind (cuSPARSELt 0.8). With several processes tune in one, and
-    :func:`import_table` in all before they make the model. What FSDP shards it cannot move, and
-    plans then pack in every call: do not tune for such models.
+    model's (``AveragedModel``). Each fp16 sweep, of a shape and a bucket of token counts, takes
+    some seconds on Hopper and leaves 0.3 GB of host memory behind (cuSPARSELt 0.8). With several
+    processes tune in one, and :func:`import_table` in all before they make the model. What FSDP
+    shards it cannot move, and plans then pack in every call: do not tune for such models.
 
     Args:
         model: a layer or a model with layers on CUDA; other layers, and those of other backends

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import warnings
 
 import pytest
 import torch
@@ -284,7 +285,15 @@ def test_switch_warns_of_a_captured_step(monkeypatch):
     layer = slope.SLoPeLinear(16, 16)
     optimizer = slope.optim.AdamW(layer.parameters())
     adapters = slope.LazyAdapters(layer, optimizer, rank=2, total_steps=2, fraction=0.5)
-    assert not adapters.step()
-    monkeypatch.setattr(_freshness, "_step_was_captured", True)
-    with pytest.warns(UserWarning, match="captured into a CUDA graph before the adapters"):
-        assert adapters.step()
+    for captured in (True, False):
+        monkeypatch.setattr(_freshness, "_step_was_captured", captured)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert not adapters.step()
+            assert not seen
+            assert adapters.step()
+        told = [str(w.message) for w in seen if w.filename == __file__]
+        assert len(told) == int(captured)
+        layer.remove_adapter()
+        adapters.steps, adapters.active = 0, False
+        optimizer.param_groups[-1]["params"].clear()

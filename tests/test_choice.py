@@ -8,17 +8,17 @@ import pytest
 from slope_ext import _C
 
 TILES = _C.SPMM_SM90_TILES
+PAIRS = [tile for tile in TILES if tile[2] == 1 and tile[:2] not in ((128, 128), (128, 64))]
 H200 = 132  # multiprocessors, as of an H100 SXM
 
 
 def room(processors=H200, without=()):
     """Clusters that run at the same time; larger ones than pairs as an H200 says, in proportion."""
     larger = {2: processors // 2, 3: 39 * processors // H200, 4: 28 * processors // H200}
-    pairs = {tile: tile[:2] not in ((128, 128), (128, 64)) for tile in TILES}
     return [
         0
         if tile in without
-        else larger.get(tile[2], processors // 2 if pairs[tile] else processors)
+        else larger.get(tile[2], processors // 2 if tile in PAIRS else processors)
         for tile in TILES
     ]
 
@@ -72,14 +72,14 @@ def test_two_kernels_where_a_last_round_would_be_mostly_empty(rows, columns, tok
 
 @pytest.mark.parametrize("processors", [132, 114, 78, 16])
 def test_parts_are_of_this_product(processors):
-    random.seed(0)
+    draw = random.Random(0)
     split = 0
     for _ in range(2000):
-        rows, columns = 8 * random.randint(1, 4000), 32 * random.randint(1, 1200)
-        tokens = random.choice([random.randint(1, 300), random.randint(1, 20000)])
+        rows, columns = 8 * draw.randint(1, 4000), 32 * draw.randint(1, 1200)
+        tokens = draw.choice([draw.randint(1, 300), draw.randint(1, 20000)])
         tile, first_rows, _ = choose(tokens, rows, columns, processors)
         assert 0 <= first_rows < rows
-        assert first_rows % tile[0] == 0
+        assert first_rows % (tile[0] * (2 if tile in PAIRS else 1)) == 0
         assert tile[2] == 1 or first_rows == 0, "segments take one round"
         split += first_rows > 0
     assert split > 20
@@ -87,8 +87,12 @@ def test_parts_are_of_this_product(processors):
 
 def test_tiles_that_a_device_has_no_room_for_are_not_taken():
     segments = [tile for tile in TILES if tile[2] > 1]
-    for rows, columns, tokens in [(4096, 14336, 512), (20480, 5120, 256), (1024, 1024, 8)]:
-        assert choose(tokens, rows, columns)[0] in segments or choose(tokens, rows, columns)[1] > 0
-        tile, _, rest = choose(tokens, rows, columns, without=segments)
-        assert tile not in segments
-        assert rest not in segments
+    assert choose(512, 4096, 14336)[0] in segments
+    assert choose(512, 4096, 14336, without=segments)[0] not in segments
+    tile, first_rows, rest = choose(256, 20480, 5120)
+    assert first_rows > 0
+    assert rest in segments
+    tile, first_rows, rest = choose(256, 20480, 5120, without=segments)
+    assert first_rows > 0
+    assert tile not in segments
+    assert rest not in segments

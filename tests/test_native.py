@@ -2,7 +2,7 @@
 """The own sparse product for sm_90: its metadata, its results, and layers that run on it."""
 
 import copy
-import itertools
+import random
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import oracle
 import slope_ext as slope
 from cases import Operands
-from slope_ext import _packed, ops, plan_cache
+from slope_ext import _C, _packed, ops, plan_cache
 from slope_ext._check import metadata_words
-from slope_ext._spmm_sm90 import TILES, Choice, chosen, spmm_sm90
+from slope_ext._spmm_sm90 import TILES, Choice, chosen, room, spmm_sm90
 
 CUDA = torch.device("cuda")
 HALF = [torch.bfloat16, torch.float16]
@@ -164,14 +164,15 @@ def check_tile(tile, row_tiles, rests, rank, activation, columns=288, token_tile
 
 
 def check_product(choice, rows, counts, rank, activation, columns):
-    """Both types in turns; operands amid NaN, the result amid a sentinel."""
+    """In bf16, the last count in fp16 too; operands amid NaN, the result amid a sentinel."""
     skip_unless_it_runs()
-    of_type = {dtype: Operands(rows, columns, dtype, CUDA) for dtype in HALF}
     nan, sentinel = float("nan"), 12288.0
     features = rows // 2 if activation == "swiglu" else rows
-    for dtype, tokens in zip(itertools.cycle(HALF), counts, strict=False):
-        o = of_type[dtype]
-        words = with_words(o)
+    operands = {dtype: Operands(rows, columns, dtype, CUDA) for dtype in HALF}
+    words = {dtype: with_words(o) for dtype, o in operands.items()}
+    cases = [*((torch.bfloat16, tokens) for tokens in counts), (torch.float16, counts[-1])]
+    for dtype, tokens in cases:
+        o = operands[dtype]
         tensors = [between(tokens, columns, dtype, nan), between(tokens, rank, dtype, nan)]
         tensors += [between(rows, rank, dtype, nan), between(tokens, features, dtype, sentinel)]
         (x, _), (left, _), (right, _), (y, whole) = tensors
@@ -180,10 +181,10 @@ def check_product(choice, rows, counts, rank, activation, columns):
         y.fill_(nan)
         tail = (left, right) if rank else None
         options = {"tail": tail, "bias": o.bias, "activation": activation, "choice": choice}
-        spmm_sm90(x, o.values, words, y, **options)
-        operands = [(x, o.dense), (left, right)] if rank else [(x, o.dense)]
-        exact = sum(F.linear(a.double(), b.double()) for a, b in operands) + o.bias.double()
-        sums = sum(F.linear(a.double().abs(), b.double().abs()) for a, b in operands)
+        spmm_sm90(x, o.values, words[dtype], y, **options)
+        factors = [(x, o.dense), (left, right)] if rank else [(x, o.dense)]
+        exact = sum(F.linear(a.double(), b.double()) for a, b in factors) + o.bias.double()
+        sums = sum(F.linear(a.double().abs(), b.double().abs()) for a, b in factors)
         assert_rounded(y, *activate(activation, exact, sums + o.bias.double().abs()))
         assert bool((whole[:GUARD] == sentinel).all())
         assert bool((whole[-GUARD:] == sentinel).all())
@@ -269,6 +270,20 @@ def test_large_products_are_split_where_a_round_would_be_empty(shape):
     check_product(choice, rows, [tokens], 16, "none", columns)
     assert chosen(8, 4096, 1024).first_rows == 0
     assert chosen(64, 72, 64).first_rows == 0
+
+
+@pytest.mark.gpu
+def test_the_op_chooses_as_the_python_module_says():
+    """test_choice.py looks at that one."""
+    skip_unless_it_runs()
+    draw, here = random.Random(0), room()
+    assert here["processors"] == torch.cuda.get_device_properties(0).multi_processor_count
+    for _ in range(300):
+        rows, columns = 8 * draw.randint(1, 4000), 32 * draw.randint(1, 900)
+        tokens = draw.choice([draw.randint(1, 300), draw.randint(1, 20000)])
+        assert chosen(tokens, rows, columns) == Choice(
+            *_C.spmm_sm90_choice(tokens, rows, columns, **here)
+        )
 
 
 @pytest.mark.gpu

@@ -951,29 +951,52 @@ def test_parameters_that_became_wide_are_refused_before_anything_counts(options)
     assert optimizer.param_groups[0]["mask_step"] == 1
 
 
-@pytest.mark.parametrize("fault", ["grad_dtype", "lr"])
-def test_a_step_that_cannot_be_is_refused_before_anything_counts(fault):
+@pytest.mark.parametrize(
+    ("fault", "value"),
+    [
+        ("grad_dtype", torch.float32),
+        ("lr", float("nan")),
+        ("lr", -1e-6),
+        ("betas", (1.0, 0.999)),
+        ("mask_interval", -3),
+        ("mask_interval", "never"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_before_anything_counts(fault, value):
     layers = [slope.SLoPeLinear(16, 16, bias=False, dtype=torch.bfloat16) for _ in range(2)]
     groups = [{"params": [layer.weight]} for layer in layers]
     optimizer = slope.optim.AdamW(groups, lr=0.1)
     if fault == "grad_dtype":
-        if not hasattr(torch.Tensor, "grad_dtype"):
-            pytest.skip("gradients are of the parameter's dtype here")
-        layers[1].weight.grad_dtype = torch.float32
+        layers[1].weight.grad_dtype = value
         kind, message = RuntimeError, "the gradient of a bfloat16 parameter is float32"
     else:
-        optimizer.param_groups[1]["lr"] = float("nan")
-        kind, message = ValueError, "lr must be a number, finite and not negative, got nan"
-    for layer in layers:
-        dtype = getattr(layer.weight, "grad_dtype", torch.bfloat16)
+        optimizer.param_groups[1][fault] = value
+        kind, message = ValueError, f"AdamW: {fault} must be"
+    dtypes = [torch.bfloat16, value if fault == "grad_dtype" else torch.bfloat16]
+    for layer, dtype in zip(layers, dtypes, strict=True):
         layer.weight.grad = torch.ones_like(layer.weight, dtype=dtype)
     before = [layer.weight.detach().clone() for layer in layers]
+    counted = _freshness._optimizer_steps
     with pytest.raises(kind, match=message):
         optimizer.step()
     for layer, weight in zip(layers, before, strict=True):
         assert torch.equal(layer.weight, weight)
     assert not optimizer.state
     assert [group["mask_step"] for group in optimizer.param_groups] == [0, 0]
+    assert _freshness._optimizer_steps == counted
+
+
+def test_a_schedule_may_end_a_rounding_below_zero():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = slope.optim.AdamW([weight], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, end_factor=0.0, total_iters=10)
+    for _ in range(12):
+        weight.grad = torch.ones_like(weight)
+        before = weight.detach().clone()
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] < 0, "else this shows nothing"
+    assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize(

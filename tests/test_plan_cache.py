@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import slope_ext as slope
 from cases import Operands
-from slope_ext import _tuned_table, _tuner, ops, plan_cache
+from slope_ext import _C, _tuned_table, _tuner, ops, plan_cache
 from slope_ext._tuned_table import Candidate, Entry, Key, Sweep, Table
 
 SHIPPED = _tuned_table.SHIPPED  # the package's own; tests see another folder
@@ -297,6 +297,18 @@ def test_results_off_everywhere_by_little_are_wrong(factor, right):
     job.norm, job.largest = job.expected.norm(), job.expected.abs().amax()
     trial = _tuner._Trial(None, lambda: job.y.copy_(job.expected * factor))
     assert job._is_right(trial) == right
+
+
+def test_fp16_sweeps_try_what_is_known_to_be_good(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(_C, "cusparselt_version", lambda: (0, 8, 0), raising=False)
+    ids = _tuner.algorithm_ids(False, 0, 40)
+    assert ids[0] == 0
+    assert max(ids) < 36, "one of those beyond takes the context with it"
+    assert _tuner.algorithm_ids(False, 0, 6) == [0, 5]
+    assert _tuner.algorithm_ids(True, 0, 40) == list(range(40))
+    monkeypatch.setattr(_C, "cusparselt_version", lambda: (0, 9, 0), raising=False)
+    assert _tuner.algorithm_ids(False, 0, 40) == [0]
 
 
 class Job:

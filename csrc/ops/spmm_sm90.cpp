@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <limits>
 #include <mutex>
 #include <utility>
@@ -113,20 +112,23 @@ class MapMaker {
 
 // ---- device --------------------------------------------------------------------------------
 
-// What `ask` says, kept once asked for each device that `known` has a place for, which holds one
-// more than the answer.
-template <typename Ask>
-int remembered(std::array<std::atomic<int>, kDevices>& known, int device, Ask ask) {
-  if (device >= kDevices) {
-    return ask();
+// What a device says, asked once.
+template <typename Answer>
+class OfDevices {
+ public:
+  template <typename Ask>
+  Answer get(int device, Ask ask) {
+    if (device >= kDevices) {
+      return ask();
+    }
+    std::call_once(asked_[device], [&] { answers_[device] = ask(); });
+    return answers_[device];
   }
-  int found = known[device].load(std::memory_order_relaxed);
-  if (found == 0) {
-    found = ask() + 1;
-    known[device].store(found, std::memory_order_relaxed);
-  }
-  return found - 1;
-}
+
+ private:
+  std::array<std::once_flag, kDevices> asked_;
+  std::array<Answer, kDevices> answers_{};
+};
 
 int ask_processors(int device) {
 #ifdef SLOPE_SM90A
@@ -147,8 +149,8 @@ int ask_processors(int device) {
 
 // Multiprocessors of a device that runs the kernels, else 0.
 int processors_of(int device) {
-  static std::array<std::atomic<int>, kDevices> known{};
-  return remembered(known, device, [=] { return ask_processors(device); });
+  static OfDevices<int> known;
+  return known.get(device, [=] { return ask_processors(device); });
 }
 
 // Clusters of a tile that run at the same time on the current device. Those of two are pairs of
@@ -173,21 +175,16 @@ Sm90Room ask_room(int processors) {
 
 // Of the current device, which has so many multiprocessors.
 Sm90Room room_of(int device, int processors) {
-  if (device >= kDevices) {
-    return ask_room(processors);
-  }
-  static std::array<std::once_flag, kDevices> asked;
-  static std::array<Sm90Room, kDevices> rooms;
-  std::call_once(asked[device], [&] { rooms[device] = ask_room(processors); });
-  return rooms[device];
+  static OfDevices<Sm90Room> known;
+  return known.get(device, [=] { return ask_room(processors); });
 }
 
 // ---- choice --------------------------------------------------------------------------------
 
 // What the fastest split depends on.
 struct Sizes {
-  int device = -1;
-  int64_t rows = 0, columns = 0, tokens = 0;
+  int device;
+  int64_t rows, columns, tokens;  // rows and tokens are not 0
 
   bool operator==(const Sizes&) const = default;
 };
@@ -198,11 +195,8 @@ Sm90Split choose_split(const SpmmSm90Params& params, int processors) {
   if (params.tile >= 0) {
     const Sm90Room room = room_of(params.device, processors);
     const int64_t first_rows = params.first_rows > 0 ? params.first_rows : params.rows;
-    const auto rows = [&](int64_t count) {
-      return Sm90Product{count, product.columns, product.tokens};
-    };
-    return {first_rows, sm90_cut(params.tile, rows(first_rows), room),
-            sm90_cut(params.rest_tile, rows(params.rows - first_rows), room)};
+    return {first_rows, sm90_cut(params.tile, product.with_rows(first_rows), room),
+            sm90_cut(params.rest_tile, product.with_rows(params.rows - first_rows), room)};
   }
   struct Known {
     Sizes sizes;
@@ -357,6 +351,19 @@ cudaError_t choose_spmm_sm90(SpmmSm90Params& params) {
   return cudaSuccess;
 }
 
+cudaError_t ask_spmm_sm90_room(Sm90Room& room) {
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) {
+    return status;
+  }
+  const int processors = processors_of(device);
+  if (processors == 0) {
+    return cudaErrorNotSupported;
+  }
+  room = room_of(device, processors);
+  return cudaSuccess;
+}
+
 cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) {
   if (!is_valid(params)) {
     return cudaErrorInvalidValue;
@@ -395,4 +402,8 @@ int slope_spmm_sm90(const void* params, void* stream) {
 
 int slope_spmm_sm90_choose(void* params) {
   return slope::choose_spmm_sm90(*static_cast<slope::SpmmSm90Params*>(params));
+}
+
+int slope_spmm_sm90_room(void* room) {
+  return slope::ask_spmm_sm90_room(*static_cast<slope::Sm90Room*>(room));
 }

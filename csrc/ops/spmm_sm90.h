@@ -9,6 +9,7 @@
 
 #include "common/activation.h"
 #include "common/weight.h"
+#include "ops/spmm_sm90_choice.h"
 
 namespace slope {
 
@@ -39,6 +40,9 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream);
 // Has first_rows, tile and rest_tile name what launch_spmm_sm90 would choose; looks at sizes alone.
 cudaError_t choose_spmm_sm90(SpmmSm90Params& params);
 
+// What the current device has room for, for sm90_split().
+cudaError_t ask_spmm_sm90_room(Sm90Room& room);
+
 // Whether the kernels run on a device: capability 9.0, and this library has code for sm_90a.
 bool spmm_sm90_runs(int device);
 
@@ -51,5 +55,7 @@ int spmm_sm90_tile_count();
 extern "C" __attribute__((visibility("default"))) int slope_spmm_sm90(const void* params,
                                                                       void* stream);
 
-// choose_spmm_sm90 for the same.
+// choose_spmm_sm90 and ask_spmm_sm90_room for the same; room: processors, then clusters of each
+// tile.
 extern "C" __attribute__((visibility("default"))) int slope_spmm_sm90_choose(void* params);
+extern "C" __attribute__((visibility("default"))) int slope_spmm_sm90_room(void* room);

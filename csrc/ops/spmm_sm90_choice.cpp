@@ -25,10 +25,6 @@ bool may_start_early(int64_t blocks, int processors) {
   return 2 * blocks <= processors || 4 * blocks >= 3 * int64_t{processors};
 }
 
-Sm90Product with_rows(const Sm90Product& product, int64_t rows) {
-  return {rows, product.columns, product.tokens};
-}
-
 Sm90Cut fastest_cut(const Sm90Product& product, const Sm90Room& room, bool is_rest = false) {
   Sm90Cut best = sm90_cut(0, product, room, is_rest);
   for (int tile = 1; tile < kTiles; ++tile) {
@@ -65,8 +61,9 @@ Sm90Cut sm90_cut(int index, const Sm90Product& product, const Sm90Room& room, bo
   const int64_t quads = ceil_div(product.columns, kSm90QuadColumns);
   const int64_t segment = ceil_div(quads, tile.segments) * (kSm90QuadColumns / kSm90TileColumns);
   const auto stages = static_cast<double>(in_segments ? std::min(k_tiles, segment) : k_tiles);
-  const bool is_slow = is_rest && tile.tokens <= kNarrowTokens;
-  const double stage_us = tile.stage_us * (is_slow ? 1.0 + kNarrowRest * (tile.segments - 1) : 1.0);
+  const bool is_narrow_rest = is_rest && tile.tokens <= kNarrowTokens;
+  const double stage_us =
+      tile.stage_us * (is_narrow_rest ? 1.0 + kNarrowRest * (tile.segments - 1) : 1.0);
   cut.time = rounds * stages * stage_us + (rounds - 1) * tile.next_us + tile.sum_us +
              (cut.starts_early ? 0.0 : kLateStartUs);
   return cut;
@@ -93,11 +90,11 @@ Sm90Split sm90_split(const Sm90Product& product, const Sm90Room& room) {
     if (first_rows == 0 || first_rows >= product.rows) {
       continue;
     }
-    const Sm90Cut first = sm90_cut(index, with_rows(product, first_rows), room);
+    const Sm90Cut first = sm90_cut(index, product.with_rows(first_rows), room);
     if (first.time + kSplitUs >= time) {
       continue;
     }
-    const Sm90Cut rest = fastest_cut(with_rows(product, product.rows - first_rows), room, true);
+    const Sm90Cut rest = fastest_cut(product.with_rows(product.rows - first_rows), room, true);
     if (const double both = first.time + kSplitUs + rest.time; both < time) {
       best = {first_rows, first, rest};
       time = both;

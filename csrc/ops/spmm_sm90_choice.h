@@ -13,6 +13,8 @@ namespace slope {
 
 struct Sm90Product {
   int64_t rows, columns, tokens;  // of W, of W and X, of X
+
+  Sm90Product with_rows(int64_t count) const { return {count, columns, tokens}; }
 };
 
 // What a device runs at the same time.
