@@ -44,6 +44,7 @@ THREADS = ("first", "second")
 DEVICE_SLACK, HOST_SLACK = 32 << 20, 32 << 20  # bytes
 LR, BETA1, BETA2, EPS, DECAY = 0.02, 0.9, 0.95, 1e-8, 0.1  # a step moves a weight by many ulp
 MASK_INTERVAL = 5
+SCALE = 0.5  # of adapters
 
 OPS = (
     *("linear", "linear_lowrank", "input_grad", "input_grad_lowrank", "weight_grad"),
@@ -73,6 +74,16 @@ def differ(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([(ours != theirs).any() for ours, theirs in pairs]).any()
 
 
+def products(
+    layer: slope.SLoPeLinear, x: Tensor, dy: Tensor, dense: Tensor, backward: Tensor
+) -> tuple[Tensor, ...]:
+    """fp64 Y without and with the adapter, dX without and with it, of weights [out, in]."""
+    x, dy, a, b = (tensor.double() for tensor in (x, dy, layer.lora_A, layer.lora_B))
+    y = x @ dense.double().t() + layer.bias.double()
+    dx = dy @ backward.double()
+    return y, y + SCALE * (x @ a.t()) @ b.t(), dx, dx + SCALE * (dy @ b) @ a
+
+
 class Trained:
     """A copy of a layer that one thread trains."""
 
@@ -99,7 +110,7 @@ class Case:
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, backend: Backend) -> None:
         self.layer = slope.SLoPeLinear(columns, rows, device="cuda", dtype=dtype, backend=backend)
-        self.layer.add_adapter(8, scale=0.5)
+        self.layer.add_adapter(8, scale=SCALE)
         torch.nn.init.normal_(self.layer.lora_B, std=0.1)
         self.layer.requires_grad_(False)
         self.layer.prepare()
@@ -107,16 +118,13 @@ class Case:
         self.dy = torch.randn(max(TOKENS), rows, device="cuda").to(dtype)
         layer = self.layer
         self.weight = (layer.weight, layer.weight_bitmask)
-        x, dy = self.x.double(), self.dy.double()
-        a, b = layer.lora_A.double(), layer.lora_B.double()
-        y = x @ layer.dense_weight().double().t() + layer.bias.double()
-        dx = dy @ layer.backward_weight().double()
-        self._y = Expected(y.to(dtype))
-        self._y_lowrank = Expected((y + 0.5 * (x @ a.t()) @ b.t()).to(dtype))
-        self._dx = Expected(dx.to(dtype))
-        self._dx_lowrank = Expected((dx + 0.5 * (dy @ b) @ a).to(dtype))
-        self._dw = {n: Expected(self._weight_grad(dy[:n], x[:n])) for n in TOKENS}
         self.dense = layer.dense_weight()
+        results = products(layer, self.x, self.dy, self.dense, layer.backward_weight())
+        self._y, self._y_lowrank, self._dx, self._dx_lowrank = (
+            Expected(result.to(dtype)) for result in results
+        )
+        x, dy = self.x.double(), self.dy.double()
+        self._dw = {n: Expected(self._weight_grad(dy[:n], x[:n])) for n in TOKENS}
         # Of this weight, whose masks need not be the layer's, since its zeros are ties
         self.pruned = ops.prune_compress_transposed(self.dense)
         assert layer.weight_t is not None
@@ -161,7 +169,7 @@ class Case:
     def input_grad_lowrank(self, tokens: int) -> Tensor:
         layer, dy = self.layer, self.dy[:tokens]
         values, bitmask, bitmask_t, *copies = self._backward_operand()
-        adapter = (layer.lora_A, layer.lora_B, 0.5)
+        adapter = (layer.lora_A, layer.lora_B, SCALE)
         dx, _ = torch.ops.slope.input_grad_lowrank(
             dy, values, bitmask, bitmask_t, *adapter, *copies, layer.backend
         )
@@ -241,10 +249,7 @@ class Case:
         weight.grad = None
         trained.steps += 1
 
-        a, b = layer.lora_A.double(), layer.lora_B.double()
-        product = x.double() @ dense.double().t() + layer.bias.double()
-        wanted = product + 0.5 * (x.double() @ a.t()) @ b.t()
-        wanted_dx = dy.double() @ (dense * kept).double() + 0.5 * (dy.double() @ b) @ a
+        _, wanted, _, wanted_dx = products(layer, x, dy, dense, dense * kept)
         reference.adamw_(
             *([moved], [gradient], [moments[0]], [moments[1]], []),
             [torch.tensor(float(trained.steps))],

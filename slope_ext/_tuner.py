@@ -208,17 +208,15 @@ def _time_all(problem: Any, native: bool) -> tuple[list[Any], dict[Any, float], 
     trials = _timed(job, tried)
     if problem.rows * problem.tokens <= _SPLIT_OUTPUTS and len(ids) > 1:
         segments = torch.cuda.get_device_capability(problem.device)[0] == 9
-        near = [trial for trial in trials if not trial.far]
-        best = sorted(near, key=lambda trial: trial.seconds)[:2]
+        best = sorted(_near(trials), key=lambda trial: trial.seconds)[:2]
         splits = _SEGMENTS if segments else _SPLITS
         wanted = [_C.SpmmAlgorithm(t.algorithm.id, *split) for t in best for split in splits]
         trials += _timed(job, wanted)
         tried += wanted
     own = job.native_trial() if native else None
     if trials:
-        near = [trial for trial in trials if not trial.far]
-        fastest = min(trial.seconds for trial in near)
-        close = [trial for trial in near if trial.seconds <= _DROP * fastest]
+        fastest = min(trial.seconds for trial in _near(trials))
+        close = [trial for trial in _near(trials) if trial.seconds <= _DROP * fastest]
         seconds = sum(job.launches * trial.seconds + 1e-4 for trial in close)
         turns = int(_SECONDS / seconds)
         close += [] if own is None else [own]
@@ -239,8 +237,12 @@ def _timed(job: _Sweep, algorithms: list[Any]) -> list[_Trial]:
             if not trial.far:
                 trial.samples.clear()
     turns = 1 if job.launches > 1 else _FIRST_TURNS
-    job.time([trial for trial in trials if not trial.far], turns)
+    job.time(_near(trials), turns)
     return trials
+
+
+def _near(trials: list[_Trial]) -> list[_Trial]:
+    return [trial for trial in trials if not trial.far]
 
 
 def _verified(problem: Any, seconds: dict[Any, float]) -> dict[Any, float]:
