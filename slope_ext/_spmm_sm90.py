@@ -28,6 +28,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("bias", "y")),
         *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "rank", "first_rows")),
         *((name, ctypes.c_int32) for name in ("kind", "tile", "rest_tile", "device", "activation")),
+        ("tail_is_transposed", ctypes.c_int32),
     ]
 
 
@@ -81,7 +82,7 @@ def launcher(
 ) -> Callable[[], None]:
     """What launches the product on the stream that is current now, while its operands live.
 
-    All contiguous, of one 16-bit dtype.
+    All contiguous, of one 16-bit dtype; but ``tail[1]`` may be the transpose of what is.
 
     Args:
         x: [tokens, in].
@@ -104,7 +105,8 @@ def launcher(
     tiles = (choice.tile, choice.rest_tile)
     applied = ACTIVATIONS.index(activation)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    params = _Params(*addresses, *sizes, kind, *tiles, x.device.index, applied)
+    transposed = tail_weight is not None and not tail_weight.is_contiguous()
+    params = _Params(*addresses, *sizes, kind, *tiles, x.device.index, applied, transposed)
     symbol = _library_file().slope_spmm_sm90
     stream = torch.cuda.current_stream(x.device).cuda_stream
 

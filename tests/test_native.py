@@ -163,7 +163,7 @@ def check_tile(tile, row_tiles, rests, rank, activation, columns=288, token_tile
     check_product(Choice(tile), rows, counts, rank, activation, columns)
 
 
-def check_product(choice, rows, counts, rank, activation, columns):
+def check_product(choice, rows, counts, rank, activation, columns, transposed=False):
     """In bf16, the last count in fp16 too; operands amid NaN, the result amid a sentinel."""
     skip_unless_it_runs()
     nan, sentinel = float("nan"), 12288.0
@@ -179,6 +179,9 @@ def check_product(choice, rows, counts, rank, activation, columns):
         for tensor in (x, left, right):
             tensor.copy_(torch.randn_like(tensor))
         y.fill_(nan)
+        if transposed:
+            whole_right = torch.full((rank * rows + 2 * GUARD,), nan, dtype=dtype, device=CUDA)
+            right = whole_right[GUARD:-GUARD].view(rank, rows).t().copy_(right)
         tail = (left, right) if rank else None
         options = {"tail": tail, "bias": o.bias, "activation": activation, "choice": choice}
         spmm_sm90(x, o.values, words[dtype], y, **options)
@@ -218,6 +221,22 @@ def test_blocks_with_several_tiles(tile, columns):
 def test_fewer_tokens_than_a_tile_has(tile, activation):
     tokens = (1, 7, 8, 9, 63, 65, 100, TILES[tile][1] - 8, TILES[tile][1] - 1)
     check_tile(tile, 3, tokens, 40, activation, columns=544, token_tiles=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_name)
+@pytest.mark.parametrize("rank", [8, 40, 64, 136])
+@pytest.mark.parametrize("short", [0, 8, 72, 120])
+def test_transposed_tail(tile, rank, short):
+    """A factor as backward has it, [rank, out]; rows end within a block of 64 or before one."""
+    rows = 2 * TILES[tile][0] - short
+    check_product(Choice(tile), rows, (1, 70, 300), rank, "none", 288, transposed=True)
+
+
+@pytest.mark.gpu
+def test_transposed_tail_of_a_product_in_two_parts():
+    choice = Choice(TILES.index((128, 256, 1)), 512, TILES.index((128, 128, 4)))
+    check_product(choice, 1000, (130, 400), 72, "relu", 544, transposed=True)
 
 
 @pytest.mark.gpu

@@ -273,7 +273,8 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared) {
 // sparse<s>   wgmma.mma_async.sp m64nNk32: d = A B^T [+ d if accumulate]; A [64, 32] as 16 values a
 //             row. Of the four lanes with the same g, lanes 2s and 2s+1 supply the metadata, for
 //             columns 0-15 and 16-31: low half row g, high half row g+8, a nibble a group.
-// dense       wgmma.mma_async m64nNk16: d += A B^T
+// dense<t>    wgmma.mma_async m64nNk16: d += A B^T; A [64, 16] as rows of 16 or, t = 1, as its
+//             transpose, 16 rows of 64 (128 bytes, eight of them a swizzle pattern)
 template <FloatKind kKind, int kN>
 struct Wgmma;
 
@@ -322,11 +323,12 @@ struct Wgmma;
                    : SLOPE_D##n                                                                   \
                    : "l"(values), "l"(dense), "r"(metadata), "r"(accumulate), "n"(kSelector));    \
     }                                                                                             \
+    template <int kTransposed>                                                                    \
     static __device__ __forceinline__ void dense(float (&d)[n], uint64_t left, uint64_t right) {  \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type               \
-                   " {" SLOPE_NAMES_##n "}, %" #a ", %" #b ", 1, 1, 1, 0, 0;"                     \
+                   " {" SLOPE_NAMES_##n "}, %" #a ", %" #b ", 1, 1, 1, %" #e ", 0;"               \
                    : SLOPE_D##n                                                                   \
-                   : "l"(left), "l"(right));                                                      \
+                   : "l"(left), "l"(right), "n"(kTransposed));                                    \
     }                                                                                             \
   };
 #define SLOPE_WGMMA_BOTH(kN, n, a, b, e, p, s)    \

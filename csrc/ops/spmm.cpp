@@ -114,6 +114,13 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmask,
   return activated(dense_linear(x, weight, bias), applied);
 }
 
+// Whether a matrix is the transpose of a contiguous one, 16-byte aligned.
+bool is_transpose_16b(const Tensor& matrix) {
+  return matrix.dim() == 2 && !matrix.is_contiguous() && matrix.stride(0) == 1 &&
+         matrix.stride(1) == matrix.size(0) &&
+         reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 16 == 0;
+}
+
 }  // namespace
 
 // ---- for other ops -------------------------------------------------------------------------
@@ -243,7 +250,9 @@ Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight
   if (bias) {
     vector = torch::stable::contiguous(*bias);
   }
-  const OptionalTensor left = aligned(tail_x), right = aligned(tail_weight);
+  const bool transposed = tail_weight && is_transpose_16b(*tail_weight);
+  const OptionalTensor left = aligned(tail_x);
+  const OptionalTensor right = transposed ? tail_weight : aligned(tail_weight);
   Tensor y = empty_like_device(x, shape_with(x, features_of(rows, activation)), x.scalar_type());
   const auto pointer = [](const OptionalTensor& tensor) {
     return tensor ? tensor->const_data_ptr() : nullptr;
@@ -266,6 +275,7 @@ Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight
       .rest_tile = 0,
       .device = values.get_device(),
       .activation = activation,
+      .tail_is_transposed = transposed,
   };
   check_cuda(launch_spmm_sm90(params, stream), op);
   return y;

@@ -46,7 +46,8 @@ Activation activation_of(const char* op, const std::string& name, const SparseWe
 Tensor activated(const Tensor& y, Activation activation);
 
 // activation(x W^T [+ tail_x tail_weight^T] [+ bias]) by the own kernel, on the current device; x
-// not empty. tail_x [..., rank] and tail_weight [out, rank], rank a multiple of 8, or neither.
+// not empty. tail_x [..., rank] and tail_weight [out, rank], rank a multiple of 8, or neither;
+// tail_weight may be the transpose of a contiguous matrix, which is read as it lies.
 Tensor native_linear(const char* op, const Tensor& x, const SparseWeight& weight,
                      const OptionalTensor& bias, const OptionalTensor& tail_x,
                      const OptionalTensor& tail_weight, Activation activation);

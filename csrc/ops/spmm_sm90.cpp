@@ -257,16 +257,18 @@ SpmmSm90Params part_of(const SpmmSm90Params& params, int64_t first, int64_t coun
   SpmmSm90Params part = params;
   part.values = moved(params.values, first * (params.columns / 2) * kElementBytes);
   part.metadata = moved(params.metadata, first / kSm90BlockRows * quads * kSm90QuadBytes);
-  part.tail_weight = moved(params.tail_weight, first * params.rank * kElementBytes);
+  part.tail_weight =
+      moved(params.tail_weight,
+            first * (params.tail_is_transposed != 0 ? 1 : params.rank) * kElementBytes);
   part.bias = moved(params.bias, first * kElementBytes);
   part.y = static_cast<uint8_t*>(params.y) + features_of(first, params.activation) * kElementBytes;
   part.rows = count;
   return part;
 }
 
-// Launches the kernel for the rows of W in `params`; rows of Y are `features` apart, not
-// contiguous.
-cudaError_t launch_cut(const SpmmSm90Params& params, const Sm90Cut& cut, int64_t features,
+// Launches the kernel for the rows of W in `params`, a part of `whole_rows`: so far apart are rows
+// of a transposed tail factor, and by as many features rows of Y.
+cudaError_t launch_cut(const SpmmSm90Params& params, const Sm90Cut& cut, int64_t whole_rows,
                        cudaStream_t stream) {
   const Sm90Tile& tile = kSm90Tiles[cut.tile];
   const int64_t tiles = cut.row_tiles * cut.token_tiles;
@@ -291,12 +293,18 @@ cudaError_t launch_cut(const SpmmSm90Params& params, const Sm90Cut& cut, int64_t
            kSm90TileColumns / 2);
   map_pair(args.x, contiguous(params.x, params.tokens, params.columns), x_rows, kSm90TileColumns);
   if (params.rank > 0) {
-    map_pair(args.tail_weight, contiguous(params.tail_weight, params.rows, params.rank), w_rows,
-             kSm90TailTileColumns);
+    if (params.tail_is_transposed != 0) {
+      args.tail_weight[0] = maps.make({params.tail_weight, params.rank, params.rows, whole_rows},
+                                      {kSm90TailTileColumns, kSm90BlockRows});
+    } else {
+      map_pair(args.tail_weight, contiguous(params.tail_weight, params.rows, params.rank), w_rows,
+               kSm90TailTileColumns);
+    }
     map_pair(args.tail_x, contiguous(params.tail_x, params.tokens, params.rank), x_rows,
              kSm90TailTileColumns);
   }
-  const Matrix y{params.y, params.tokens, features_of(params.rows, params.activation), features};
+  const Matrix y{params.y, params.tokens, features_of(params.rows, params.activation),
+                 features_of(whole_rows, params.activation)};
   const auto out_box = static_cast<int>(features_of(kSm90OutBox, params.activation));
   const int rest = tile.tokens % kSm90OutBox;
   args.y = maps.make(y, {kSm90OutBox, out_box});
@@ -308,6 +316,7 @@ cudaError_t launch_cut(const SpmmSm90Params& params, const Sm90Cut& cut, int64_t
   args.metadata = static_cast<const uint4*>(params.metadata);
   args.bias = params.bias;
   args.activation = params.activation;
+  args.tail_is_transposed = params.tail_is_transposed != 0;
   args.rows = static_cast<int>(params.rows);
   args.tokens = static_cast<int>(params.tokens);
   args.quads = static_cast<int>(ceil_div(params.columns, kSm90QuadColumns));
@@ -380,17 +389,16 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream) 
     return cudaErrorNotSupported;
   }
   const Sm90Split split = choose_split(params, processors);
-  const int64_t features = features_of(params.rows, params.activation);
   const int64_t rest_rows = params.rows - split.first_rows;
   if (split.first.clusters == 0 || (rest_rows > 0 && split.rest.clusters == 0)) {
     return cudaErrorInvalidValue;
   }
   const cudaError_t status =
-      launch_cut(part_of(params, 0, split.first_rows), split.first, features, stream);
+      launch_cut(part_of(params, 0, split.first_rows), split.first, params.rows, stream);
   if (status != cudaSuccess || rest_rows == 0) {
     return status;
   }
-  return launch_cut(part_of(params, split.first_rows, rest_rows), split.rest, features, stream);
+  return launch_cut(part_of(params, split.first_rows, rest_rows), split.rest, params.rows, stream);
 }
 
 }  // namespace slope

@@ -253,21 +253,34 @@ class Loads {
     const int tokens = min(T::kTokens, (args.tokens - place.token + 7) / 8 * 8);
     const int part = sm90_x_part(tokens, T::kCluster);
     const bool cuts_w = rows < T::kRows, cuts_x = tokens < T::kTokens;
-    weight_ = kIsTail ? &args.tail_weight[cuts_w] : &args.values[cuts_w];
+    weight_ =
+        kIsTail ? &args.tail_weight[cuts_w && !args.tail_is_transposed] : &args.values[cuts_w];
     x_ = kIsTail ? &args.tail_x[cuts_x] : &args.x[cuts_x];
     row_ = rows > 0 ? place.row : kNone;
     // This block's part of the tokens, which goes to all of the cluster. The last part ends with
     // the tokens, so that it may repeat some of the one before
     first_ = T::kCluster == 1 ? 0 : min(block_of_cluster<T>() * part, tokens - part);
     token_ = place.token + first_;
-    bytes_ = rows * kWeightBytes + T::kCluster * part * kXBytes;
+    const bool in_blocks = kIsTail && args.tail_is_transposed;
+    const int weight_rows =
+        in_blocks ? (rows + kSm90BlockRows - 1) / kSm90BlockRows * kSm90BlockRows : rows;
+    bytes_ = weight_rows * kWeightBytes + T::kCluster * part * kXBytes;
   }
 
   // A stage, from these columns on.
-  __device__ __forceinline__ void load(const Ring<T>& ring, int weight_column, int x_column) const {
+  __device__ __forceinline__ void load(const SpmmSm90Args& args, const Ring<T>& ring,
+                                       int weight_column, int x_column) const {
     const uint32_t full = ring.full(ring.stage);
     ptx::barrier_arrive_expect(full, bytes_);
-    if (row_ != kNone) {
+    if (kIsTail && args.tail_is_transposed) {  // by blocks of 64 rows, a box each
+      const int end = row_ != kNone ? min(row_ + T::kRows, args.rows) : 0;
+      uint32_t block = ring.values();
+#pragma unroll 1
+      for (int row = row_; row < end; row += kSm90BlockRows) {
+        ptx::tma_load(block, args.tail_weight, row, weight_column, full);
+        block += kSm90BlockRows * kTailRowBytes;
+      }
+    } else if (row_ != kNone) {
       ptx::tma_load(ring.values(), weight_, weight_column, row_, full);
     }
     if constexpr (T::kCluster == 1) {
@@ -298,13 +311,13 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
     const Loads<T, false> loads(args, place);
     for (int k_tile = stages.first(); k_tile < stages.end(); ++k_tile) {
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
-      loads.load(ring, k_tile * (kSm90TileColumns / 2), k_tile * kSm90TileColumns);
+      loads.load(args, ring, k_tile * (kSm90TileColumns / 2), k_tile * kSm90TileColumns);
       ring.advance();
     }
     const Loads<T, true> tail_loads(args, place);
     for (int k_tile = 0; k_tile < stages.tail(); ++k_tile) {
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
-      tail_loads.load(ring, k_tile * kSm90TailTileColumns, k_tile * kSm90TailTileColumns);
+      tail_loads.load(args, ring, k_tile * kSm90TailTileColumns, k_tile * kSm90TailTileColumns);
       ring.advance();
     }
   }
@@ -538,6 +551,8 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
   constexpr uint64_t kValueStep = kValueRowBytes / kSteps / 16;  // in a matrix descriptor
   constexpr uint64_t kXStep = kXRowBytes / kSteps / 16;
   constexpr uint64_t kTailStep = kTailRowBytes / 2 / 16;  // a dense wgmma has 16 columns
+  constexpr int kTransposedRowBytes = kSm90BlockRows * kElementBytes;
+  constexpr uint64_t kTransposedTailStep = 16 * kTransposedRowBytes / 16;  // or rows
 
   const uint32_t values_of_consumer = consumer * kBlocks * kSm90BlockRows * kValueRowBytes;
   const uint32_t buffers = shared + T::kOut + consumer * kOutBuffers * kOutBytes;
@@ -633,22 +648,32 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
     }
 
     // Tail
+    const auto multiply_tail = [&]<int kTransposed>(std::integral_constant<int, kTransposed>) {
 #pragma unroll 1
-    for (int tail_tile = 0; tail_tile < stages.tail(); ++tail_tile) {
-      ptx::barrier_wait(ring.full(ring.stage), ring.round);
-      const uint64_t x = ptx::matrix_descriptor<kTailRowBytes>(ring.x());
-      ptx::wgmma_fence();
+      for (int tail_tile = 0; tail_tile < stages.tail(); ++tail_tile) {
+        constexpr int kRowBytes = kTransposed != 0 ? kTransposedRowBytes : kTailRowBytes;
+        constexpr uint64_t kWeightStep = kTransposed != 0 ? kTransposedTailStep : kTailStep;
+        ptx::barrier_wait(ring.full(ring.stage), ring.round);
+        const uint64_t x = ptx::matrix_descriptor<kTailRowBytes>(ring.x());
+        ptx::wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        const uint64_t weight = values_block(i);
-        Wgmma::dense(sums[i], weight, x);
-        Wgmma::dense(sums[i], weight + kTailStep, x + kTailStep);
+        for (int i = 0; i < kBlocks; ++i) {
+          const uint64_t weight = ptx::matrix_descriptor<kRowBytes>(
+              ring.values() + values_of_consumer + i * kSm90BlockRows * kTailRowBytes);
+          Wgmma::template dense<kTransposed>(sums[i], weight, x);
+          Wgmma::template dense<kTransposed>(sums[i], weight + kWeightStep, x + kTailStep);
+        }
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        release_previous();
+        previous = ring.stage;
+        ring.advance();
       }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();
-      release_previous();
-      previous = ring.stage;
-      ring.advance();
+    };
+    if (args.tail_is_transposed) {
+      multiply_tail(std::integral_constant<int, 1>{});
+    } else {
+      multiply_tail(std::integral_constant<int, 0>{});
     }
 
     ptx::wgmma_wait<0>();

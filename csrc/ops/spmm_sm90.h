@@ -19,7 +19,7 @@ struct SpmmSm90Params {
   const void* values;       // [rows, columns / 2]
   const void* metadata;     // words for wgmma.sp, see docs/layouts.md
   const void* tail_x;       // [tokens, rank], nullptr if rank is 0
-  const void* tail_weight;  // [rows, rank], nullptr if rank is 0
+  const void* tail_weight;  // [rows, rank], or transposed [rank, rows]; nullptr if rank is 0
   const void* bias;         // [rows] or nullptr; 2-byte aligned
   void* y;                  // [tokens, rows], with kSwiglu [tokens, rows / 2]
   int64_t tokens;           // 0 to 2^31 - 257
@@ -31,6 +31,7 @@ struct SpmmSm90Params {
   int32_t tile, rest_tile;  // indices below spmm_sm90_tile_count(); tile -1 chooses all three
   int32_t device;           // the current one
   Activation activation;
+  int32_t tail_is_transposed;
 };
 
 // y <- activation(x W^T [+ tail_x tail_weight^T] [+ bias]), fp32 sums. cudaErrorNotSupported where

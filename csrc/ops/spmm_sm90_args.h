@@ -26,7 +26,8 @@ struct SpmmSm90Args {
   // they need: TMA takes longer over a row out of bounds than over one that exists
   CUtensorMap values[2];       // box [tile rows, 32], 64-byte swizzle
   CUtensorMap x[2];            // box [sm90_x_part, 64], 128-byte swizzle
-  CUtensorMap tail_weight[2];  // box [tile rows, 32], 64-byte swizzle
+  CUtensorMap tail_weight[2];  // box [tile rows, 32], 64-byte swizzle; of a transposed one [0] is
+                               // all, box [32, 64], 128-byte swizzle
   CUtensorMap tail_x[2];       // box [sm90_x_part, 32], 64-byte swizzle
   CUtensorMap y;               // box [64, 64], 128-byte swizzle; SwiGLU: [64, 32], 64-byte swizzle
   CUtensorMap y_rest;          // as y, but of tile tokens % 64
@@ -42,6 +43,7 @@ struct SpmmSm90Args {
   // Tiles go in groups along features, for L2; the last group may be lower than the others
   Divisor group_tiles, group_height, last_height;
   Activation activation;
+  bool tail_is_transposed;  // tail_weight is [rank, rows]
 };
 
 // The kernel with tiles of kRows of W x kTokens, for each block of a cluster, and a ring of
