@@ -37,7 +37,7 @@ std::tuple<int, int64_t, int> spmm_sm90_choice(
 void bind_choice(py::module_& m) {
   py::list tiles;
   for (const slope::Sm90Tile& tile : slope::kSm90Tiles) {
-    tiles.append(py::make_tuple(tile.rows, tile.tokens, tile.segments));
+    tiles.append(py::make_tuple(tile.rows, tile.tokens, tile.cluster, tile.segments));
   }
   m.attr("SPMM_SM90_TILES") = py::tuple(tiles);
   m.def("spmm_sm90_choice", &spmm_sm90_choice, py::arg("tokens"), py::arg("rows"),

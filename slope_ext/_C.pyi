@@ -1,7 +1,7 @@
 from collections.abc import Callable
 
 OVERREAD_BYTES: int  # with CUDA only
-SPMM_SM90_TILES: tuple[tuple[int, int, int], ...]  # rows of W, tokens, segments
+SPMM_SM90_TILES: tuple[tuple[int, int, int, int], ...]  # rows of W, tokens, cluster, segments
 
 class SpmmProblem:
     rows: int

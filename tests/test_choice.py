@@ -8,18 +8,14 @@ import pytest
 from slope_ext import _C
 
 TILES = _C.SPMM_SM90_TILES
-PAIRS = [tile for tile in TILES if tile[2] == 1 and tile[:2] not in ((128, 128), (128, 64))]
 H200 = 132  # multiprocessors, as of an H100 SXM
 
 
 def room(processors=H200, without=()):
     """Clusters that run at the same time; larger ones than pairs as an H200 says, in proportion."""
-    larger = {2: processors // 2, 3: 39 * processors // H200, 4: 28 * processors // H200}
+    most = {1: H200, 2: 66, 3: 39, 4: 28}
     return [
-        0
-        if tile in without
-        else larger.get(tile[2], processors // 2 if tile in PAIRS else processors)
-        for tile in TILES
+        0 if tile in without else most[tile[2] * tile[3]] * processors // H200 for tile in TILES
     ]
 
 
@@ -34,21 +30,24 @@ def choose(tokens, rows, columns, processors=H200, **options):
 @pytest.mark.parametrize(
     ("rows", "columns", "tokens", "tile"),
     [
-        (9216, 9216, 8192, (256, 192, 1)),
-        (20480, 5120, 8192, (128, 256, 1)),
-        (5120, 20480, 8192, (128, 256, 1)),
-        (14336, 4096, 8192, (256, 176, 1)),
-        (4096, 14336, 8192, (256, 168, 1)),
-        (4096, 4096, 8192, (256, 168, 1)),
-        (9216, 9216, 2048, (256, 192, 1)),
-        (5120, 20480, 2048, (256, 160, 1)),
-        (4096, 4096, 2048, (128, 256, 1)),
-        (4096, 14336, 2048, (128, 256, 1)),
-        (5120, 20480, 512, (128, 192, 1)),
-        (4096, 14336, 512, (128, 256, 2)),
-        (7168, 28672, 256, (128, 256, 2)),
-        (4096, 4096, 64, (128, 64, 2)),
-        (2048, 8192, 64, (128, 64, 4)),
+        (9216, 9216, 8192, (256, 192, 2, 1)),
+        (20480, 5120, 8192, (128, 256, 2, 1)),
+        (5120, 20480, 8192, (128, 256, 2, 1)),
+        (14336, 4096, 8192, (256, 176, 2, 1)),
+        (4096, 14336, 8192, (256, 168, 2, 1)),
+        (4096, 4096, 8192, (256, 168, 2, 1)),
+        (9216, 9216, 2048, (256, 192, 2, 1)),
+        (5120, 20480, 2048, (256, 160, 2, 1)),
+        (4096, 4096, 2048, (128, 256, 2, 1)),
+        (4096, 14336, 2048, (128, 256, 2, 1)),
+        (14336, 4096, 2048, (128, 256, 2, 1)),
+        (9216, 36864, 384, (256, 128, 2, 1)),
+        (14336, 4096, 512, (128, 256, 4, 1)),
+        (5120, 20480, 512, (128, 192, 2, 1)),
+        (4096, 14336, 512, (128, 256, 1, 2)),
+        (7168, 28672, 256, (128, 256, 1, 2)),
+        (4096, 4096, 64, (128, 64, 1, 2)),
+        (2048, 8192, 64, (128, 64, 1, 4)),
     ],
 )
 def test_one_kernel(rows, columns, tokens, tile):
@@ -59,11 +58,11 @@ def test_one_kernel(rows, columns, tokens, tile):
 @pytest.mark.parametrize(
     ("rows", "columns", "tokens", "choice"),
     [
-        (14336, 4096, 2048, ((256, 192, 1), 12288, (128, 256, 1))),
-        (20480, 5120, 256, ((128, 256, 1), 16896, (128, 128, 2))),
-        (36864, 9216, 256, ((128, 256, 1), 33792, (128, 128, 2))),
-        (36864, 9216, 192, ((256, 192, 1), 33792, (128, 128, 2))),
-        (9216, 36864, 640, ((256, 128, 1), 6656, (128, 256, 2))),
+        (14336, 4096, 640, ((256, 160, 2, 1), 8192, (256, 128, 2, 1))),
+        (20480, 5120, 256, ((128, 256, 2, 1), 16896, (128, 128, 1, 2))),
+        (36864, 9216, 256, ((128, 256, 2, 1), 33792, (128, 128, 1, 2))),
+        (36864, 9216, 192, ((256, 192, 2, 1), 33792, (128, 128, 1, 2))),
+        (9216, 36864, 640, ((256, 128, 2, 1), 6656, (128, 256, 1, 2))),
     ],
 )
 def test_two_kernels_where_a_last_round_would_be_mostly_empty(rows, columns, tokens, choice):
@@ -79,14 +78,14 @@ def test_parts_are_of_this_product(processors):
         tokens = draw.choice([draw.randint(1, 300), draw.randint(1, 20000)])
         tile, first_rows, _ = choose(tokens, rows, columns, processors)
         assert 0 <= first_rows < rows
-        assert first_rows % (tile[0] * (2 if tile in PAIRS else 1)) == 0
-        assert tile[2] == 1 or first_rows == 0, "segments take one round"
+        assert first_rows % (tile[0] * tile[2]) == 0
+        assert tile[3] == 1 or first_rows == 0, "segments take one round"
         split += first_rows > 0
     assert split > 20
 
 
 def test_tiles_that_a_device_has_no_room_for_are_not_taken():
-    segments = [tile for tile in TILES if tile[2] > 1]
+    segments = [tile for tile in TILES if tile[3] > 1]
     assert choose(512, 4096, 14336)[0] in segments
     assert choose(512, 4096, 14336, without=segments)[0] not in segments
     tile, first_rows, rest = choose(256, 20480, 5120)
