@@ -28,9 +28,7 @@ bool may_start_early(int64_t blocks, int processors) {
 // 128 x 128 is: nothing is shared by clusters, and with long rows of W its blocks drift apart, so
 // that L2 is asked for more. 9216 x 36864 with 384 tokens took 301 us with such tiles first, in one
 // kernel of 256 x 128 it takes 263.
-bool slows_when_all_work(const Sm90Tile& tile) {
-  return tile.rows == 128 && tile.tokens == 128;
-}
+bool slows_when_all_work(const Sm90Tile& tile) { return tile.rows == 128 && tile.tokens == 128; }
 
 Sm90Cut fastest_cut(const Sm90Product& product, const Sm90Room& room, bool is_rest = false) {
   Sm90Cut best = sm90_cut(0, product, room, is_rest);

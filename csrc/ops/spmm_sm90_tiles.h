@@ -29,6 +29,7 @@ struct Sm90Tile {
 // power limit (tiles of 64 tokens and three segments: 10 shapes with 8 to 256 tokens; tiles of
 // 128 x 192: 10 with 128 to 2048; 128 x 256 in two segments: 8 products, in clusters of four: 6);
 // what counts is which tile has the least.
+// clang-format off: a tile a line
 constexpr std::array<Sm90Tile, 19> kSm90Tiles{{
     {256, 192, 4, 2, 1, 0.661, 2.3, 0.0},
     {256, 176, 4, 2, 1, 0.619, 2.0, 0.0},
@@ -50,5 +51,6 @@ constexpr std::array<Sm90Tile, 19> kSm90Tiles{{
     {128, 64, 10, 1, 3, 0.222, 0.0, 1.2},
     {128, 64, 10, 1, 4, 0.222, 0.0, 2.8},
 }};
+// clang-format on
 
 }  // namespace slope
