@@ -256,7 +256,8 @@ class Loads {
     weight_ =
         kIsTail ? &args.tail_weight[cuts_w && !args.tail_is_transposed] : &args.values[cuts_w];
     x_ = kIsTail ? &args.tail_x[cuts_x] : &args.x[cuts_x];
-    row_ = rows > 0 ? place.row : kNone;
+    row_ = place.row;
+    end_ = place.row + rows;
     // This block's part of the tokens, which goes to all of the cluster. The last part ends with
     // the tokens, so that it may repeat some of the one before
     first_ = T::kCluster == 1 ? 0 : min(block_of_cluster<T>() * part, tokens - part);
@@ -273,14 +274,13 @@ class Loads {
     const uint32_t full = ring.full(ring.stage);
     ptx::barrier_arrive_expect(full, bytes_);
     if (kIsTail && args.tail_is_transposed) {  // by blocks of 64 rows, a box each
-      const int end = row_ != kNone ? min(row_ + T::kRows, args.rows) : 0;
       uint32_t block = ring.values();
 #pragma unroll 1
-      for (int row = row_; row < end; row += kSm90BlockRows) {
+      for (int row = row_; row < end_; row += kSm90BlockRows) {
         ptx::tma_load(block, args.tail_weight, row, weight_column, full);
         block += kSm90BlockRows * kTailRowBytes;
       }
-    } else if (row_ != kNone) {
+    } else if (row_ < end_) {
       ptx::tma_load(ring.values(), weight_, weight_column, row_, full);
     }
     if constexpr (T::kCluster == 1) {
@@ -292,10 +292,9 @@ class Loads {
   }
 
  private:
-  static constexpr int kNone = -1;
-
   const CUtensorMap *weight_, *x_;
-  int row_, token_;
+  int row_, end_;  // a tile beyond W has none
+  int token_;
   int first_;  // token of the tile that this block loads
   int bytes_;  // that a block's stage gets
 };
