@@ -179,7 +179,7 @@ def register_gradient(
     places = [i for i, argument in enumerate(arguments) if argument.name in differentiable]
     defaults = tuple(argument.default_value for argument in arguments)  # None: there is none
 
-    def on_autograd(keys: torch._C.DispatchKeySet, *given: Any) -> Any:
+    def on_autograd(*given: Any) -> Any:
         refuse_forward_mode(op)
         if torch.is_grad_enabled():
             complete = given + defaults[len(given) :]
@@ -187,9 +187,10 @@ def register_gradient(
                 tensor = complete[place]
                 if tensor is not None and tensor.requires_grad:
                     return with_gradient(*complete)
-        return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *given)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op(*given)
 
-    _registrations.impl(name, on_autograd, "Autograd", with_keyset=True)
+    _registrations.impl(name, on_autograd, "Autograd")
 
 
 def register_write(name: str, *arguments: str) -> None:
