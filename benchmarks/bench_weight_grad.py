@@ -56,11 +56,15 @@ def bench_shape(
 @torch.no_grad()
 def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of every type, shape and token count."""
-    for dtype in run.first(DTYPES, 1):
-        for shape in BAR_SHAPES:
-            for tokens in run.first(TOKENS, 2):
-                yield from bench_shape(shape, dtype, tokens, run)
+    cases = [
+        (shape, dtype, tokens)
+        for dtype in run.first(DTYPES, 1)
+        for shape in BAR_SHAPES
+        for tokens in run.first(TOKENS, 2)
+    ]
+    for shape, dtype, tokens in run.own(cases):
+        yield from bench_shape(shape, dtype, tokens, run)
 
 
 if __name__ == "__main__":
-    harness.main("weight_grad", __doc__, bench)
+    harness.main("weight_grad", __doc__, bench, parts=True)
