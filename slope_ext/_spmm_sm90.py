@@ -16,7 +16,7 @@ from slope_ext import _C, _library
 from slope_ext._check import ACTIVATIONS
 from slope_ext.ops.spmm import Activation
 
-# rows of W, tokens, segments of W's columns
+# rows of W, tokens, blocks of a cluster, segments of W's columns
 TILES = _C.SPMM_SM90_TILES
 
 
@@ -82,7 +82,8 @@ def launcher(
 ) -> Callable[[], None]:
     """What launches the product on the stream that is current now, while its operands live.
 
-    All contiguous, of one 16-bit dtype; but ``tail[1]`` may be the transpose of what is.
+    Their device is to be the current one, now and then. All are contiguous, of one 16-bit dtype;
+    but of ``tail[1]`` it may be the transpose that is contiguous.
 
     Args:
         x: [tokens, in].
@@ -95,9 +96,17 @@ def launcher(
         choice: the kernels.
 
     Raises:
+        ValueError: ``tail[1]`` is neither; another device is current.
         RuntimeError: when called, if the launch failed.
     """
     tail_x, tail_weight = tail or (None, None)
+    transposed = False
+    if tail_weight is not None and not tail_weight.is_contiguous():
+        transposed = tail_weight.t().is_contiguous()
+        if not transposed:
+            raise ValueError("spmm_sm90: tail[1] or its transpose must be contiguous")
+    if torch.cuda.current_device() != x.device.index:
+        raise ValueError(f"spmm_sm90: x is on {x.device}, which must be the current device")
     tensors = (x, values, words, tail_x, tail_weight, bias, y)
     rank = 0 if tail_x is None else tail_x.shape[1]
     sizes = (x.shape[0], values.shape[0], 2 * values.shape[1], rank, choice.first_rows)
@@ -105,7 +114,6 @@ def launcher(
     tiles = (choice.tile, choice.rest_tile)
     applied = ACTIVATIONS.index(activation)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    transposed = tail_weight is not None and not tail_weight.is_contiguous()
     params = _Params(*addresses, *sizes, kind, *tiles, x.device.index, applied, transposed)
     symbol = _library_file().slope_spmm_sm90
     stream = torch.cuda.current_stream(x.device).cuda_stream

@@ -132,7 +132,7 @@ class AdamW(torch.optim.Optimizer):
             TypeError: a trained parameter is a tensor of tensors, such as a DTensor.
         """
         options = {**self.defaults, **param_group}
-        _require_options(options, check_tensors=True)
+        _require_options(options, read_tensors=True)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in _SCALARS:  # plain ones: checkpoints take no NumPy scalars
@@ -233,8 +233,9 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        # Tensors among the options are not looked at: that would wait for the GPU
-        _require_options(group, check_tensors=False)
+        # Tensors among the options are not read: that would wait for the GPU
+        _require_options(group, read_tensors=False)
+        _require_wide_moments_of_fp16(group, group["params"])
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -469,9 +470,13 @@ class AdamW(torch.optim.Optimizer):
         return list(enumerate(p for group in self.param_groups for p in group["params"]))
 
 
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.numel() == 1 and not tensor.is_complex()
+
+
 def _number(value: Any) -> float:
     """A real number, or a tensor of one; NaN for anything else."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+    if isinstance(value, Tensor) and _is_number(value):
         return float(value)
     try:
         return float(value) if isinstance(value, Real) else math.nan
@@ -479,12 +484,13 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-def _require_options(options: dict[str, Any], *, check_tensors: bool) -> None:
-    """Raises where an option of a group is out of range; tensors are looked at if so asked."""
+def _require_options(options: dict[str, Any], *, read_tensors: bool) -> None:
+    """Raises where an option of a group is out of range; of tensors, where it is no number."""
 
     def within(value: Any, low: float, end: float) -> bool:
-        unseen = isinstance(value, Tensor) and not check_tensors
-        return unseen or low <= _number(value) < end
+        if isinstance(value, Tensor) and not read_tensors:
+            return _is_number(value)
+        return low <= _number(value) < end
 
     _require_our_algorithm(options)
     if options["half_moments"] and options["master_weights"]:
@@ -508,7 +514,7 @@ def _require_our_algorithm(options: dict[str, Any]) -> None:
     """Raises where options of torch's Adam or AdamW say what this class does not do."""
     if options.get("amsgrad"):
         raise ValueError("AdamW: amsgrad must be False")
-    if options.get("weight_decay") and not options.get(_DECOUPLED, True):
+    if not options.get(_DECOUPLED, True) and options.get("weight_decay"):
         raise ValueError("AdamW: decoupled_weight_decay must be True; Adam's decay is another")
 
 

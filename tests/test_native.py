@@ -156,12 +156,12 @@ def tile_name(tile):
     return "{}x{}_c{}_k{}".format(*TILES[tile])
 
 
-def check_tile(tile, row_tiles, rests, rank, activation, columns=288, token_tiles=2):
+def check_tile(tile, row_tiles, rests, rank, activation, columns=288, token_tiles=2, **options):
     """``token_tiles`` whole tiles and each rest of tokens; of rows not quite ``row_tiles``."""
     tile_rows, tile_tokens = TILES[tile][:2]
     rows = row_tiles * tile_rows - (32 if activation == "swiglu" else 24)
     counts = [token_tiles * tile_tokens + rest for rest in rests]
-    check_product(Choice(tile), rows, counts, rank, activation, columns)
+    check_product(Choice(tile), rows, counts, rank, activation, columns, **options)
 
 
 def check_product(choice, rows, counts, rank, activation, columns, transposed=False):
@@ -234,6 +234,48 @@ def test_transposed_tail(tile, rank, rest):
     """A factor as backward has it, [rank, out]; a tile may have no rows, or end within 64."""
     rows = TILES[tile][0] + rest
     check_product(Choice(tile), rows, (1, 70, 300), rank, "none", 288, transposed=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_name)
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+def test_transposed_tail_of_blocks_with_several_tiles(tile, activation):
+    check_tile(tile, 70, (65,), 40, activation, transposed=True)
+
+
+@pytest.mark.gpu
+def test_a_tail_that_is_neither_is_refused():
+    o = Operands(64, 64, torch.bfloat16, CUDA)
+    tail = o.randn(8, 16), o.randn(64, 32)[:, ::2]
+    with pytest.raises(ValueError, match="or its transpose must be contiguous"):
+        spmm_sm90(o.randn(8, 64), o.values, with_words(o), o.randn(8, 64), tail=tail)
+
+
+@pytest.mark.gpu
+def test_backward_reads_lora_a_as_it_lies():
+    """And copies it where TMA could not."""
+    skip_unless_it_runs()
+    o = Operands(256, 8192, torch.bfloat16, CUDA, rank=256)
+    masks = o.bitmask, o.bitmask_t
+    ops.transpose_values(o.values, *masks, o.values_t)
+    dy, where = o.randn(8, 256), {"values_t": o.values_t, "backend": "native"}
+
+    def grown_by(lora_a):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        dx, _ = ops.input_grad_lowrank(dy, o.values, *masks, lora_a, o.lora_B, **where)
+        return dx, torch.cuda.max_memory_allocated() - before
+
+    grown_by(o.lora_A)  # what libraries allocate once
+    expected, grown = grown_by(o.lora_A)
+    assert grown < o.lora_A.nbytes
+    wide = F.pad(o.lora_A, (0, 8))[:, :-8]
+    unaligned = F.pad(o.lora_A.flatten(), (1, 0))[1:].view_as(o.lora_A)
+    for lora_a in (wide, unaligned):
+        dx, grown = grown_by(lora_a)
+        assert grown >= o.lora_A.nbytes
+        torch.testing.assert_close(dx, expected)
 
 
 @pytest.mark.gpu

@@ -230,9 +230,9 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 
 // ---- wgmma (sm_90a) ------------------------------------------------------------------------
 //
-// By whole warpgroups, both operands in shared memory, K-major. Accumulators, fp32 [64, kN]: warp w
-// has rows 16w to 16w+15; lane 4g+t has of columns 8j+2t, 8j+2t+1 in d[4j], d[4j+1] row g and in
-// d[4j+2], d[4j+3] row g+8.
+// By whole warpgroups, both operands in shared memory, K-major (a dense A may be M-major).
+// Accumulators, fp32 [64, kN]: warp w has rows 16w to 16w+15; lane 4g+t has of columns 8j+2t,
+// 8j+2t+1 in d[4j], d[4j+1] row g and in d[4j+2], d[4j+3] row g+8.
 
 // wgmma.fence: before the first multiplication, and after other accesses to its registers.
 __device__ __forceinline__ void wgmma_fence() {
@@ -261,7 +261,7 @@ __device__ __forceinline__ void wgmma_keep_after(float (&sums)[kCount]) {
 
 // Matrix descriptor of a tile whose rows are one swizzle span wide, 64 or 128 bytes, and follow
 // each other: bits 0-13 address / 16, 16-29 unused with swizzle, 32-45 bytes of 8 rows / 16, 62-63
-// the swizzle. To go n bytes along K add n / 16.
+// the swizzle. To go n bytes on add n / 16: along K-major rows, or n / kSpanBytes rows of K.
 template <int kSpanBytes>
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared) {
   static_assert(kSpanBytes == 64 || kSpanBytes == 128);

@@ -162,7 +162,7 @@ int clusters_at_once(size_t index, int processors) {
     return most;
   }
   const int asked = kKernels[index].clusters_at_once();
-  return asked > 0 ? std::min(asked, most) : most * 15 / 16;
+  return asked >= 0 ? std::min(asked, most) : most * 15 / 16;
 }
 
 Sm90Room ask_room(int processors) {
@@ -229,7 +229,7 @@ bool has_valid_sizes(const SpmmSm90Params& params) {
                     params.rest_tile >= 0 && params.rest_tile < spmm_sm90_tile_count();
   const bool split = params.first_rows >= 0 && params.first_rows <= params.rows &&
                      params.first_rows % kSm90BlockRows == 0;
-  return sizes && tile && split;
+  return sizes && tile && split && params.device >= 0;
 }
 
 bool is_valid(const SpmmSm90Params& params) {

@@ -6,9 +6,9 @@
 // To the tensor cores W is the left operand, wgmma.mma_async.sp m64nNk32, so a tile of Y lies
 // transposed in the accumulators: rows are features of Y (rows of W), columns are tokens.
 //
-// Ownership. Without segments a block for each multiprocessor: blocks, or clusters of two, one
-// below the other, take tiles of Y in turns, a block kRows features x kTokens tokens. It has three
-// warpgroups:
+// Ownership. Without segments a block for each multiprocessor: blocks, or clusters of two or four,
+// one below the other, take tiles of Y in turns, a block kRows features x kTokens tokens. It has
+// three warpgroups:
 //
 //   warpgroup 0       one thread of it fills the ring by TMA; the rest is idle
 //   warpgroups 1, 2   kBlocks times 64 features each, all tokens of the tile; warp w of one has
@@ -16,13 +16,16 @@
 //
 // Ring. A stage is 64 columns of W and X, or then 32 of the tail's factors (whose X part is half
 // as large). It is full when TMA has written its bytes, empty when both warpgroups have done its
-// wgmma, in a cluster those of both blocks; each has the wgmma of one stage under way while it
+// wgmma, in a cluster those of all blocks; each has the wgmma of one stage under way while it
 // issues those of the next.
 //
 //            full: 1 arrival + bytes                    empty: 2 arrivals from each block
 //   TMA ---> | stage 0 | stage 1 | ... | stage n-1 | ---> wgmma
 //            | values kRows x 32, 64-byte swizzle  |
 //            | x    kTokens x 64, 128-byte swizzle |
+//
+// Of the tail's factors kRows x 32 and kTokens x 32, 64-byte swizzle; of a transposed one, for each
+// 64 rows of W, 32 of the rank x 64, 128-byte swizzle: as many bytes.
 //
 // Metadata goes from global memory to registers, four stages ahead, before a tile ends already for
 // the next one: see Metadata.
@@ -85,7 +88,8 @@ constexpr int kElementBytes = 2;
 constexpr int kValueRowBytes = kSm90TileColumns / 2 * kElementBytes;  // 64
 constexpr int kXRowBytes = kSm90TileColumns * kElementBytes;          // 128
 constexpr int kTailRowBytes = kSm90TailTileColumns * kElementBytes;   // 64
-static_assert(kTailRowBytes <= kValueRowBytes && kTailRowBytes <= kXRowBytes);
+static_assert(kTailRowBytes == kValueRowBytes);  // blocks of 64 rows are as far apart
+static_assert(kTailRowBytes <= kXRowBytes);
 constexpr int kOutRowBytes = kSm90OutBox * kElementBytes;  // 128
 constexpr int kGatedRowBytes = kOutRowBytes / 2;
 constexpr int kOutBytes = kSm90OutBox * kOutRowBytes;
@@ -257,7 +261,6 @@ class Loads {
         kIsTail ? &args.tail_weight[cuts_w && !args.tail_is_transposed] : &args.values[cuts_w];
     x_ = kIsTail ? &args.tail_x[cuts_x] : &args.x[cuts_x];
     row_ = place.row;
-    end_ = place.row + rows;
     // This block's part of the tokens, which goes to all of the cluster. The last part ends with
     // the tokens, so that it may repeat some of the one before
     first_ = T::kCluster == 1 ? 0 : min(block_of_cluster<T>() * part, tokens - part);
@@ -274,13 +277,14 @@ class Loads {
     const uint32_t full = ring.full(ring.stage);
     ptx::barrier_arrive_expect(full, bytes_);
     if (kIsTail && args.tail_is_transposed) {  // by blocks of 64 rows, a box each
-      uint32_t block = ring.values();
-#pragma unroll 1
-      for (int row = row_; row < end_; row += kSm90BlockRows) {
-        ptx::tma_load(block, args.tail_weight, row, weight_column, full);
-        block += kSm90BlockRows * kTailRowBytes;
+#pragma unroll
+      for (int row = 0; row < T::kRows; row += kSm90BlockRows) {
+        if (row_ + row < args.rows) {
+          ptx::tma_load(ring.values() + row * kTailRowBytes, args.tail_weight, row_ + row,
+                        weight_column, full);
+        }
       }
-    } else if (row_ < end_) {
+    } else if (row_ < args.rows) {  // a tile beyond W has none
       ptx::tma_load(ring.values(), weight_, weight_column, row_, full);
     }
     if constexpr (T::kCluster == 1) {
@@ -293,8 +297,7 @@ class Loads {
 
  private:
   const CUtensorMap *weight_, *x_;
-  int row_, end_;  // a tile beyond W has none
-  int token_;
+  int row_, token_;
   int first_;  // token of the tile that this block loads
   int bytes_;  // that a block's stage gets
 };
@@ -807,7 +810,7 @@ int SpmmSm90Tile<kRows, kTokens, kStages, kCluster, kSegments>::clusters_at_once
   if (!known) {
     (void)cudaGetLastError();  // asking is no call that failed
   }
-  return known ? clusters : 0;
+  return known ? clusters : -1;
 }
 
 }  // namespace slope

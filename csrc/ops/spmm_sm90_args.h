@@ -53,7 +53,7 @@ struct SpmmSm90Tile {
   static cudaError_t launch(const SpmmSm90Args& args, FloatKind kind, unsigned blocks,
                             bool starts_early, cudaStream_t stream);
 
-  // Clusters that the current device can run at the same time; 0 if that is unknown.
+  // Clusters that the current device can run at the same time; -1 if that is unknown.
   static int clusters_at_once();
 };
 

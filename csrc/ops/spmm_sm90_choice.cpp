@@ -25,10 +25,12 @@ bool may_start_early(int64_t blocks, int processors) {
   return 2 * blocks <= processors || 4 * blocks >= 3 * int64_t{processors};
 }
 
-// 128 x 128 is: nothing is shared by clusters, and with long rows of W its blocks drift apart, so
-// that L2 is asked for more. 9216 x 36864 with 384 tokens took 301 us with such tiles first, in one
-// kernel of 256 x 128 it takes 263.
-bool slows_when_all_work(const Sm90Tile& tile) { return tile.rows == 128 && tile.tokens == 128; }
+// Whether whole rounds of these tiles may be the first of two kernels. 128 x 128 takes longer in
+// all multiprocessors than its time says: 9216 x 36864 with 384 tokens took 301 us with such tiles
+// first, in one kernel of 256 x 128 it takes 263.
+bool may_come_first(const Sm90Tile& tile) {
+  return tile.segments == 1 && !(tile.rows == 128 && tile.tokens == 128);
+}
 
 Sm90Cut fastest_cut(const Sm90Product& product, const Sm90Room& room, bool is_rest = false) {
   Sm90Cut best = sm90_cut(0, product, room, is_rest);
@@ -86,7 +88,7 @@ Sm90Split sm90_split(const Sm90Product& product, const Sm90Room& room) {
   for (int index = 0; index < kTiles; ++index) {
     const Sm90Tile& tile = kSm90Tiles[index];
     const Sm90Cut whole = sm90_cut(index, product, room);
-    if (tile.segments > 1 || whole.clusters == 0 || slows_when_all_work(tile)) {
+    if (!may_come_first(tile) || whole.clusters == 0) {
       continue;
     }
     const int64_t full_rounds = whole.row_tiles * whole.token_tiles / whole.clusters;
