@@ -49,6 +49,14 @@ def counts(text):
     return result["tests"], result["reports"], result["reports_of_others"]
 
 
+@pytest.mark.parametrize("report", [READ, RACE])
+def test_kernels_of_others_are_named(report):
+    text = output(report.format(kernel="nvjet_tst_64x8", caller="f", library="libcublasLt.so"))
+    if report is RACE:
+        text = text.replace("ERROR SUMMARY: 1 errors", "RACECHECK SUMMARY: 1 hazard displayed")
+    assert sanitize.result_of({"spmm": text})["others"] == ["nvjet_tst_64x8"]
+
+
 def test_a_clean_run():
     assert counts(output()) == (17, 0, 0)
 
