@@ -43,16 +43,18 @@ def first_calls(linear: Callable[[Tensor], Tensor], xs: list[Tensor]) -> harness
     return harness.timing_of(seconds[WARM_CALLS:])
 
 
-def bench_shape(shape: Shape, tokens: int) -> Iterator[harness.Record]:
-    """Records of one weight [out, in] in bf16."""
-    dense = torch.randn(*shape, device="cuda").bfloat16()
+def bench_shape(
+    shape: Shape, tokens: int, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[harness.Record]:
+    """Records of one weight [out, in]."""
+    dense = torch.randn(*shape, device="cuda").to(dtype)
     cases: list[tuple[str, Backend, plan_cache.Policy]] = [
         ("auto", "auto", "off"),
         ("plan", "cusparselt", "off"),
         ("tune", "cusparselt", "on_first_use"),
     ]
     counts = range(tokens, tokens + len(cases) * CALLS * STEP, STEP)
-    xs = [torch.randn(count, shape[1], device="cuda").bfloat16() for count in counts]
+    xs = [torch.randn(count, shape[1], device="cuda").to(dtype) for count in counts]
     for i, (case, backend, policy) in enumerate(cases):
         layer = SLoPeLinear.from_dense(dense, backend=backend)
         inputs = xs[i * CALLS : (i + 1) * CALLS]
@@ -70,12 +72,13 @@ def bench_shape(shape: Shape, tokens: int) -> Iterator[harness.Record]:
 
 @torch.no_grad()
 def bench(run: harness.Run) -> Iterator[harness.Record]:
-    """Records of two bar shapes and of the largest product; of one shape in a quick run."""
+    """Records of two bar shapes, the largest product and fp16; of one shape in a quick run."""
     for shape in run.first(BAR_SHAPES[:2], 1):
         for tokens in TOKENS:
             yield from bench_shape(shape, tokens)
     if not run.quick:
         yield from bench_shape(*LARGEST)
+        yield from bench_shape(BAR_SHAPES[0], TOKENS[0], torch.float16)
 
 
 if __name__ == "__main__":

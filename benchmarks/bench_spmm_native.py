@@ -23,6 +23,9 @@ lowrank_products
                 dA = dT^T X and dB = dY^T T, each a dense product that reads X or dY once, against
                 a copy of as many bytes; T and dA of three layers at once that take the same X,
                 against one by one
+spmm_native_two_kernels
+                products of the models' layers whose rows of W go to two kernels, against the
+                fastest of one kernel, whichever tile it has
 
 Limit: as in bench_spmm.py, the low-rank products included.
 """
@@ -38,9 +41,9 @@ from torch import Tensor
 
 import harness
 from bench_spmm import MOST, backward_operand, make_layers, sparse_limit
-from model_shapes import BAR_SHAPES, Shape, adapter_rank
+from model_shapes import BAR_SHAPES, Shape, adapter_rank, users
 from slope_ext import SLoPeLinear, plan_cache
-from slope_ext._spmm_sm90 import spmm_sm90
+from slope_ext._spmm_sm90 import THE_OPS, TILES, Choice, chosen, spmm_sm90
 
 TOKENS = [*MOST, 64, 128, 512, 1024, 16384]
 REGIMES = {"burst": harness.BURST, "sustained": harness.SUSTAINED}
@@ -327,6 +330,46 @@ def bench_qkv(tokens: int, run: harness.Run) -> Iterator[harness.Record]:
     )
 
 
+# ---- two kernels ---------------------------------------------------------------------------------
+
+SPLIT_TOKENS = [8, 64, 256, 512, 640, 1024, 2048, 8192]
+
+
+def bench_two_kernels(shape: Shape, tokens: int, run: harness.Run) -> Iterator[harness.Record]:
+    """Records of one product, if it is made by two kernels here."""
+    if chosen(tokens, *shape).first_rows == 0:
+        return
+    dtype = torch.bfloat16
+    moved, limit = sparse_limit(shape, dtype, tokens, run)
+    sets = harness.buffer_sets(int(moved))
+    layers = make_layers(shape, dtype, sets, "native")
+    xs = [torch.randn(tokens, shape[1], device="cuda").to(dtype) for _ in range(sets)]
+
+    def by(choice: Choice) -> harness.Case:
+        def case(i: int) -> Tensor:
+            layer, y = layers[i], xs[i].new_empty(tokens, shape[0])
+            assert layer.weight_metadata is not None
+            return spmm_sm90(xs[i], layer.weight, layer.weight_metadata, y, choice=choice)
+
+        return case
+
+    one = {str(tile): by(Choice(index)) for index, tile in enumerate(TILES)}
+    at_first = harness.time_cases(one, sets, rounds=harness.MIN_ROUNDS)
+    likely = sorted(one, key=lambda tile: at_first[tile].median)[:3]
+    for name, regime in REGIMES.items():
+        cases = {"ours": by(THE_OPS)} | {tile: one[tile] for tile in likely}
+        timings = harness.time_cases(cases, sets, rounds=15, regime=regime)
+        fastest = min((timings[tile] for tile in likely), key=lambda timing: timing.median)
+        yield from harness.baseline_records(
+            {"ours": timings["ours"], "fastest of one kernel": fastest},
+            bench="spmm_native_two_kernels",
+            case=f"{shape[0]}x{shape[1]};{name}",
+            dtype=dtype,
+            tokens=tokens,
+            limit=limit,
+        )
+
+
 @torch.no_grad()
 def bench(run: harness.Run) -> Iterator[harness.Record]:
     """Records of the bar shapes."""
@@ -342,6 +385,9 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
         yield from bench_swiglu(tokens, run)
     for _, tokens in run.own(("qkv", tokens) for tokens in QKV_TOKENS):
         yield from bench_qkv(tokens, run)
+    split = (("two kernels", shape, tokens) for shape in users() for tokens in SPLIT_TOKENS)
+    for _, shape, tokens in run.own([] if run.quick else split):
+        yield from bench_two_kernels(shape, tokens, run)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     PYTHONPATH=. python scripts/gpu_report.py [pytest options]   run the gpu tests, write the record
     python scripts/gpu_report.py --check      exit 1 if the record is missing, failed or stale
 
-A run that selects tests (-k, -m, paths) writes no record.
+A run that selects tests (-k, -m, paths) writes no record. "measured" is what tests gave to
+record_property.
 
 The record holds a hash of every source that a GPU test depends on: csrc/, slope_ext/, tests/, the
 build files. It is stale when those changed since the run.
@@ -25,6 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
+COUNTS = ("tests", "failures", "errors", "skipped")
 SOURCES = ("csrc/**/*", "cmake/*", "CMakeLists.txt", "setup.py", "slope_ext/**/*.py", "tests/*.py")
 
 
@@ -52,7 +54,9 @@ def run(pytest_arguments: list[str]) -> int:
         code = subprocess.run([*command, *pytest_arguments], cwd=ROOT, check=False).returncode
         if not junit.exists():
             return code
-        counts = _counts(junit)
+        suite = _suite(junit)
+        counts = {key: int(suite.attrib[key]) for key in COUNTS}
+        measured = {p.attrib["name"]: p.attrib["value"] for p in suite.iter("property")}
     if any(a[:2] in ("-k", "-m") or (ROOT / a.split("::")[0]).exists() for a in pytest_arguments):
         print("gpu_report: tests were selected, no record written")
         return code
@@ -60,7 +64,9 @@ def run(pytest_arguments: list[str]) -> int:
         "passed": counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"],
         "failed": counts["failures"] + counts["errors"],
         "skipped": counts["skipped"],
+        "measured": measured,
         "gpu": torch.cuda.get_device_name(),
+        "gpus": torch.cuda.device_count(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "torch": torch.__version__,
         "build": build_info(),
@@ -88,10 +94,10 @@ def check() -> int:
     return 0
 
 
-def _counts(junit: Path) -> dict[str, int]:
+def _suite(junit: Path) -> ET.Element:
     suite = ET.parse(junit).getroot().find("testsuite")
     assert suite is not None
-    return {key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
+    return suite
 
 
 def main() -> int:
