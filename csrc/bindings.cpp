@@ -24,14 +24,30 @@ py::dict build_info() {
   return info;
 }
 
+// tile, first_rows and rest_tile of SpmmSm90Params.
+using Sm90Choice = std::tuple<int, int64_t, int>;
+using Sm90Clusters = std::array<int, slope::kSm90Tiles.size()>;
+
+Sm90Choice choice_of(const slope::Sm90Split& split, int64_t rows) {
+  return {split.first.tile, split.first_rows < rows ? split.first_rows : 0, split.rest.tile};
+}
+
 // What the own product for Hopper would choose for a device with so many multiprocessors and room
-// for so many clusters of each tile: tile, first_rows and rest_tile of SpmmSm90Params.
-std::tuple<int, int64_t, int> spmm_sm90_choice(
-    int64_t tokens, int64_t rows, int64_t columns, int processors,
-    const std::array<int, slope::kSm90Tiles.size()>& clusters) {
-  const slope::Sm90Split split = slope::sm90_split({rows, columns, tokens}, {processors, clusters});
-  const int64_t first_rows = split.first_rows < rows ? split.first_rows : 0;
-  return {split.first.tile, first_rows, split.rest.tile};
+// for so many clusters of each tile.
+Sm90Choice spmm_sm90_choice(int64_t tokens, int64_t rows, int64_t columns, int processors,
+                            const Sm90Clusters& clusters) {
+  return choice_of(slope::sm90_split({rows, columns, tokens}, {processors, clusters}), rows);
+}
+
+std::vector<Sm90Choice> spmm_sm90_candidates(int64_t tokens, int64_t rows, int64_t columns,
+                                             int processors, const Sm90Clusters& clusters,
+                                             double factor) {
+  std::vector<Sm90Choice> found;
+  for (const slope::Sm90Split& split :
+       slope::sm90_candidates({rows, columns, tokens}, {processors, clusters}, factor)) {
+    found.push_back(choice_of(split, rows));
+  }
+  return found;
 }
 
 void bind_choice(py::module_& m) {
@@ -45,6 +61,11 @@ void bind_choice(py::module_& m) {
         "What the own product would choose on a device with so many multiprocessors and room for "
         "so many clusters of each tile at the same time: (tile, first_rows, rest_tile), indices "
         "into SPMM_SM90_TILES; first_rows 0: one kernel.");
+  m.def("spmm_sm90_candidates", &spmm_sm90_candidates, py::arg("tokens"), py::arg("rows"),
+        py::arg("columns"), py::kw_only(), py::arg("processors"), py::arg("clusters"),
+        py::arg("factor"),
+        "What spmm_sm90_choice names, then what else takes at most `factor` times as long, by "
+        "the same model of times, the sooner the earlier.");
 }
 
 }  // namespace
@@ -214,6 +235,19 @@ void bind_plan_cache(py::module_& m) {
   m.def("metadata_writer", [](int device) { return cache().metadata_writer(device); });
   m.attr("OVERREAD_BYTES") = slope::kOverreadBytes;
   m.def("native_runs", [](int device) { return cache().native_runs(device); });
+  m.def(
+      "native_tuned",
+      [](int device, bool bfloat16, int64_t tokens, int64_t rows, int64_t columns,
+         const Sm90Choice& choice) {
+        const auto [tile, first_rows, rest_tile] = choice;
+        return cache().native_tuned(
+            {device, bfloat16, rows, columns, tokens, first_rows, tile, rest_tile});
+      },
+      py::kw_only(), py::arg("device"), py::arg("bfloat16"), py::arg("tokens"), py::arg("rows"),
+      py::arg("columns"), py::arg("choice"),
+      "From now on the own product of these sizes is made as spmm_sm90_choice's result says; "
+      "tokens up to the next multiple of 8. False: not possible.");
+  m.def("native_forget", [] { cache().native_forget(); }, "Forgets what native_tuned was told.");
 }
 
 }  // namespace

@@ -85,7 +85,10 @@ def _native_runs_here(device: int) -> bool:
     """Whether there are compiled ops with code for sm_90a, and a GPU that runs it."""
     if "linear" not in _library.CUDA_KERNELS or _library.FORCE_REFERENCE:
         return False
-    return _C.native_runs(device)
+    runs = _C.native_runs(device)
+    if runs:
+        _tuned_table.of_device(device)  # it says which kernels make which product
+    return runs
 
 
 def empty_words(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -124,16 +124,33 @@ def launcher(
     return launch
 
 
-def chosen(tokens: int, rows: int, columns: int, *, device: int = 0) -> Choice:
+def chosen(
+    tokens: int, rows: int, columns: int, *, dtype: torch.dtype = torch.bfloat16, device: int = 0
+) -> Choice:
     """What the op would choose for X [tokens, columns] and W [rows, columns].
 
     Raises:
         RuntimeError: the device does not run the product, or a size is out of range.
     """
-    params = _Params(tokens=tokens, rows=rows, columns=columns, tile=-1, device=device)
+    kind = int(dtype == torch.bfloat16)
+    params = _Params(tokens=tokens, rows=rows, columns=columns, kind=kind, tile=-1, device=device)
     with torch.cuda.device(device):
         _require_success(_library_file().slope_spmm_sm90_choose(ctypes.byref(params)))
     return Choice(params.tile, params.first_rows, params.rest_tile)
+
+
+def candidates(
+    tokens: int, rows: int, columns: int, *, factor: float, device: int = 0
+) -> list[Choice]:
+    """What the op would choose if nothing were tuned, then what may be as fast, for a tuner.
+
+    That is what takes at most ``factor`` times as long by the model of times.
+
+    Raises:
+        RuntimeError: the device does not run the product.
+    """
+    found = _C.spmm_sm90_candidates(tokens, rows, columns, factor=factor, **room(device))
+    return [Choice(*choice) for choice in found]
 
 
 def room(device: int = 0) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of tuned products: what is in it, its file, and looking up.
 
-The file is JSON: {"format": 1, "environments": {environment: [entry, ...]}}. An environment names
-all that an algorithm's speed depends on: capability, GPU, driver, cuSPARSELt. Writers merge under a
+The file is JSON: {"format": 1, "environments": {environment: [line, ...]}}. A line is an Entry, of
+plans, or Kernels, of the own product. Its environment names all that its times depend on:
+capability, GPU, driver and cuSPARSELt; of Kernels, capability and GPU. Writers merge under a
 lock and replace the file in one step, so that readers need none. Only a writer puts a file aside
 that is no table, and none touches one of a later format. Tables shipped with the package
 (slope_ext/tuned/*.json) lie under the user's own.
@@ -20,11 +21,11 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from slope_ext import _C
+from slope_ext import _C, _library
 
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tuned")
@@ -83,16 +84,10 @@ class Entry:
     native_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        integers = (*self.key[:3], self.id, self.split_k, self.split_k_mode)
-        if not all(type(value) is int for value in integers) or type(self.dtype) is not str:
-            raise TypeError(f"entries hold integers and the name of a dtype, got {self}")
         times = (self.seconds, 1.0 if self.native_seconds is None else self.native_seconds)
-        if not all(type(seconds) in (int, float) for seconds in (*times, self.default_seconds)):
+        _require_line(self, (self.id, self.split_k, self.split_k_mode), times)
+        if type(self.default_seconds) not in (int, float):
             raise TypeError(f"times must be numbers, got {self}")
-        if not all(0 < size < 2**31 for size in self.key[:3]):
-            raise ValueError(f"sizes must be in [1, 2^31), got {self}")
-        if not all(float(seconds) > 0 for seconds in times):
-            raise ValueError(f"times must be above 0 s, got {self}")
 
     @property
     def key(self) -> Key:
@@ -101,6 +96,62 @@ class Entry:
     def algorithm(self) -> Any:
         """As the plan cache takes it."""
         return _C.SpmmAlgorithm(self.id, self.split_k, self.split_k_mode)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels that make one product of the own soonest, of those that were tried.
+
+    ``tokens`` is a multiple of 8; the product of as many, or of up to 7 fewer, is made so.
+    ``kernels`` are one, or two that share the rows of W: its number of rows, then the rows, tokens,
+    cluster and segments of its tile. Times in seconds: theirs, and of what would be taken untuned.
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    dtype: str
+    kernels: tuple[tuple[int, ...], ...]
+    seconds: float
+    usual_seconds: float
+
+    def __post_init__(self) -> None:
+        kernels = tuple(tuple(kernel) for kernel in self.kernels)  # JSON has lists
+        object.__setattr__(self, "kernels", kernels)
+        integers = tuple(number for kernel in kernels for number in kernel)
+        _require_line(self, integers, (self.seconds, self.usual_seconds))
+        if not all(len(kernel) == 5 and min(kernel) > 0 for kernel in kernels):
+            raise ValueError(f"a kernel is five numbers above 0, got {self}")
+        if len(kernels) > 2 or sum(kernel[0] for kernel in kernels) != self.rows:
+            raise ValueError(f"kernels must be one or two that share the rows, got {self}")
+
+    @property
+    def key(self) -> Key:
+        return Key(self.rows, self.columns, self.tokens, self.dtype)
+
+    def choice(self) -> tuple[int, int, int] | None:
+        """tile, first_rows, rest_tile as the op library takes them; None: it has no such tile."""
+        tiles = [kernel[1:] for kernel in self.kernels]
+        if not all(tile in _C.SPMM_SM90_TILES for tile in tiles):
+            return None  # another version of the package found them
+        first, *rest = map(_C.SPMM_SM90_TILES.index, tiles)
+        return (first, self.kernels[0][0], rest[0]) if rest else (first, 0, 0)
+
+
+Line: TypeAlias = Entry | Kernels
+
+
+def _require_line(line: Line, integers: tuple[int, ...], seconds: tuple[float, ...]) -> None:
+    """Raises TypeError or ValueError for what no line holds: these beside its key."""
+    integers = (*line.key[:3], *integers)
+    if not all(type(value) is int for value in integers) or type(line.dtype) is not str:
+        raise TypeError(f"lines hold integers and the name of a dtype, got {line}")
+    if not all(type(time) in (int, float) for time in seconds):
+        raise TypeError(f"times must be numbers, got {line}")
+    if not all(0 < size < 2**31 for size in line.key[:3]):
+        raise ValueError(f"sizes must be in [1, 2^31), got {line}")
+    if not all(float(time) > 0 for time in seconds):
+        raise ValueError(f"times must be above 0 s, got {line}")
 
 
 def bucket(tokens: int) -> int:
@@ -112,6 +163,11 @@ def key_of(problem: Any) -> Key:
     """The key that a problem of the plan cache falls under."""
     dtype = "bfloat16" if problem.bfloat16 else "float16"
     return Key(problem.rows, problem.columns, bucket(problem.tokens), dtype)
+
+
+def product_key_of(problem: Any) -> Key:
+    """The key of Kernels: of this product alone."""
+    return key_of(problem)._replace(tokens=problem.tokens)
 
 
 def entry_of(problem: Any, found: Sweep) -> Entry | None:
@@ -135,34 +191,59 @@ def entry_of(problem: Any, found: Sweep) -> Entry | None:
 def environment_of(device: int) -> str:
     """Names the GPU, driver and library that the entries of a device hold for."""
     major, minor = torch.cuda.get_device_capability(device)
-    library = ".".join(map(str, _C.cusparselt_version()))
+    try:
+        library = ".".join(map(str, _C.cusparselt_version()))
+    except RuntimeError:  # there is none
+        library = "-"
     name = torch.cuda.get_device_name(device)
     return f"sm_{major}{minor} | cuSPARSELt {library} | {name} | driver {_C.driver_version()}"
 
 
-class Table:
-    """The entries of one environment, and those of its relatives: same capability and library."""
+def gpu_of(environment: str) -> str:
+    """Names what kernels of the own product hold for."""
+    capability, _, name, _ = environment.split(" | ")
+    return f"{capability} | {name}"
 
-    def __init__(self, environment: str, by_environment: dict[str, list[Entry]]) -> None:
-        self.environment = environment
-        own = by_environment.get(environment, [])
+
+class Table:
+    """What holds for a device: the entries of its environment, and those of its relatives (same
+    capability and library); the kernels of its GPU."""
+
+    def __init__(self, environment: str, by_environment: Mapping[str, Iterable[Line]]) -> None:
+        self.environment, self.gpu = environment, gpu_of(environment)
         family = environment.split(" | ")[:2]
-        related = [
-            entry
-            for name, found in by_environment.items()
+        entries = {
+            name: [line for line in lines if isinstance(line, Entry)]
+            for name, lines in by_environment.items()
             if name.split(" | ")[:2] == family
-            for entry in found
-        ]
+        }
+        own = entries.get(environment, [])
+        related = [entry for found in entries.values() for entry in found]
         self._own = {entry.key: entry for entry in own}
         self._related = {entry.key: entry for entry in related}
         # Those with a time of the own product; what is of this environment comes last and stays
         timed = [entry for entry in (*related, *own) if entry.native_seconds is not None]
         self._with_native = {entry.key: entry for entry in timed}
+        self._kernels = {
+            line.key: line for line in by_environment.get(self.gpu, ()) if isinstance(line, Kernels)
+        }
 
-    def add(self, entry: Entry) -> None:
-        self._own[entry.key] = self._related[entry.key] = entry
-        if entry.native_seconds is not None:
-            self._with_native[entry.key] = entry
+    def add(self, line: Line) -> None:
+        if isinstance(line, Kernels):
+            self._kernels[line.key] = line
+            return
+        self._own[line.key] = self._related[line.key] = line
+        if line.native_seconds is not None:
+            self._with_native[line.key] = line
+
+    def environment_for(self, line: Line) -> str:
+        return self.gpu if isinstance(line, Kernels) else self.environment
+
+    def kernels(self) -> list[Kernels]:
+        return list(self._kernels.values())
+
+    def kernels_of(self, key: Key) -> Kernels | None:
+        return self._kernels.get(key)
 
     def entries(self) -> list[Entry]:
         return list(self._own.values())
@@ -201,17 +282,37 @@ class Table:
 
 
 def of_device(device: int) -> Table:
-    """The table that holds for a CUDA device, read when first asked for."""
+    """The table that holds for a CUDA device, read when first asked for.
+
+    The op library then makes products by the kernels in it.
+    """
     with _lock:
         if device not in _tables:
             _tables[device] = Table(environment_of(device), load_all(user_path()))
+            for kernels in _tables[device].kernels():
+                use_kernels(device, kernels)
         return _tables[device]
 
 
-def forget() -> None:
-    """Reads the tables from their files again, when next asked."""
+def use_kernels(device: int, kernels: Kernels) -> None:
+    """Has the op library make products of the own so on a device; nothing where it cannot."""
+    choice = kernels.choice()
+    if choice is not None and _C.native_runs(device):
+        sizes = {"tokens": kernels.tokens, "rows": kernels.rows, "columns": kernels.columns}
+        with torch.cuda.device(device):
+            _C.native_tuned(
+                device=device, bfloat16=kernels.dtype == "bfloat16", choice=choice, **sizes
+            )
+
+
+def forget() -> list[int]:
+    """Reads the tables from their files again, when next asked; the devices that had one."""
     with _lock:
+        known = list(_tables)
         _tables.clear()
+        if _library.CUDA_KERNELS:
+            _C.native_forget()
+        return known
 
 
 def _steps(a: Key, b: Key) -> list[float]:
@@ -233,19 +334,23 @@ def user_path() -> Path:
     return Path(cache) / "slope_ext" / "tuned.json"
 
 
-def load_all(path: Path) -> dict[str, list[Entry]]:
+def load_all(path: Path) -> dict[str, list[Line]]:
     """The shipped tables with the user's laid over them."""
-    merged: dict[str, list[Entry]] = {}
+    merged: dict[str, list[Line]] = {}
     for source in (*sorted(SHIPPED.glob("*.json")), path):
         _merge(merged, load(source))
     return merged
+
+
+def _line_of(line: dict[str, Any]) -> Line:
+    return Kernels(**line) if "kernels" in line else Entry(**line)
 
 
 class LaterFormatError(ValueError):
     """A table that a later version of the package wrote."""
 
 
-def read(path: Path) -> dict[str, list[Entry]]:
+def read(path: Path) -> dict[str, list[Line]]:
     """Reads a table.
 
     Raises:
@@ -256,8 +361,8 @@ def read(path: Path) -> dict[str, list[Entry]]:
         found = content["format"]
         if found == FORMAT:
             return {
-                environment: [Entry(**entry) for entry in entries]
-                for environment, entries in content["environments"].items()
+                environment: [_line_of(line) for line in lines]
+                for environment, lines in content["environments"].items()
             }
     except _NOT_A_TABLE as error:
         raise ValueError(f"{path} is no table of slope_ext: {error}") from error
@@ -266,7 +371,7 @@ def read(path: Path) -> dict[str, list[Entry]]:
     raise ValueError(f"{path} is no table of slope_ext: format {found}, not {FORMAT}")
 
 
-def load(path: Path) -> dict[str, list[Entry]]:
+def load(path: Path) -> dict[str, list[Line]]:
     """Reads a table; {} where there is none, and with a warning where it cannot be read."""
     try:
         return read(path)
@@ -277,10 +382,8 @@ def load(path: Path) -> dict[str, list[Entry]]:
         return {}
 
 
-def merge_into(
-    path: Path, added: Mapping[str, Iterable[Entry]], *, put_aside: bool = False
-) -> None:
-    """Lays entries, by environment, over those of the file at ``path``, under a lock.
+def merge_into(path: Path, added: Mapping[str, Iterable[Line]], *, put_aside: bool = False) -> None:
+    """Lays lines, by environment, over those of the file at ``path``, under a lock.
 
     ``put_aside`` renames a file that is no table, with a warning, and starts a new one.
 
@@ -290,7 +393,7 @@ def merge_into(
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f"{path.name}.lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        merged: dict[str, list[Entry]] = {}
+        merged: dict[str, list[Line]] = {}
         try:
             merged = read(path)
         except FileNotFoundError:
@@ -305,7 +408,7 @@ def merge_into(
         content = {
             "format": FORMAT,
             "environments": {
-                name: [asdict(entry) for entry in found] for name, found in merged.items()
+                name: [asdict(line) for line in found] for name, found in merged.items()
             },
         }
         text = json.dumps(content, indent=1) + "\n"
@@ -325,7 +428,7 @@ def _replace(path: Path, text: str, mode: int) -> None:
             raise
 
 
-def save(path: Path, added: Mapping[str, Iterable[Entry]]) -> None:
+def save(path: Path, added: Mapping[str, Iterable[Line]]) -> None:
     """merge_into for the user's own table, where what cannot be done is a warning."""
     try:
         if added:
@@ -334,13 +437,13 @@ def save(path: Path, added: Mapping[str, Iterable[Entry]]) -> None:
         warnings.warn(f"slope_ext: tuned algorithms are not kept: {error}", stacklevel=2)
 
 
-def _merge(tables: dict[str, list[Entry]], added: Mapping[str, Iterable[Entry]]) -> None:
+def _merge(tables: dict[str, list[Line]], added: Mapping[str, Iterable[Line]]) -> None:
     """Lays ``added`` over ``tables``, in place; times of the own product stay until new ones."""
-    for environment, entries in added.items():
-        by_key = {entry.key: entry for entry in tables.get(environment, ())}
-        for entry in entries:
-            known = by_key.get(entry.key)
-            if known is not None and entry.native_seconds is None:
-                entry = replace(entry, native_seconds=known.native_seconds)
-            by_key[entry.key] = entry
+    for environment, lines in added.items():
+        by_key = {line.key: line for line in tables.get(environment, ())}
+        for line in lines:
+            known = by_key.get(line.key)
+            if isinstance(line, Entry) and isinstance(known, Entry) and line.native_seconds is None:
+                line = replace(line, native_seconds=known.native_seconds)
+            by_key[line.key] = line
         tables[environment] = list(by_key.values())

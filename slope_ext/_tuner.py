@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sweep: every algorithm of cuSPARSELt for a shape, and the own product, checked, then timed.
+"""Sweeps: the algorithms of cuSPARSELt for a shape and the own product; the latter's kernels.
+
+Each is checked, then timed.
 
 Operands are random. An algorithm counts only if its product is that of a dense GEMM, to rounding;
 the fastest must also be right with bias, with an addend, and at both ends of the token counts that
@@ -8,14 +10,20 @@ before hit all alike; algorithms clearly behind after the first turns are droppe
 are timed in single launches, each after something else was read over the L2 cache; those that
 exceed the cache twice in rows of launches, since a GPU at its power limit has other winners than a
 rested one; a single launch of each tells which are worth a row.
+
+Kernels of the own product are timed on a rested GPU and, where the operands exceed the cache, in
+rows too. They replace what would be taken untuned if they are clearly sooner over both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import random
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slope_ext import _C, _packed, _spmm_sm90, ops
-from slope_ext._tuned_table import Candidate, Sweep, bucket
+from slope_ext._spmm_sm90 import THE_OPS, TILES, Choice
+from slope_ext._tuned_table import Candidate, Kernels, Sweep, bucket, product_key_of
 
 # (split of K, cusparseLtSplitKMode_t: 1 one kernel, 2 two). On sm_90 the library refuses those and
 # has "segments" of K instead, of which elsewhere the making of a plan can hang.
@@ -40,10 +49,17 @@ _DROP, _DROP_AT_ONCE = 1.15, 1.3  # slower than the best by these factors
 _SECONDS = 0.5  # spent on timing one shape, about
 _ROW_FLOP = 1e12  # of the dense products of a row, which takes a millisecond or two
 
+# Kernels of the own product. The model's times err by some percent; of a product that takes many
+# rounds of tiles, the last is too little to be worth the time
+_NEAR, _MOST_KERNELS, _MOST_FLOP = 1.04, 8, 2e12  # 20480 x 5120 with 8192 tokens has 1.7e12
+_REST_SECONDS, _RESTED_TURNS = 3e-3, 9
+_BACKLOG = 4  # reads of what exceeds the cache, while which the host enqueues the launches
+_SOONER = 0.985  # than untuned, to replace it: the best of eight medians is low by chance
+
 
 @dataclass
 class _Trial:
-    algorithm: Any  # None: the own product
+    algorithm: Any  # a Choice: the own product
     launch: Callable[[], None]
     samples: list[float] = field(default_factory=list)
     far: bool = False  # behind, by one launch: not timed in rows
@@ -119,19 +135,25 @@ class _Sweep:
         except RuntimeError:
             return None
 
-    def native_trial(self) -> _Trial | None:
+    def native_trial(self, choice: Choice = THE_OPS) -> _Trial | None:
         """The own product on the same operands; None if the result is off."""
-        rows, columns = self.problem.rows, self.problem.columns
-        values = self.packed[: rows * columns].view(self.x.dtype).view(rows, columns // 2)
         try:
-            self.words = _packed.empty_words(rows, columns, self.device)
-            ops.pack_metadata(self.bitmask, self.words)
-            trial = _Trial(None, _spmm_sm90.launcher(self.x, values, self.words, self.y))
+            launch = _spmm_sm90.launcher(self.x, *self.native_weight, self.y, choice=choice)
+            trial = _Trial(choice, launch)
             return trial if self._is_right(trial) else None
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except RuntimeError:
             return None
+
+    @functools.cached_property
+    def native_weight(self) -> tuple[Tensor, Tensor]:
+        """W as the own product takes it."""
+        rows, columns = self.problem.rows, self.problem.columns
+        values = self.packed[: rows * columns].view(self.x.dtype).view(rows, columns // 2)
+        words = _packed.empty_words(rows, columns, self.device)
+        ops.pack_metadata(self.bitmask, words)
+        return values, words
 
     def run(self, trial: _Trial) -> None:
         trial.launch()
@@ -154,7 +176,10 @@ class _Sweep:
         right = (norm <= _NORM_TOLERANCE * self.norm) & (off.amax() <= _TOLERANCE * self.largest)
         return bool(right)
 
-    def time(self, trials: list[_Trial], turns: int, launches: int | None = None) -> None:
+    def time(
+        self, trials: list[_Trial], turns: int, launches: int | None = None, rest: float = 0.0
+    ) -> None:
+        """Adds a sample of each trial and turn; ``rest``: seconds before each."""
         launches = launches or self.launches
         cold = torch.zeros(2 * self.l2_bytes // 4, dtype=torch.int32, device=self.device)
         order, shuffle = list(trials), random.Random(0).shuffle
@@ -163,7 +188,11 @@ class _Sweep:
             events = []
             for trial in order:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                cold.amax()
+                if rest > 0:
+                    torch.cuda.synchronize(self.device)
+                    time.sleep(rest)
+                for _ in range(_BACKLOG if rest > 0 else 1):
+                    cold.amax()
                 start.record()
                 for _ in range(launches):
                     self.run(trial)
@@ -174,14 +203,74 @@ class _Sweep:
                 trial.samples.append(start.elapsed_time(end) * 1e-3 / launches)
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def _apart(device: int) -> Iterator[None]:
+    """Neither depends on the caller's modes nor changes its random numbers."""
+    with (
+        torch.no_grad(),
+        torch.cuda.device(device),
+        torch.autocast("cuda", enabled=False),
+        torch.random.fork_rng(devices=[device]),
+    ):
+        yield
+
+
+def sweep_kernels(problem: Any) -> Kernels | None:
+    """The soonest kernels of the own product for a problem; None where there is nothing to tune.
+
+    Those that would be taken untuned, unless others are clearly sooner.
+    """
+    rows, columns, tokens = problem.rows, problem.columns, problem.tokens
+    wanted = _spmm_sm90.candidates(tokens, rows, columns, factor=_NEAR, device=problem.device)
+    if len(wanted) == 1 or 2 * rows * columns * tokens > _MOST_FLOP:
+        return None
+    with _apart(problem.device):
+        job = _Sweep(_variant(problem, bias=False, accumulate=False))
+        trials = [job.native_trial(choice) for choice in wanted[:_MOST_KERNELS]]
+        seconds = _time_kernels(job, [trial for trial in trials if trial is not None])
+    usual = wanted[0]
+    if usual not in seconds:
+        return None
+    best = _soonest(seconds, usual)
+    return Kernels(
+        **product_key_of(problem)._asdict(),
+        kernels=_kernels_of(best, rows),
+        seconds=seconds[best][-1],
+        usual_seconds=seconds[usual][-1],
+    )
+
+
+def _time_kernels(job: _Sweep, trials: list[_Trial]) -> dict[Choice, tuple[float, ...]]:
+    """Seconds of a launch on a rested GPU and, of large operands, in rows."""
+    job.time(trials, _RESTED_TURNS, launches=1, rest=_REST_SECONDS)
+    rested = {trial.algorithm: trial.seconds for trial in trials}
+    if job.launches == 1:
+        return {choice: (seconds,) for choice, seconds in rested.items()}
+    for trial in trials:
+        trial.samples.clear()
+    row_seconds = job.launches * sum(rested.values())
+    job.time(trials, min(max(int(_SECONDS / row_seconds), _FEWEST_TURNS), _MORE_TURNS))
+    return {trial.algorithm: (rested[trial.algorithm], trial.seconds) for trial in trials}
+
+
+def _soonest(seconds: dict[Choice, tuple[float, ...]], usual: Choice) -> Choice:
+    """The choice with the least mean over its times, the geometric; ``usual`` if not clearly so."""
+    best = min(seconds, key=lambda choice: math.prod(seconds[choice]))
+    untuned = math.prod(_SOONER * time for time in seconds[usual])
+    return best if math.prod(seconds[best]) <= untuned else usual
+
+
+def _kernels_of(choice: Choice, rows: int) -> tuple[tuple[int, ...], ...]:
+    """As the table has them."""
+    if choice.first_rows == 0:
+        return ((rows, *TILES[choice.tile]),)
+    first = (choice.first_rows, *TILES[choice.tile])
+    return (first, (rows - choice.first_rows, *TILES[choice.rest_tile]))
+
+
 def sweep(problem: Any, *, native: bool = False) -> Sweep:
     """Times every algorithm for a problem of the plan cache; ``native``: the own product too."""
-    with (
-        torch.cuda.device(problem.device),
-        torch.autocast("cuda", enabled=False),
-        torch.random.fork_rng(devices=[problem.device]),
-    ):
+    with _apart(problem.device):
         plain = _variant(problem, bias=False, accumulate=False)
         tried, seconds, native_seconds = _time_all(plain, native)
         right = _verified(plain, seconds)

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plans that sparse products on CUDA run by, and which cuSPARSELt algorithm each takes.
+"""How sparse products on CUDA run: the plans of cuSPARSELt, and what was tuned.
 
 A plan is made in the first call of a shape and kept (:func:`info`, :func:`entries`,
 :func:`set_capacity`, :func:`clear`). cuSPARSELt offers some twenty algorithms for a shape, up to
 twice as fast as each other; which is best depends on the shape, the number of tokens and the GPU.
 A sweep by hand, each algorithm checked before it may win, fills a table that persists. On Hopper
 :func:`tune` times the own product beside them, and layers of ``backend="auto"`` go by the result.
+
+The own product has a kernel for each of several tiles, and may share the rows of a weight between
+two of them. A model of times chooses; :func:`tune` times what it holds for about as fast, and the
+table keeps the soonest for each weight and token count (:func:`tuned_kernels`).
 
 ==================  ================================================================================
 ``"on_first_use"``  sweep in the first call of a shape that the table lacks (the default)
@@ -24,19 +28,20 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from slope_ext import _C, _library, _packed, _tuned_table, _tuner
-from slope_ext._tuned_table import Candidate, Entry, Key
+from slope_ext._tuned_table import Candidate, Entry, Kernels, Key
 from slope_ext.linear import SLoPeLinear
 
 __all__ = [
     "Candidate",
+    "Kernels",
     "clear",
     "entries",
     "export_table",
@@ -50,8 +55,10 @@ __all__ = [
     "table_path",
     "tune",
     "tuned",
+    "tuned_kernels",
 ]
 
+_Line = TypeVar("_Line", Entry, Kernels)
 Policy = Literal["on_first_use", "ahead", "off"]
 
 _lock = threading.RLock()
@@ -146,7 +153,10 @@ def tune(
 ) -> list[Entry]:
     """Sweeps the algorithms of every 2:4 layer of ``model`` ahead of use, and keeps the best.
 
-    For layers of ``backend="auto"`` whose weights the own product takes too it is timed with them.
+    The own product's kernels are tuned first, of ``backend="native"`` and "auto": from then on it
+    is made by those that were soonest for a weight and exactly so many tokens (up to the next
+    multiple of 8), with an adapter, bias and activation too. For layers of ``backend="auto"`` whose
+    weights the own product takes too it is timed beside the plans.
     Such a layer then runs by plans if they are the faster for its weight, by more than 2 % in the
     geometric mean over the token counts in the table; and so do layers made afterwards, here or by
     other processes. Layers that have an activation or an adapter by then keep to the own product,
@@ -158,21 +168,25 @@ def tune(
     shards it cannot move, and plans then pack in every call: do not tune for such models.
 
     Args:
-        model: a layer or a model with layers on CUDA; other layers, and those of other backends
-            than "auto" and "cusparselt", are passed over.
+        model: a layer or a model with layers on CUDA; other layers, and those of backend
+            "reference", are passed over.
         tokens: token counts (product of the leading dimensions of the input) to tune for. Counts
-            share an entry up to the next power of two.
+            share an entry, but not the own product's kernels, up to the next power of two.
         backward: tune the input gradient too.
         again: sweep even where the table has an entry.
 
     Returns:
-        The entries that were added.
+        The entries of plans that were added.
 
     Raises:
         ValueError: a token count is below 1.
     """
     added = []
-    counts = [tokens] if isinstance(tokens, int) else tokens
+    counts = [tokens] if isinstance(tokens, int) else list(tokens)
+    for problem in _own_problems(model, counts, backward):
+        table = _tuned_table.of_device(problem.device)
+        if again or table.kernels_of(_tuned_table.product_key_of(problem)) is None:
+            _kernels_into_table(problem)
     for problem, native in _problems(model, counts, backward):
         known = _tuned_table.of_device(problem.device).exact(_tuned_table.key_of(problem))
         if again or known is None or (native and known.native_seconds is None):
@@ -200,16 +214,15 @@ def sweep(layer: nn.Module, tokens: int) -> list[Candidate]:
     return _tuner.sweep(problems[0][0]).candidates
 
 
-def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[tuple[Any, bool]]:
-    """What plans take of the layers, and whether one of them may choose the own product instead."""
-    counts = sorted(tokens)  # the largest of those that share an entry comes last and stays
+def _products(
+    model: nn.Module, tokens: Iterable[int], backward: bool
+) -> Iterator[tuple[SLoPeLinear, Any, bool]]:
+    """A layer, a product of its that plans could make, and whether the own product is there too."""
+    counts = sorted(tokens)
     if counts and counts[0] < 1:
         raise ValueError(f"tune, sweep: tokens must be at least 1, got {counts[0]}")
-    found: dict[Any, tuple[Any, bool]] = {}
     for layer in _layers(model):
         weight = layer.weight
-        if layer.backend not in ("auto", "cusparselt"):
-            continue
         shapes = [(layer.out_features, layer.in_features)]
         if backward:
             shapes.append((layer.in_features, layer.out_features))
@@ -217,7 +230,7 @@ def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[t
             if not _packed.is_packable(rows, columns, weight.dtype, weight.device):
                 continue
             place = (weight.dtype, weight.device)
-            chooses = _packed.backend_of(rows, columns, *place, layer.backend) == "native"
+            native = _packed.backend_of(rows, columns, *place, layer.backend) == "native"
             for count in counts:
                 problem = _C.SpmmProblem(
                     rows=rows,
@@ -226,10 +239,30 @@ def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[t
                     device=weight.device.index,
                     bfloat16=weight.dtype == torch.bfloat16,
                 )
-                key = (problem.device, _tuned_table.key_of(problem))
-                known_to_choose = key in found and found[key][1]
-                found[key] = (problem, chooses or known_to_choose)
+                yield layer, problem, native
+
+
+def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[tuple[Any, bool]]:
+    """What plans take of the layers, and whether one of them may choose the own product instead."""
+    found: dict[Any, tuple[Any, bool]] = {}
+    for layer, problem, chooses in _products(model, tokens, backward):
+        if layer.backend in ("auto", "cusparselt"):
+            key = (problem.device, _tuned_table.key_of(problem))
+            known_to_choose = key in found and found[key][1]
+            # The largest count of those that share an entry comes last and stays
+            found[key] = (problem, chooses or known_to_choose)
     return list(found.values())
+
+
+def _own_problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[Any]:
+    """What the own product takes of the layers."""
+    return list(
+        {
+            (problem.device, _tuned_table.product_key_of(problem)): problem
+            for _, problem, native in _products(model, tokens, backward)
+            if native
+        }.values()
+    )
 
 
 def _layers(model: nn.Module) -> list[SLoPeLinear]:
@@ -239,21 +272,33 @@ def _layers(model: nn.Module) -> list[SLoPeLinear]:
 
 
 def _sweep_into_table(problem: Any, native: bool) -> Entry | None:
+    return _into_table(
+        problem, lambda: _tuned_table.entry_of(problem, _tuner.sweep(problem, native=native))
+    )
+
+
+def _kernels_into_table(problem: Any) -> None:
+    found = _into_table(problem, lambda: _tuner.sweep_kernels(problem))
+    if found is not None:
+        _tuned_table.use_kernels(problem.device, found)
+
+
+def _into_table(problem: Any, find: Callable[[], _Line | None]) -> _Line | None:
+    """Keeps what is found for a problem, if it is; warns where there is no memory to find it."""
     try:
-        found = _tuner.sweep(problem, native=native)
+        line = find()
     except torch.OutOfMemoryError:
         warnings.warn(
             f"slope_ext: no memory to tune {_tuned_table.key_of(problem)}; see plan_cache.tune",
             stacklevel=2,
         )
         return None
-    entry = _tuned_table.entry_of(problem, found)
-    if entry is not None:
+    if line is not None:
         with _lock:
             table = _tuned_table.of_device(problem.device)
-            table.add(entry)
-            _tuned_table.save(table_path(), {table.environment: [entry]})
-    return entry
+            table.add(line)
+            _tuned_table.save(table_path(), {table.environment_for(line): [line]})
+    return line
 
 
 def _choose(problem: Any, capturing: bool) -> Any:
@@ -290,6 +335,12 @@ def tuned(device: int = 0) -> list[Entry]:
         return _tuned_table.of_device(device).entries()
 
 
+def tuned_kernels(device: int = 0) -> list[Kernels]:
+    """The kernels of the own product that hold for a CUDA device, of each product tuned."""
+    with _lock:
+        return _tuned_table.of_device(device).kernels()
+
+
 def export_table(path: str | Path) -> None:
     """Merges the table of every environment that this user ever tuned in into the file at ``path``.
 
@@ -303,7 +354,8 @@ def export_table(path: str | Path) -> None:
 def import_table(path: str | Path) -> None:
     """Merges an exported table into this user's; entries there win. Plans are forgotten.
 
-    Layers made afterwards choose between the own product and plans by it; those that exist stay.
+    Layers made afterwards choose between the own product and plans by it; those that exist stay,
+    but the own product is made by its kernels from then on.
 
     Raises:
         OSError, ValueError: there is no such table, or it is not one; or this user's own cannot be
@@ -316,9 +368,10 @@ def import_table(path: str | Path) -> None:
 
 
 def forget_tables() -> None:
-    """Reads the tables from their files again, when next asked; plans are forgotten."""
+    """Reads the tables from their files again; plans are forgotten."""
     with _lock:
-        _tuned_table.forget()
+        for device in _tuned_table.forget():
+            _tuned_table.of_device(device)
     clear()
 
 

@@ -66,3 +66,5 @@ def _own_plan_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(_tuned_table, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(plan_cache, "_policy", "off")
     monkeypatch.setattr(_tuned_table, "_tables", {})
+    yield
+    _tuned_table.forget()

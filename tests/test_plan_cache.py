@@ -18,17 +18,27 @@ import torch.nn.functional as F
 import slope_ext as slope
 from cases import Operands
 from slope_ext import _C, _tuned_table, _tuner, ops, plan_cache
-from slope_ext._tuned_table import Candidate, Entry, Key, Sweep, Table
+from slope_ext._spmm_sm90 import TILES, Choice, chosen
+from slope_ext._tuned_table import Candidate, Entry, Kernels, Key, Sweep, Table
 
 SHIPPED = _tuned_table.SHIPPED  # the package's own; tests see another folder
 ENVIRONMENT = "sm_90 | cuSPARSELt 0.8.0 | GPU A | driver 13000"
 RELATIVE = "sm_90 | cuSPARSELt 0.8.0 | GPU B | driver 12080"
 STRANGER = "sm_80 | cuSPARSELt 0.8.0 | GPU C | driver 13000"
+GPU = _tuned_table.gpu_of(ENVIRONMENT)
 
 
 def entry(rows=64, columns=64, tokens=8, dtype="bfloat16", **changes):
     values = {"id": 3, "split_k": 1, "split_k_mode": 0, "seconds": 1e-5, "default_seconds": 2e-5}
     return Entry(rows, columns, tokens, dtype, **(values | changes))
+
+
+ONE, TWO = ((64, *TILES[0]),), ((40, *TILES[0]), (24, *TILES[3]))
+
+
+def kernels(rows=64, columns=64, tokens=8, dtype="bfloat16", **changes):
+    values = {"kernels": ONE, "seconds": 1e-5, "usual_seconds": 2e-5}
+    return Kernels(rows, columns, tokens, dtype, **(values | changes))
 
 
 # ---- table: no GPU needed ------------------------------------------------------------------------
@@ -121,6 +131,48 @@ def test_a_time_of_the_own_product_is_not_lost(tmp_path):
     assert _tuned_table.load(path)[ENVIRONMENT][0].native_seconds == math.inf
 
 
+def test_kernels_are_of_a_gpu_whatever_its_driver_and_library(tmp_path):
+    path = tmp_path / "tuned.json"
+    _tuned_table.save(path, {ENVIRONMENT: [entry()], GPU: [kernels(), kernels(tokens=24)]})
+    _tuned_table.save(path, {GPU: [kernels(kernels=TWO)]})
+    by_environment = _tuned_table.load(path)
+    assert by_environment == {
+        ENVIRONMENT: [entry()],
+        GPU: [kernels(kernels=TWO), kernels(tokens=24)],
+    }
+    other = ENVIRONMENT.replace("0.8.0", "0.9.1").replace("13000", "13010")
+    for environment, found in ((ENVIRONMENT, 2), (other, 2), (RELATIVE, 0), (STRANGER, 0)):
+        assert len(Table(environment, by_environment).kernels()) == found
+    table = Table(other, by_environment)
+    assert table.kernels_of(Key(64, 64, 8, "bfloat16")).kernels == TWO
+    assert table.kernels_of(Key(64, 64, 16, "bfloat16")) is None, "of other token counts"
+    assert table.environment_for(kernels()) == GPU
+    assert table.environment_for(entry()) == other
+    table.add(kernels(tokens=16))
+    assert table.kernels_of(Key(64, 64, 16, "bfloat16")).kernels == ONE
+    assert table.nearest(Key(64, 64, 16, "bfloat16")) is None, "no entry of plans"
+
+
+def test_kernels_name_tiles_that_there_are():
+    assert kernels().choice() == (0, 0, 0)
+    assert kernels(kernels=TWO).choice() == (0, 40, 3)
+    assert kernels(kernels=((64, 31, 7, 1, 1),)).choice() is None, "of another version"
+
+
+def test_kernels_replace_the_usual_where_clearly_sooner():
+    usual, other, third = Choice(0), Choice(1), Choice(2)
+    for times, best in (
+        ({usual: (1.0,), other: (0.99,)}, usual),
+        ({usual: (1.0,), other: (0.98,), third: (0.97,)}, third),
+        ({usual: (1.0, 5.0), other: (0.95, 5.01)}, other),
+        ({usual: (1.0, 5.0), other: (0.97, 5.05)}, usual),
+        ({usual: (1.0, 5.0)}, usual),
+    ):
+        assert _tuner._soonest(times, usual) == best
+    assert _tuner._kernels_of(Choice(3), 64) == ((64, *TILES[3]),)
+    assert _tuner._kernels_of(Choice(0, 40, 3), 64) == TWO
+
+
 def test_no_home_is_no_error(monkeypatch):
     for name in ("SLOPE_EXT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -141,6 +193,15 @@ NO_TABLES = [
             {"dtype": {}}, {"tokens": "x"}, {"rows": 0}, {"tokens": -8}, {"seconds": "1.0"},
             {"tokens": 10**400}, {"native_seconds": True}, {"native_seconds": math.nan},
             {"default_seconds": None},
+        )
+    ),
+    *(
+        json.dumps({"format": 1, "environments": {"a": [asdict(kernels()) | change]}})
+        for change in (
+            {"kernels": []}, {"kernels": [[64, 256, 192, 2]]}, {"kernels": [[32, 256, 192, 2, 1]]},
+            {"kernels": [[64, 0, 192, 2, 1]]}, {"kernels": [[64.0, 256, 192, 2, 1]]},
+            {"kernels": [[32, 1, 1, 1, 1], [16, 1, 1, 1, 1], [16, 1, 1, 1, 1]]}, {"kernels": 3},
+            {"kernels": [3]}, {"usual_seconds": 0}, {"seconds": "x"}, {"tokens": 0}, {"id": 3},
         )
     ),
     "[" * 200_000,
@@ -269,6 +330,8 @@ def test_shipped_tables_are_readable_and_have_the_shapes_of_the_records():
     assert list(SHIPPED.glob("*.json"))
     for path in SHIPPED.glob("*.json"):
         for environment, found in _tuned_table.read(path).items():
+            if all(isinstance(line, Kernels) for line in found):
+                continue
             assert len(environment.split(" | ")) == 4
             keys = {e.key for e in found}
             for rows, columns in ((4096, 4096), (14336, 4096), (9216, 9216), (5120, 20480)):
@@ -277,6 +340,13 @@ def test_shipped_tables_are_readable_and_have_the_shapes_of_the_records():
             for e in found:
                 assert math.isfinite(e.seconds)
                 assert e.key.tokens & (e.key.tokens - 1) == 0
+
+
+def test_shipped_kernels_are_of_tiles_that_there_are():
+    for path in SHIPPED.glob("*.json"):
+        for found in _tuned_table.read(path).values():
+            for line in found:
+                assert isinstance(line, Entry) or line.choice() is not None
 
 
 def test_shipped_tables_lie_under_the_users_own():
@@ -596,6 +666,106 @@ def test_auto_goes_by_the_table(native_seconds, movable, monkeypatch):
         assert_right(tuned, x, y)
         dx = dy @ tuned.backward_weight()
         torch.testing.assert_close(leaf.grad, dx, rtol=2e-2, atol=2e-2 * dx.abs().amax().item())
+
+
+def own_layer(rows, columns, tokens, backend="native", **options):
+    layer, x = layer_and_input(rows, columns, tokens, backend=backend, **options)
+    if layer.weight_metadata is None or layer.weight_metadata.dtype != torch.int32:
+        pytest.skip("the own product does not run here")
+    return layer, x
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_own_product_is_made_by_tuned_kernels(dtype):
+    rows, columns, tokens = 640, 256, 72
+    layer, x = own_layer(rows, columns, tokens, dtype=dtype)
+    untuned = chosen(tokens, rows, columns, dtype=dtype)
+    _tuned_table.of_device(0)
+    name = str(dtype).removeprefix("torch.")
+    parts = ((512, 256, 192, 2, 1), (128, 128, 64, 1, 2))
+    tuned = kernels(rows, columns, tokens, name, kernels=parts)
+    assert_right(layer, x, layer(x))
+    _tuned_table.use_kernels(0, tuned)
+    expected = Choice(*tuned.choice())
+    for count in (tokens, tokens - 3):
+        assert chosen(count, rows, columns, dtype=dtype) == expected
+        assert_right(layer, x[:count], layer(x[:count]))
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    for sizes in ((tokens - 8, rows), (tokens + 1, rows), (tokens, rows + 128)):
+        assert chosen(*sizes, columns, dtype=dtype).first_rows == 0
+    assert chosen(tokens, rows, columns, dtype=other) == untuned
+    found = []
+    thread = threading.Thread(target=lambda: found.append(chosen(72, rows, columns, dtype=dtype)))
+    thread.start()
+    thread.join()
+    assert found == [expected]
+    _tuned_table.use_kernels(0, kernels(rows, columns, tokens, name, kernels=((640, 1, 2, 3, 4),)))
+    assert chosen(tokens, rows, columns, dtype=dtype) == expected, "no such tile"
+    _tuned_table.forget()
+    assert chosen(tokens, rows, columns, dtype=dtype) == untuned
+    assert_right(layer, x, layer(x))
+
+
+@pytest.mark.gpu
+def test_the_op_library_refuses_kernels_that_cannot_be():
+    own_layer(64, 64, 8)
+    sizes = {"device": 0, "bfloat16": True, "tokens": 64, "rows": 1024, "columns": 256}
+    good = (TILES.index((256, 192, 2, 1)), 512, TILES.index((128, 64, 1, 2)))
+    assert _C.native_tuned(**sizes, choice=good)
+    for choice in (
+        (good[0], 256, good[2]), (good[0], 1024, 0), (good[0], -512, 0), (-1, 0, 0),
+        (len(TILES), 0, 0), (0, 0, len(TILES)),
+    ):  # fmt: skip
+        assert not _C.native_tuned(**sizes, choice=choice)
+    assert not _C.native_tuned(**(sizes | {"tokens": 0}), choice=good)
+    assert chosen(64, 1024, 256) == Choice(*good)
+
+
+@pytest.mark.gpu
+def test_tuning_of_the_own_products_kernels_persists_and_is_used(monkeypatch):
+    rows, columns, tokens = 14336, 4096, 2048
+    layer, x = own_layer(rows, columns, tokens)
+    assert plan_cache.tune(layer, [tokens, tokens - 1], backward=False) == [], "no plans"
+    if torch.cuda.get_device_properties(0).multi_processor_count == 132:
+        (found,) = plan_cache.tuned_kernels()
+        assert found.key == Key(rows, columns, tokens, "bfloat16")
+        assert 0 < found.seconds < 1.05 * found.usual_seconds < 1e-3
+    for line in plan_cache.tuned_kernels():
+        assert chosen(tokens, rows, columns) == Choice(*line.choice())
+    assert_right(layer, x, layer(x))
+    before = plan_cache.tuned_kernels()
+    monkeypatch.setattr(_tuner, "sweep_kernels", None)  # it is not tuned twice
+    plan_cache.tune(layer, tokens, backward=False)
+    plan_cache.forget_tables()
+    assert plan_cache.tuned_kernels() == before
+    for line in before:
+        assert chosen(tokens, rows, columns) == Choice(*line.choice())
+
+
+@pytest.mark.gpu
+def test_wrong_kernels_never_win(monkeypatch):
+    layer, _ = own_layer(2048, 1024, 1024)
+    wanted = _tuner._spmm_sm90.candidates(1024, 2048, 1024, factor=1.3)
+    if len(wanted) < 2:
+        pytest.skip("one choice here")
+    monkeypatch.setattr(_tuner, "_NEAR", 1.3)
+    monkeypatch.setattr(_tuner, "_SOONER", 1e9)  # the fastest wins
+    run, wrong = _tuner._Sweep.run, []
+
+    def spoil(self, trial):
+        run(self, trial)
+        if trial.algorithm in wrong:
+            self.y[-1, -1] += 100
+
+    monkeypatch.setattr(_tuner._Sweep, "run", spoil)
+    wrong += wanted[1:]
+    plan_cache.tune(layer, 1024, backward=False)
+    (found,) = plan_cache.tuned_kernels()
+    assert Choice(*found.choice()) == wanted[0]
+    wrong[:] = wanted[:1]
+    plan_cache.tune(layer, 1024, backward=False, again=True)
+    assert plan_cache.tuned_kernels() == [found], "without the usual there is nothing to beat"
 
 
 @pytest.mark.gpu

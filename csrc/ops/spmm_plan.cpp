@@ -306,6 +306,8 @@ const slope::SpmmCacheApi* slope_spmm_cache_api() {
       .driver_version = slope::driver_version,
       .metadata_writer = slope::metadata_writer,
       .native_runs = slope::spmm_sm90_runs,
+      .native_tuned = slope::tune_spmm_sm90,
+      .native_forget = slope::forget_tuned_spmm_sm90,
       .make = slope::make,
       .run = slope::run,
       .workspace_bytes =

@@ -18,6 +18,7 @@
 #include <memory>
 
 #include "common/cusparselt.h"
+#include "ops/spmm_sm90_choice.h"
 
 namespace slope {
 
@@ -124,7 +125,9 @@ struct SpmmCacheApi {
   bool (*version)(int32_t (&version)[3], char* error);
   int (*driver_version)();             // as CUDA counts, e.g. 13000; 0 without a driver
   int (*metadata_writer)(int device);  // ops/pack_metadata.h
-  bool (*native_runs)(int device);     // ops/spmm_sm90.h
+  bool (*native_runs)(int device);     // ops/spmm_sm90.h, as the next two
+  bool (*native_tuned)(const SpmmSm90Tuned& tuned);
+  void (*native_forget)();
   // A plan outside of the cache, for a tuner.
   SpmmPlan* (*make)(const SpmmProblem& problem, const SpmmAlgorithm& algorithm, char* error);
   bool (*run)(SpmmPlan* plan, const SpmmOperands& operands, cudaStream_t stream, char* error);

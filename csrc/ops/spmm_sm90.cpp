@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <limits>
 #include <mutex>
+#include <unordered_map>
 #include <utility>
 
 #include "common/hash.h"
@@ -181,34 +183,91 @@ Sm90Room room_of(int device, int processors) {
 
 // ---- choice --------------------------------------------------------------------------------
 
-// What the fastest split depends on.
+// What a split depends on.
 struct Sizes {
   int device;
-  int64_t rows, columns, tokens;  // rows and tokens are not 0
+  int bfloat16;
+  int64_t rows, columns, tokens;  // rows and tokens are not 0; tokens a multiple of 8
 
   bool operator==(const Sizes&) const = default;
 };
 
-// The split that was asked for, else the fastest, which a thread remembers.
+struct HashSizes {
+  size_t operator()(const Sizes& sizes) const {
+    return hash_of({sizes.device, sizes.bfloat16, sizes.rows, sizes.columns, sizes.tokens});
+  }
+};
+
+// Every tile's tokens are a multiple of 8, so what is cut up to that is cut alike.
+Sizes sizes_of(int device, bool bfloat16, const Sm90Product& product) {
+  return {device, bfloat16 ? 1 : 0, product.rows, product.columns, round_up(product.tokens, 8)};
+}
+
+// One kernel or two of these tiles; first_rows 0: one.
+Sm90Split split_of(const Sm90Product& product, const Sm90Room& room, int tile, int64_t first_rows,
+                   int rest_tile) {
+  const int64_t first = first_rows > 0 ? first_rows : product.rows;
+  return {first, sm90_cut(tile, product.with_rows(first), room),
+          sm90_cut(rest_tile, product.with_rows(product.rows - first), room)};
+}
+
+// What tuners found. Threads remember splits, so they are told by a count when that has changed.
+class TunedSplits {
+ public:
+  void add(const Sizes& sizes, const Sm90Split& split) {
+    const std::lock_guard lock(mutex_);
+    splits_[sizes] = split;
+    ++changes_;
+  }
+
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    splits_.clear();
+    ++changes_;
+  }
+
+  int64_t changes() const { return changes_.load(std::memory_order_acquire); }
+
+  // Writes a split over `split` if there is one.
+  void find(const Sizes& sizes, Sm90Split& split) {
+    const std::lock_guard lock(mutex_);
+    if (const auto found = splits_.find(sizes); found != splits_.end()) {
+      split = found->second;
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<Sizes, Sm90Split, HashSizes> splits_;
+  std::atomic<int64_t> changes_{0};
+};
+
+TunedSplits& tuned_splits() {
+  static TunedSplits splits;
+  return splits;
+}
+
+// The split that was asked for, else the tuned one, else the fastest by the model of times; a
+// thread remembers it.
 Sm90Split choose_split(const SpmmSm90Params& params, int processors) {
   const Sm90Product product{params.rows, params.columns, params.tokens};
   if (params.tile >= 0) {
-    const Sm90Room room = room_of(params.device, processors);
-    const int64_t first_rows = params.first_rows > 0 ? params.first_rows : params.rows;
-    return {first_rows, sm90_cut(params.tile, product.with_rows(first_rows), room),
-            sm90_cut(params.rest_tile, product.with_rows(params.rows - first_rows), room)};
+    return split_of(product, room_of(params.device, processors), params.tile, params.first_rows,
+                    params.rest_tile);
   }
   struct Known {
     Sizes sizes;
+    int64_t changes;  // of tuned_splits(), when it was looked up
     Sm90Split split;
   };
   static thread_local std::array<Known, kRemembered> known{};
 
-  const Sizes sizes{params.device, params.rows, params.columns, params.tokens};
-  Known& place =
-      known[hash_of({sizes.device, sizes.rows, sizes.columns, sizes.tokens}) % kRemembered];
-  if (place.sizes != sizes) {
-    place = {sizes, sm90_split(product, room_of(params.device, processors))};
+  const Sizes sizes = sizes_of(params.device, params.kind == FloatKind::kBFloat16, product);
+  const int64_t changes = tuned_splits().changes();
+  Known& place = known[HashSizes{}(sizes) % kRemembered];
+  if (place.sizes != sizes || place.changes != changes) {
+    place = {sizes, changes, sm90_split(product, room_of(params.device, processors))};
+    tuned_splits().find(sizes, place.split);
   }
   return place.split;
 }
@@ -359,6 +418,28 @@ cudaError_t choose_spmm_sm90(SpmmSm90Params& params) {
   params.rest_tile = split.rest.tile;
   return cudaSuccess;
 }
+
+bool tune_spmm_sm90(const SpmmSm90Tuned& tuned) {
+  const int processors = processors_of(tuned.device);
+  const auto is_tile = [](int tile) { return tile >= 0 && tile < spmm_sm90_tile_count(); };
+  if (processors == 0 || !is_tile(tuned.tile) || !is_tile(tuned.rest_tile) || tuned.rows <= 0 ||
+      tuned.columns <= 0 || tuned.tokens <= 0 || tuned.first_rows < 0 ||
+      tuned.first_rows >= tuned.rows) {
+    return false;
+  }
+  const Sm90Tile& tile = kSm90Tiles[tuned.tile];
+  const Sm90Product product{tuned.rows, tuned.columns, tuned.tokens};
+  const Sm90Split split = split_of(product, room_of(tuned.device, processors), tuned.tile,
+                                   tuned.first_rows, tuned.rest_tile);
+  if (tuned.first_rows % (tile.rows * tile.cluster) != 0 || split.first.clusters == 0 ||
+      (split.first_rows < tuned.rows && split.rest.clusters == 0)) {
+    return false;
+  }
+  tuned_splits().add(sizes_of(tuned.device, tuned.bfloat16, product), split);
+  return true;
+}
+
+void forget_tuned_spmm_sm90() { tuned_splits().clear(); }
 
 cudaError_t ask_spmm_sm90_room(Sm90Room& room) {
   int device = 0;

@@ -41,6 +41,13 @@ cudaError_t launch_spmm_sm90(const SpmmSm90Params& params, cudaStream_t stream);
 // Has first_rows, tile and rest_tile name what launch_spmm_sm90 would choose; looks at sizes alone.
 cudaError_t choose_spmm_sm90(SpmmSm90Params& params);
 
+// From now on launch_spmm_sm90 makes products of these sizes so, on any thread; of tokens up to the
+// next multiple of 8. False where the device, which must be current, cannot.
+bool tune_spmm_sm90(const SpmmSm90Tuned& tuned);
+
+// It chooses by sm90_split() again, whatever the sizes.
+void forget_tuned_spmm_sm90();
+
 // What the current device has room for, for sm90_split().
 cudaError_t ask_spmm_sm90_room(Sm90Room& room);
 

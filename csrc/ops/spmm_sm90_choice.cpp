@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
+#include <utility>
 
 #include "common/round_up.h"
 
@@ -41,6 +43,41 @@ Sm90Cut fastest_cut(const Sm90Product& product, const Sm90Room& room, bool is_re
   return best;
 }
 
+struct TimedSplit {
+  Sm90Split split;
+  double time;
+};
+
+// Two kernels: one whose tiles fill every round, and one for what would be a last round that leaves
+// much of the GPU idle, with smaller tiles or in segments:
+//
+//   36864 x 9216, 256 tokens    144 clusters of two tiles, 66 at once: three rounds
+//   rows     0 .. 33791         132 of them: two rounds
+//   rows 33792 .. 36863         48 tiles of 128 x 128, in two segments: a third of a round
+//
+// Nothing where that is not possible, or takes `limit` or longer.
+std::optional<TimedSplit> in_two(int index, const Sm90Product& product, const Sm90Room& room,
+                                 double limit) {
+  const Sm90Tile& tile = kSm90Tiles[index];
+  const Sm90Cut whole = sm90_cut(index, product, room);
+  if (!may_come_first(tile) || whole.clusters == 0) {
+    return std::nullopt;
+  }
+  const int64_t full_rounds = whole.row_tiles * whole.token_tiles / whole.clusters;
+  const int64_t row_tiles = full_rounds * whole.clusters / whole.token_tiles;
+  const int64_t first_rows = row_tiles * tile.rows * tile.cluster;
+  if (first_rows == 0 || first_rows >= product.rows) {
+    return std::nullopt;
+  }
+  const Sm90Cut first = sm90_cut(index, product.with_rows(first_rows), room);
+  if (first.time + kSplitUs >= limit) {
+    return std::nullopt;
+  }
+  const Sm90Cut rest = fastest_cut(product.with_rows(product.rows - first_rows), room, true);
+  const double time = first.time + kSplitUs + rest.time;
+  return time < limit ? std::optional(TimedSplit{{first_rows, first, rest}, time}) : std::nullopt;
+}
+
 }  // namespace
 
 Sm90Cut sm90_cut(int index, const Sm90Product& product, const Sm90Room& room, bool is_rest) {
@@ -76,38 +113,44 @@ Sm90Cut sm90_cut(int index, const Sm90Product& product, const Sm90Room& room, bo
   return cut;
 }
 
-// Two kernels: one whose tiles fill every round, and one for what would be a last round that leaves
-// much of the GPU idle, with smaller tiles or in segments:
-//
-//   36864 x 9216, 256 tokens    144 clusters of two tiles, 66 at once: three rounds
-//   rows     0 .. 33791         132 of them: two rounds
-//   rows 33792 .. 36863         48 tiles of 128 x 128, in two segments: a third of a round
 Sm90Split sm90_split(const Sm90Product& product, const Sm90Room& room) {
   Sm90Split best{product.rows, fastest_cut(product, room), {}};
   double time = best.first.time * (1.0 - kSplitGain);
   for (int index = 0; index < kTiles; ++index) {
-    const Sm90Tile& tile = kSm90Tiles[index];
-    const Sm90Cut whole = sm90_cut(index, product, room);
-    if (!may_come_first(tile) || whole.clusters == 0) {
-      continue;
-    }
-    const int64_t full_rounds = whole.row_tiles * whole.token_tiles / whole.clusters;
-    const int64_t row_tiles = full_rounds * whole.clusters / whole.token_tiles;
-    const int64_t first_rows = row_tiles * tile.rows * tile.cluster;
-    if (first_rows == 0 || first_rows >= product.rows) {
-      continue;
-    }
-    const Sm90Cut first = sm90_cut(index, product.with_rows(first_rows), room);
-    if (first.time + kSplitUs >= time) {
-      continue;
-    }
-    const Sm90Cut rest = fastest_cut(product.with_rows(product.rows - first_rows), room, true);
-    if (const double both = first.time + kSplitUs + rest.time; both < time) {
-      best = {first_rows, first, rest};
-      time = both;
+    if (const auto both = in_two(index, product, room, time)) {
+      best = both->split;
+      time = both->time;
     }
   }
   return best;
+}
+
+std::vector<Sm90Split> sm90_candidates(const Sm90Product& product, const Sm90Room& room,
+                                       double factor) {
+  const Sm90Split usual = sm90_split(product, room);
+  const double least =
+      usual.first.time + (usual.first_rows < product.rows ? kSplitUs + usual.rest.time : 0.0);
+  const double limit = factor * least;
+  std::vector<TimedSplit> others;
+  for (int index = 0; index < kTiles; ++index) {
+    const Sm90Cut whole = sm90_cut(index, product, room);
+    const bool is_usual = usual.first_rows == product.rows && usual.first.tile == index;
+    if (whole.time < limit && !is_usual) {
+      others.push_back({{product.rows, whole, {}}, whole.time});
+    }
+    const auto both = in_two(index, product, room, limit);
+    const bool both_usual = usual.first_rows < product.rows && usual.first.tile == index;
+    if (both && !both_usual) {
+      others.push_back(*both);
+    }
+  }
+  std::stable_sort(others.begin(), others.end(),
+                   [](const TimedSplit& a, const TimedSplit& b) { return a.time < b.time; });
+  std::vector<Sm90Split> found{usual};
+  for (const TimedSplit& other : others) {
+    found.push_back(other.split);
+  }
+  return found;
 }
 
 }  // namespace slope

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "ops/spmm_sm90_tiles.h"
 
@@ -38,10 +39,25 @@ struct Sm90Split {
   Sm90Cut first, rest;  // rest counts if there are more rows than the first
 };
 
+// What a tuner found for the products of a device: rows below first_rows by `tile`, the rest by
+// `rest_tile`; first_rows 0: `tile` makes all. Plain data: it also crosses to the Python module.
+struct SpmmSm90Tuned {
+  int32_t device;
+  bool bfloat16;
+  int64_t rows, columns, tokens;
+  int64_t first_rows;
+  int32_t tile, rest_tile;
+};
+
 // `is_rest`: the product has the rows that come second in a split.
 Sm90Cut sm90_cut(int tile, const Sm90Product& product, const Sm90Room& room, bool is_rest = false);
 
 // One kernel, unless two do it sooner.
 Sm90Split sm90_split(const Sm90Product& product, const Sm90Room& room);
+
+// sm90_split's, then what else takes at most `factor` times as long as the soonest: for a tuner,
+// since the times err.
+std::vector<Sm90Split> sm90_candidates(const Sm90Product& product, const Sm90Room& room,
+                                       double factor);
 
 }  // namespace slope
