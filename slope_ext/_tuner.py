@@ -12,14 +12,14 @@ exceed the cache twice in rows of launches, since a GPU at its power limit has o
 rested one; a single launch of each tells which are worth a row.
 
 Kernels of the own product are timed on a rested GPU and, where the operands exceed the cache, in
-rows too. They replace what would be taken untuned if they are clearly sooner over both.
+rows too. They replace what would be taken untuned if they are clearly sooner over both and later
+in neither.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import random
 import statistics
 import time
@@ -55,6 +55,7 @@ _NEAR, _MOST_KERNELS, _MOST_FLOP = 1.04, 8, 2e12  # 20480 x 5120 with 8192 token
 _REST_SECONDS, _RESTED_TURNS = 3e-3, 9
 _BACKLOG = 4  # reads of what exceeds the cache, while which the host enqueues the launches
 _SOONER = 0.985  # than untuned, to replace it: the best of eight medians is low by chance
+_LATER = 1.005  # than untuned, rested or in rows, to be out of the question
 
 
 @dataclass
@@ -254,10 +255,18 @@ def _time_kernels(job: _Sweep, trials: list[_Trial]) -> dict[Choice, tuple[float
 
 
 def _soonest(seconds: dict[Choice, tuple[float, ...]], usual: Choice) -> Choice:
-    """The choice with the least mean over its times, the geometric; ``usual`` if not clearly so."""
-    best = min(seconds, key=lambda choice: math.prod(seconds[choice]))
-    untuned = math.prod(_SOONER * time for time in seconds[usual])
-    return best if math.prod(seconds[best]) <= untuned else usual
+    """The choice with the least mean over its times, the geometric, of those that take longer than
+    ``usual`` by none; ``usual`` if that is not clearly sooner."""
+
+    def mean(choice: Choice) -> float:
+        return statistics.geometric_mean(seconds[choice])
+
+    def is_late(choice: Choice) -> bool:
+        pairs = zip(seconds[choice], seconds[usual], strict=True)
+        return any(time > _LATER * untuned for time, untuned in pairs)
+
+    best = min((choice for choice in seconds if not is_late(choice)), key=mean)
+    return best if mean(best) <= _SOONER * mean(usual) else usual
 
 
 def _kernels_of(choice: Choice, rows: int) -> tuple[tuple[int, ...], ...]:

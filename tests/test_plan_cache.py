@@ -165,7 +165,9 @@ def test_kernels_replace_the_usual_where_clearly_sooner():
         ({usual: (1.0,), other: (0.99,)}, usual),
         ({usual: (1.0,), other: (0.98,), third: (0.97,)}, third),
         ({usual: (1.0, 5.0), other: (0.95, 5.01)}, other),
-        ({usual: (1.0, 5.0), other: (0.97, 5.05)}, usual),
+        ({usual: (1.0, 5.0), other: (0.98, 5.0)}, usual),
+        ({usual: (1.0, 5.0), other: (0.90, 5.05), third: (0.95, 5.01)}, third),
+        ({usual: (1.0, 5.0), other: (1.02, 4.0)}, usual),
         ({usual: (1.0, 5.0)}, usual),
     ):
         assert _tuner._soonest(times, usual) == best
@@ -751,6 +753,7 @@ def test_wrong_kernels_never_win(monkeypatch):
         pytest.skip("one choice here")
     monkeypatch.setattr(_tuner, "_NEAR", 1.3)
     monkeypatch.setattr(_tuner, "_SOONER", 1e9)  # the fastest wins
+    monkeypatch.setattr(_tuner, "_LATER", 1e9)
     run, wrong = _tuner._Sweep.run, []
 
     def spoil(self, trial):
