@@ -64,8 +64,8 @@ void bind_choice(py::module_& m) {
   m.def("spmm_sm90_candidates", &spmm_sm90_candidates, py::arg("tokens"), py::arg("rows"),
         py::arg("columns"), py::kw_only(), py::arg("processors"), py::arg("clusters"),
         py::arg("factor"),
-        "What spmm_sm90_choice names, then what else takes at most `factor` times as long, by "
-        "the same model of times, the sooner the earlier.");
+        "What spmm_sm90_choice names, then what else takes less than `factor` times as long as "
+        "that by the same model of times, the sooner the earlier.");
 }
 
 }  // namespace
@@ -245,8 +245,9 @@ void bind_plan_cache(py::module_& m) {
       },
       py::kw_only(), py::arg("device"), py::arg("bfloat16"), py::arg("tokens"), py::arg("rows"),
       py::arg("columns"), py::arg("choice"),
-      "From now on the own product of these sizes is made as spmm_sm90_choice's result says; "
-      "tokens up to the next multiple of 8. False: not possible.");
+      "From now on the own product of these sizes is made as spmm_sm90_choice's result says, with "
+      "tile -1 by the model of times again; tokens up to the next multiple of 8. False: not "
+      "possible.");
   m.def("native_forget", [] { cache().native_forget(); }, "Forgets what native_tuned was told.");
 }
 

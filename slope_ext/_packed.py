@@ -80,15 +80,22 @@ def tuned_for_plans(rows: int, columns: int, dtype: torch.dtype, device: torch.d
     return table.prefers_plans(rows, columns, dtype_name(dtype))
 
 
-@functools.cache
 def _native_runs_here(device: int) -> bool:
-    """Whether there are compiled ops with code for sm_90a, and a GPU that runs it."""
+    """Whether there are compiled ops with code for sm_90a, and a GPU that runs it.
+
+    Then its table has been read, by which the ops choose kernels.
+    """
+    runs = _native_could_run(device)
+    if runs:
+        _tuned_table.of_device(device)
+    return runs
+
+
+@functools.cache
+def _native_could_run(device: int) -> bool:
     if "linear" not in _library.CUDA_KERNELS or _library.FORCE_REFERENCE:
         return False
-    runs = _C.native_runs(device)
-    if runs:
-        _tuned_table.of_device(device)  # it says which kernels make which product
-    return runs
+    return _C.native_runs(device)
 
 
 def empty_words(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of tuned products: what is in it, its file, and looking up.
 
-The file is JSON: {"format": 1, "environments": {environment: [line, ...]}}. A line is an Entry, of
-plans, or Kernels, of the own product. Its environment names all that its times depend on:
-capability, GPU, driver and cuSPARSELt; of Kernels, capability and GPU. Writers merge under a
-lock and replace the file in one step, so that readers need none. Only a writer puts a file aside
-that is no table, and none touches one of a later format. Tables shipped with the package
-(slope_ext/tuned/*.json) lie under the user's own.
+The file is JSON: {"format": 2, "environments": {environment: [line, ...]}}. A line is an Entry, of
+plans, or Kernels, of the own product; format 1 had entries alone. Its environment names all that
+its times depend on: capability, GPU, driver and cuSPARSELt; of Kernels, capability, GPU, its
+multiprocessors and KERNELS. Writers merge under a lock and replace the file in one step, so that
+readers need none. Only a writer puts a file aside that is no table, and none touches one of a later
+format. Tables shipped with the package (slope_ext/tuned/*.json) lie under the user's own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ import torch
 
 from slope_ext import _C, _library
 
-FORMAT = 1
+FORMAT = 2
+KERNELS = (
+    1  # to be counted up where kernels of the own product, or the model of their times, change
+)
 SHIPPED = Path(__file__).with_name("tuned")
 
 _CLEARLY = 0.98  # plan over own product
@@ -100,11 +103,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels that make one product of the own soonest, of those that were tried.
+    """What makes a product of the own soonest, of what was tried.
 
     ``tokens`` is a multiple of 8; the product of as many, or of up to 7 fewer, is made so.
     ``kernels`` are one, or two that share the rows of W: its number of rows, then the rows, tokens,
-    cluster and segments of its tile. Times in seconds: theirs, and of what would be taken untuned.
+    cluster and segments of its tile; none where what is taken untuned is the soonest. Times in
+    seconds, theirs and of what is taken untuned: of a launch in rows of them where the operands
+    exceed the L2 cache twice, else of one on a rested GPU.
     """
 
     rows: int
@@ -122,8 +127,12 @@ class Kernels:
         _require_line(self, integers, (self.seconds, self.usual_seconds))
         if not all(len(kernel) == 5 and min(kernel) > 0 for kernel in kernels):
             raise ValueError(f"a kernel is five numbers above 0, got {self}")
-        if len(kernels) > 2 or sum(kernel[0] for kernel in kernels) != self.rows:
+        if kernels and (len(kernels) > 2 or sum(kernel[0] for kernel in kernels) != self.rows):
             raise ValueError(f"kernels must be one or two that share the rows, got {self}")
+        if self.rows % 8 != 0 or self.columns % 32 != 0 or self.tokens % 8 != 0:
+            raise ValueError(f"the own product is not tuned for such sizes, got {self}")
+        if self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"the own product takes no such dtype, got {self}")
 
     @property
     def key(self) -> Key:
@@ -132,8 +141,10 @@ class Kernels:
     def choice(self) -> tuple[int, int, int] | None:
         """tile, first_rows, rest_tile as the op library takes them; None: it has no such tile."""
         tiles = [kernel[1:] for kernel in self.kernels]
+        if not tiles:
+            return (-1, 0, 0)
         if not all(tile in _C.SPMM_SM90_TILES for tile in tiles):
-            return None  # another version of the package found them
+            return None
         first, *rest = map(_C.SPMM_SM90_TILES.index, tiles)
         return (first, self.kernels[0][0], rest[0]) if rest else (first, 0, 0)
 
@@ -199,18 +210,22 @@ def environment_of(device: int) -> str:
     return f"sm_{major}{minor} | cuSPARSELt {library} | {name} | driver {_C.driver_version()}"
 
 
-def gpu_of(environment: str) -> str:
-    """Names what kernels of the own product hold for."""
-    capability, _, name, _ = environment.split(" | ")
-    return f"{capability} | {name}"
+def gpu_of(device: int) -> str:
+    """Names what kernels of the own product hold for. MPS may leave a process fewer processors."""
+    major, minor = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return f"sm_{major}{minor} | {name} | {processors} multiprocessors | kernels {KERNELS}"
 
 
 class Table:
     """What holds for a device: the entries of its environment, and those of its relatives (same
     capability and library); the kernels of its GPU."""
 
-    def __init__(self, environment: str, by_environment: Mapping[str, Iterable[Line]]) -> None:
-        self.environment, self.gpu = environment, gpu_of(environment)
+    def __init__(
+        self, environment: str, gpu: str, by_environment: Mapping[str, Iterable[Line]]
+    ) -> None:
+        self.environment, self.gpu = environment, gpu
         family = environment.split(" | ")[:2]
         entries = {
             name: [line for line in lines if isinstance(line, Entry)]
@@ -225,7 +240,7 @@ class Table:
         timed = [entry for entry in (*related, *own) if entry.native_seconds is not None]
         self._with_native = {entry.key: entry for entry in timed}
         self._kernels = {
-            line.key: line for line in by_environment.get(self.gpu, ()) if isinstance(line, Kernels)
+            line.key: line for line in by_environment.get(gpu, ()) if isinstance(line, Kernels)
         }
 
     def add(self, line: Line) -> None:
@@ -244,6 +259,9 @@ class Table:
 
     def kernels_of(self, key: Key) -> Kernels | None:
         return self._kernels.get(key)
+
+    def drop(self, kernels: Kernels) -> None:
+        del self._kernels[kernels.key]
 
     def entries(self) -> list[Entry]:
         return list(self._own.values())
@@ -288,21 +306,32 @@ def of_device(device: int) -> Table:
     """
     with _lock:
         if device not in _tables:
-            _tables[device] = Table(environment_of(device), load_all(user_path()))
-            for kernels in _tables[device].kernels():
-                use_kernels(device, kernels)
+            table = Table(environment_of(device), gpu_of(device), load_all(user_path()))
+            for kernels in table.kernels():
+                if not _takes_effect(device, kernels):
+                    table.drop(kernels)
+            _tables[device] = table
         return _tables[device]
 
 
-def use_kernels(device: int, kernels: Kernels) -> None:
-    """Has the op library make products of the own so on a device; nothing where it cannot."""
+def add(device: int, line: Line) -> Table:
+    """Adds a line to the table of a device, which is returned; kernels take effect."""
+    table = of_device(device)
+    with _lock:
+        if not isinstance(line, Kernels) or _takes_effect(device, line):
+            table.add(line)
+    return table
+
+
+def _takes_effect(device: int, kernels: Kernels) -> bool:
+    """Whether the op library makes that product so from now on; it may lack a tile, or room."""
     choice = kernels.choice()
-    if choice is not None and _C.native_runs(device):
-        sizes = {"tokens": kernels.tokens, "rows": kernels.rows, "columns": kernels.columns}
-        with torch.cuda.device(device):
-            _C.native_tuned(
-                device=device, bfloat16=kernels.dtype == "bfloat16", choice=choice, **sizes
-            )
+    if choice is None or not _C.native_runs(device):
+        return False
+    sizes = {"tokens": kernels.tokens, "rows": kernels.rows, "columns": kernels.columns}
+    bfloat16 = kernels.dtype == "bfloat16"
+    with torch.cuda.device(device):
+        return _C.native_tuned(device=device, bfloat16=bfloat16, choice=choice, **sizes)
 
 
 def forget() -> list[int]:
@@ -359,7 +388,7 @@ def read(path: Path) -> dict[str, list[Line]]:
     try:
         content = json.loads(path.read_text())
         found = content["format"]
-        if found == FORMAT:
+        if found in (1, FORMAT):
             return {
                 environment: [_line_of(line) for line in lines]
                 for environment, lines in content["environments"].items()

@@ -23,6 +23,7 @@ import functools
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,9 +52,9 @@ _ROW_FLOP = 1e12  # of the dense products of a row, which takes a millisecond or
 
 # Kernels of the own product. The model's times err by some percent; of a product that takes many
 # rounds of tiles, the last is too little to be worth the time
-_NEAR, _MOST_KERNELS, _MOST_FLOP = 1.04, 8, 2e12  # 20480 x 5120 with 8192 tokens has 1.7e12
+_WITHIN, _MOST_KERNELS, _MOST_FLOP = 1.04, 8, 2e12  # 20480 x 5120 with 8192 tokens has 1.7e12
 _REST_SECONDS, _RESTED_TURNS = 3e-3, 9
-_BACKLOG = 4  # reads of what exceeds the cache, while which the host enqueues the launches
+_BACKLOG = 4  # reads of what exceeds the cache, 0.1 ms, in which the host enqueues the launches
 _SOONER = 0.985  # than untuned, to replace it: the best of eight medians is low by chance
 _LATER = 1.005  # than untuned, rested or in rows, to be out of the question
 
@@ -104,15 +105,14 @@ class _Sweep:
         dtype = torch.bfloat16 if problem.bfloat16 else torch.float16
         rows, columns, tokens = problem.rows, problem.columns, problem.tokens
         self.problem = problem
-        values = torch.randn(rows, columns // 2, dtype=dtype, device=self.device)
+        self.values = torch.randn(rows, columns // 2, dtype=dtype, device=self.device)
         self.bitmask = _random_mask(rows, columns, self.device)
-        self.packed = ops.pack(values, self.bitmask)
         self.x = torch.randn(tokens, columns, dtype=dtype, device=self.device)
         self.y = torch.empty(tokens, rows, dtype=dtype, device=self.device)
         self.bias = None
         if problem.bias:
             self.bias = 10 * torch.randn(rows, dtype=dtype, device=self.device)
-        self.expected = F.linear(self.x, ops.decompress(values, self.bitmask), self.bias)
+        self.expected = F.linear(self.x, ops.decompress(self.values, self.bitmask), self.bias)
         # An addend must be there; without one nothing of y may be.
         self.before = 5.0 if problem.accumulate else float("nan")
         if problem.accumulate:
@@ -120,16 +120,18 @@ class _Sweep:
         self.norm = torch.linalg.vector_norm(self.expected, dtype=torch.float32)
         self.largest = self.expected.abs().amax()
         self.l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-        operand_bytes = sum(tensor.nbytes for tensor in (self.packed, self.x, self.y))
+        operands = (self.values, self.bitmask, self.x, self.y)  # metadata are as long as the mask
+        operand_bytes = sum(tensor.nbytes for tensor in operands)
         self.launches = launches(operand_bytes, self.l2_bytes, 2 * rows * columns * tokens)
 
     def trial(self, algorithm: Any) -> _Trial | None:
         """Makes the plan and runs it once; None where the library refuses or the result is off."""
+        packed = self.packed
         try:
             plan = _C.SpmmPlan(self.problem, algorithm)
             bytes_ = max(1, plan.workspace_bytes)
             workspace = torch.empty(bytes_, dtype=torch.uint8, device=self.device)
-            trial = _Trial(algorithm, functools.partial(self._run_plan, plan, workspace))
+            trial = _Trial(algorithm, functools.partial(self._run_plan, packed, plan, workspace))
             return trial if self._is_right(trial) else None
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
@@ -138,9 +140,9 @@ class _Sweep:
 
     def native_trial(self, choice: Choice = THE_OPS) -> _Trial | None:
         """The own product on the same operands; None if the result is off."""
+        weight = (self.values, self.words)
         try:
-            launch = _spmm_sm90.launcher(self.x, *self.native_weight, self.y, choice=choice)
-            trial = _Trial(choice, launch)
+            trial = _Trial(choice, _spmm_sm90.launcher(self.x, *weight, self.y, choice=choice))
             return trial if self._is_right(trial) else None
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
@@ -148,20 +150,23 @@ class _Sweep:
             return None
 
     @functools.cached_property
-    def native_weight(self) -> tuple[Tensor, Tensor]:
-        """W as the own product takes it."""
-        rows, columns = self.problem.rows, self.problem.columns
-        values = self.packed[: rows * columns].view(self.x.dtype).view(rows, columns // 2)
-        words = _packed.empty_words(rows, columns, self.device)
+    def packed(self) -> Tensor:
+        """W as plans take it."""
+        return ops.pack(self.values, self.bitmask)
+
+    @functools.cached_property
+    def words(self) -> Tensor:
+        """Metadata of W as the own product takes them."""
+        words = _packed.empty_words(self.problem.rows, self.problem.columns, self.device)
         ops.pack_metadata(self.bitmask, words)
-        return values, words
+        return words
 
     def run(self, trial: _Trial) -> None:
         trial.launch()
 
-    def _run_plan(self, plan: Any, workspace: Tensor) -> None:
+    def _run_plan(self, packed: Tensor, plan: Any, workspace: Tensor) -> None:
         plan.run(
-            self.packed.data_ptr(),
+            packed.data_ptr(),
             self.x.data_ptr(),
             0 if self.bias is None else self.bias.data_ptr(),
             self.y.data_ptr(),
@@ -180,7 +185,7 @@ class _Sweep:
     def time(
         self, trials: list[_Trial], turns: int, launches: int | None = None, rest: float = 0.0
     ) -> None:
-        """Adds a sample of each trial and turn; ``rest``: seconds before each."""
+        """Adds a sample of each trial and turn; ``rest``: seconds of rest before each."""
         launches = launches or self.launches
         cold = torch.zeros(2 * self.l2_bytes // 4, dtype=torch.int32, device=self.device)
         order, shuffle = list(trials), random.Random(0).shuffle
@@ -222,20 +227,21 @@ def sweep_kernels(problem: Any) -> Kernels | None:
     Those that would be taken untuned, unless others are clearly sooner.
     """
     rows, columns, tokens = problem.rows, problem.columns, problem.tokens
-    wanted = _spmm_sm90.candidates(tokens, rows, columns, factor=_NEAR, device=problem.device)
+    wanted = _spmm_sm90.candidates(tokens, rows, columns, factor=_WITHIN, device=problem.device)
     if len(wanted) == 1 or 2 * rows * columns * tokens > _MOST_FLOP:
         return None
     with _apart(problem.device):
         job = _Sweep(_variant(problem, bias=False, accumulate=False))
         trials = [job.native_trial(choice) for choice in wanted[:_MOST_KERNELS]]
         seconds = _time_kernels(job, [trial for trial in trials if trial is not None])
-    usual = wanted[0]
+    usual, key = wanted[0], product_key_of(problem)
     if usual not in seconds:
+        warnings.warn(f"slope_ext: the own product errs: {key}; please report it", stacklevel=2)
         return None
     best = _soonest(seconds, usual)
     return Kernels(
-        **product_key_of(problem)._asdict(),
-        kernels=_kernels_of(best, rows),
+        **key._asdict(),
+        kernels=() if best == usual else _kernels_of(best, rows),
         seconds=seconds[best][-1],
         usual_seconds=seconds[usual][-1],
     )

@@ -183,13 +183,18 @@ def tune(
     """
     added = []
     counts = [tokens] if isinstance(tokens, int) else list(tokens)
+    sooner = set()  # what the own product has new kernels for
     for problem in _own_problems(model, counts, backward):
         table = _tuned_table.of_device(problem.device)
         if again or table.kernels_of(_tuned_table.product_key_of(problem)) is None:
-            _kernels_into_table(problem)
+            found = _kernels_into_table(problem)
+            if found is not None and found.kernels:
+                sooner.add((problem.device, _tuned_table.key_of(problem)))
     for problem, native in _problems(model, counts, backward):
-        known = _tuned_table.of_device(problem.device).exact(_tuned_table.key_of(problem))
-        if again or known is None or (native and known.native_seconds is None):
+        key = _tuned_table.key_of(problem)
+        known = _tuned_table.of_device(problem.device).exact(key)
+        untimed = known is None or known.native_seconds is None or (problem.device, key) in sooner
+        if again or known is None or (native and untimed):
             entry = _sweep_into_table(problem, native)
             if entry is not None:
                 added.append(entry)
@@ -216,22 +221,25 @@ def sweep(layer: nn.Module, tokens: int) -> list[Candidate]:
 
 def _products(
     model: nn.Module, tokens: Iterable[int], backward: bool
-) -> Iterator[tuple[SLoPeLinear, Any, bool]]:
-    """A layer, a product of its that plans could make, and whether the own product is there too."""
+) -> Iterator[tuple[Any, bool, bool]]:
+    """Problems of the layers, and for each whether plans make it and whether the own product does.
+
+    Both where the layer is to choose.
+    """
     counts = sorted(tokens)
     if counts and counts[0] < 1:
         raise ValueError(f"tune, sweep: tokens must be at least 1, got {counts[0]}")
     for layer in _layers(model):
-        weight = layer.weight
+        weight, backend = layer.weight, layer.backend
         shapes = [(layer.out_features, layer.in_features)]
         if backward:
             shapes.append((layer.in_features, layer.out_features))
         for rows, columns in shapes:
-            if not _packed.is_packable(rows, columns, weight.dtype, weight.device):
-                continue
             place = (weight.dtype, weight.device)
-            native = _packed.backend_of(rows, columns, *place, layer.backend) == "native"
-            for count in counts:
+            native = _packed.backend_of(rows, columns, *place, backend) == "native"
+            takes_plans = backend in ("auto", "cusparselt")
+            by_plans = takes_plans and _packed.is_packable(rows, columns, *place)
+            for count in counts if native or by_plans else ():
                 problem = _C.SpmmProblem(
                     rows=rows,
                     columns=columns,
@@ -239,30 +247,29 @@ def _products(
                     device=weight.device.index,
                     bfloat16=weight.dtype == torch.bfloat16,
                 )
-                yield layer, problem, native
+                yield problem, by_plans, native
 
 
 def _problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[tuple[Any, bool]]:
     """What plans take of the layers, and whether one of them may choose the own product instead."""
     found: dict[Any, tuple[Any, bool]] = {}
-    for layer, problem, chooses in _products(model, tokens, backward):
-        if layer.backend in ("auto", "cusparselt"):
+    for problem, by_plans, native in _products(model, tokens, backward):
+        if by_plans:
             key = (problem.device, _tuned_table.key_of(problem))
             known_to_choose = key in found and found[key][1]
             # The largest count of those that share an entry comes last and stays
-            found[key] = (problem, chooses or known_to_choose)
+            found[key] = (problem, native or known_to_choose)
     return list(found.values())
 
 
 def _own_problems(model: nn.Module, tokens: Iterable[int], backward: bool) -> list[Any]:
     """What the own product takes of the layers."""
-    return list(
-        {
-            (problem.device, _tuned_table.product_key_of(problem)): problem
-            for _, problem, native in _products(model, tokens, backward)
-            if native
-        }.values()
-    )
+    found = {
+        (problem.device, _tuned_table.product_key_of(problem)): problem
+        for problem, _, native in _products(model, tokens, backward)
+        if native
+    }
+    return list(found.values())
 
 
 def _layers(model: nn.Module) -> list[SLoPeLinear]:
@@ -272,31 +279,27 @@ def _layers(model: nn.Module) -> list[SLoPeLinear]:
 
 
 def _sweep_into_table(problem: Any, native: bool) -> Entry | None:
-    return _into_table(
-        problem, lambda: _tuned_table.entry_of(problem, _tuner.sweep(problem, native=native))
-    )
+    def find() -> Entry | None:
+        return _tuned_table.entry_of(problem, _tuner.sweep(problem, native=native))
+
+    return _into_table(problem.device, _tuned_table.key_of(problem), find)
 
 
-def _kernels_into_table(problem: Any) -> None:
-    found = _into_table(problem, lambda: _tuner.sweep_kernels(problem))
-    if found is not None:
-        _tuned_table.use_kernels(problem.device, found)
+def _kernels_into_table(problem: Any) -> Kernels | None:
+    key = _tuned_table.product_key_of(problem)
+    return _into_table(problem.device, key, lambda: _tuner.sweep_kernels(problem))
 
 
-def _into_table(problem: Any, find: Callable[[], _Line | None]) -> _Line | None:
-    """Keeps what is found for a problem, if it is; warns where there is no memory to find it."""
+def _into_table(device: int, key: Key, find: Callable[[], _Line | None]) -> _Line | None:
+    """Keeps what is found for a key, if it is; warns where there is no memory to find it."""
     try:
         line = find()
     except torch.OutOfMemoryError:
-        warnings.warn(
-            f"slope_ext: no memory to tune {_tuned_table.key_of(problem)}; see plan_cache.tune",
-            stacklevel=2,
-        )
+        warnings.warn(f"slope_ext: no memory to tune {key}; see plan_cache.tune", stacklevel=2)
         return None
     if line is not None:
         with _lock:
-            table = _tuned_table.of_device(problem.device)
-            table.add(line)
+            table = _tuned_table.add(device, line)
             _tuned_table.save(table_path(), {table.environment_for(line): [line]})
     return line
 

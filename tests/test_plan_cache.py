@@ -25,7 +25,7 @@ SHIPPED = _tuned_table.SHIPPED  # the package's own; tests see another folder
 ENVIRONMENT = "sm_90 | cuSPARSELt 0.8.0 | GPU A | driver 13000"
 RELATIVE = "sm_90 | cuSPARSELt 0.8.0 | GPU B | driver 12080"
 STRANGER = "sm_80 | cuSPARSELt 0.8.0 | GPU C | driver 13000"
-GPU = _tuned_table.gpu_of(ENVIRONMENT)
+GPU = "sm_90 | GPU A | 132 multiprocessors | kernels 1"
 
 
 def entry(rows=64, columns=64, tokens=8, dtype="bfloat16", **changes):
@@ -79,7 +79,7 @@ def test_lookup_is_exact_then_related_then_nearest():
         ],
         STRANGER: [entry(128, 128, 8, id=6)],
     }
-    table = Table(ENVIRONMENT, by_environment)
+    table = Table(ENVIRONMENT, GPU, by_environment)
     assert table.exact(Key(64, 64, 8, "bfloat16")).id == 1
     assert table.exact(Key(64, 64, 4096, "bfloat16")) is None
     assert table.nearest(Key(64, 64, 4096, "bfloat16")).id == 2
@@ -93,7 +93,7 @@ def test_lookup_is_exact_then_related_then_nearest():
 def test_plans_are_preferred_where_both_were_timed_and_they_are_the_faster():
     def faster(*entries, own=()):
         by_environment = {RELATIVE: list(entries), ENVIRONMENT: list(own)}
-        table = Table(ENVIRONMENT, by_environment)
+        table = Table(ENVIRONMENT, GPU, by_environment)
         return table.prefers_plans(64, 64, "bfloat16")
 
     slow, fast = entry(native_seconds=9e-6), entry(native_seconds=2e-5)
@@ -107,7 +107,7 @@ def test_plans_are_preferred_where_both_were_timed_and_they_are_the_faster():
     assert faster(fast, entry(128, 64, native_seconds=1e-9)), "another weight"
     assert not faster(fast, own=[slow]), "this GPU's own time counts"
     assert not faster(entry(native_seconds=1.01e-5)), "not clearly"
-    table = Table(ENVIRONMENT, {RELATIVE: [fast], STRANGER: [slow]})
+    table = Table(ENVIRONMENT, GPU, {RELATIVE: [fast], STRANGER: [slow]})
     table.add(entry(id=5))  # a sweep on first use
     assert table.prefers_plans(64, 64, "bfloat16")
 
@@ -135,15 +135,12 @@ def test_kernels_are_of_a_gpu_whatever_its_driver_and_library(tmp_path):
     path = tmp_path / "tuned.json"
     _tuned_table.save(path, {ENVIRONMENT: [entry()], GPU: [kernels(), kernels(tokens=24)]})
     _tuned_table.save(path, {GPU: [kernels(kernels=TWO)]})
-    by_environment = _tuned_table.load(path)
-    assert by_environment == {
-        ENVIRONMENT: [entry()],
-        GPU: [kernels(kernels=TWO), kernels(tokens=24)],
-    }
+    found = _tuned_table.load(path)
+    assert found == {ENVIRONMENT: [entry()], GPU: [kernels(kernels=TWO), kernels(tokens=24)]}
+    assert Table(ENVIRONMENT, GPU.replace("132", "66"), found).kernels() == []
     other = ENVIRONMENT.replace("0.8.0", "0.9.1").replace("13000", "13010")
-    for environment, found in ((ENVIRONMENT, 2), (other, 2), (RELATIVE, 0), (STRANGER, 0)):
-        assert len(Table(environment, by_environment).kernels()) == found
-    table = Table(other, by_environment)
+    table = Table(other, GPU, found)
+    assert len(table.kernels()) == 2
     assert table.kernels_of(Key(64, 64, 8, "bfloat16")).kernels == TWO
     assert table.kernels_of(Key(64, 64, 16, "bfloat16")) is None, "of other token counts"
     assert table.environment_for(kernels()) == GPU
@@ -151,12 +148,23 @@ def test_kernels_are_of_a_gpu_whatever_its_driver_and_library(tmp_path):
     table.add(kernels(tokens=16))
     assert table.kernels_of(Key(64, 64, 16, "bfloat16")).kernels == ONE
     assert table.nearest(Key(64, 64, 16, "bfloat16")) is None, "no entry of plans"
+    table.drop(kernels(tokens=16))
+    assert table.kernels_of(Key(64, 64, 16, "bfloat16")) is None
 
 
 def test_kernels_name_tiles_that_there_are():
     assert kernels().choice() == (0, 0, 0)
     assert kernels(kernels=TWO).choice() == (0, 40, 3)
+    assert kernels(kernels=()).choice() == (-1, 0, 0), "as untuned"
     assert kernels(kernels=((64, 31, 7, 1, 1),)).choice() is None, "of another version"
+
+
+def test_a_table_of_the_format_before_is_read(tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"format": 1, "environments": {ENVIRONMENT: [asdict(entry())]}}))
+    _tuned_table.save(path, {GPU: [kernels()]})
+    assert json.loads(path.read_text())["format"] == 2
+    assert _tuned_table.load(path) == {ENVIRONMENT: [entry()], GPU: [kernels()]}
 
 
 def test_kernels_replace_the_usual_where_clearly_sooner():
@@ -198,9 +206,10 @@ NO_TABLES = [
         )
     ),
     *(
-        json.dumps({"format": 1, "environments": {"a": [asdict(kernels()) | change]}})
+        json.dumps({"format": 2, "environments": {"a": [asdict(kernels()) | change]}})
         for change in (
-            {"kernels": []}, {"kernels": [[64, 256, 192, 2]]}, {"kernels": [[32, 256, 192, 2, 1]]},
+            {"kernels": [[64, 256, 192, 2]]}, {"kernels": [[32, 256, 192, 2, 1]]}, {"tokens": 9},
+            {"columns": 48}, {"rows": 60}, {"dtype": "float8_e4m3fn"},
             {"kernels": [[64, 0, 192, 2, 1]]}, {"kernels": [[64.0, 256, 192, 2, 1]]},
             {"kernels": [[32, 1, 1, 1, 1], [16, 1, 1, 1, 1], [16, 1, 1, 1, 1]]}, {"kernels": 3},
             {"kernels": [3]}, {"usual_seconds": 0}, {"seconds": "x"}, {"tokens": 0}, {"id": 3},
@@ -208,7 +217,7 @@ NO_TABLES = [
     ),
     "[" * 200_000,
 ]  # fmt: skip
-LATER_TABLE = '{"format": 2, "tables": []}'
+LATER_TABLE = '{"format": 3, "tables": []}'
 
 
 @pytest.mark.parametrize("text", NO_TABLES)
@@ -349,6 +358,9 @@ def test_shipped_kernels_are_of_tiles_that_there_are():
         for found in _tuned_table.read(path).values():
             for line in found:
                 assert isinstance(line, Entry) or line.choice() is not None
+        assert any(
+            name.endswith(f"kernels {_tuned_table.KERNELS}") for name in _tuned_table.read(path)
+        ), "they were counted up: tune anew"
 
 
 def test_shipped_tables_lie_under_the_users_own():
@@ -677,36 +689,81 @@ def own_layer(rows, columns, tokens, backend="native", **options):
     return layer, x
 
 
+# Two kernels for 640 rows
+SPLIT = ((512, 256, 192, 2, 1), (128, 128, 64, 1, 2))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_own_product_is_made_by_tuned_kernels(dtype):
     rows, columns, tokens = 640, 256, 72
     layer, x = own_layer(rows, columns, tokens, dtype=dtype)
-    untuned = chosen(tokens, rows, columns, dtype=dtype)
-    _tuned_table.of_device(0)
-    name = str(dtype).removeprefix("torch.")
-    parts = ((512, 256, 192, 2, 1), (128, 128, 64, 1, 2))
-    tuned = kernels(rows, columns, tokens, name, kernels=parts)
-    assert_right(layer, x, layer(x))
-    _tuned_table.use_kernels(0, tuned)
+
+    def now(tokens=tokens, rows=rows, dtype=dtype):
+        return chosen(tokens, rows, columns, dtype=dtype)
+
+    def line(parts):
+        return kernels(rows, columns, tokens, str(dtype).removeprefix("torch."), kernels=parts)
+
+    untuned, tuned = now(), line(SPLIT)
     expected = Choice(*tuned.choice())
+    assert untuned.first_rows == 0
+    assert_right(layer, x, layer(x))
+    table = _tuned_table.add(0, tuned)
+    assert table.kernels() == [tuned]
     for count in (tokens, tokens - 3):
-        assert chosen(count, rows, columns, dtype=dtype) == expected
+        assert now(count) == expected
         assert_right(layer, x[:count], layer(x[:count]))
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
-    for sizes in ((tokens - 8, rows), (tokens + 1, rows), (tokens, rows + 128)):
-        assert chosen(*sizes, columns, dtype=dtype).first_rows == 0
-    assert chosen(tokens, rows, columns, dtype=other) == untuned
+    assert now(dtype=other) == untuned
+    for sizes in ({"tokens": tokens - 8}, {"tokens": tokens + 1}, {"rows": rows + 128}):
+        assert now(**sizes).first_rows == 0
     found = []
-    thread = threading.Thread(target=lambda: found.append(chosen(72, rows, columns, dtype=dtype)))
+    thread = threading.Thread(target=lambda: found.append(now()))
     thread.start()
     thread.join()
     assert found == [expected]
-    _tuned_table.use_kernels(0, kernels(rows, columns, tokens, name, kernels=((640, 1, 2, 3, 4),)))
-    assert chosen(tokens, rows, columns, dtype=dtype) == expected, "no such tile"
+    _tuned_table.add(0, line(((640, 1, 2, 3, 4),)))
+    assert (now(), table.kernels()) == (expected, [tuned]), "there is no such tile"
+    _tuned_table.add(0, line(()))
+    assert now() == untuned
+    assert table.kernels() == [line(())]
+    _tuned_table.add(0, tuned)
     _tuned_table.forget()
-    assert chosen(tokens, rows, columns, dtype=dtype) == untuned
+    assert now() == untuned
     assert_right(layer, x, layer(x))
+
+
+@pytest.mark.gpu
+def test_tuned_kernels_do_all_that_a_layer_does():
+    """Bias, adapter, activations, the input gradient and a captured graph, as untuned ones do."""
+    rows, columns, tokens = 640, 640, 72
+    layer, x = own_layer(rows, columns, tokens)
+    layer.add_adapter(16, scale=2.0)
+    torch.nn.init.normal_(layer.lora_B, std=0.1)
+    dy = torch.randn(tokens, rows, device="cuda", dtype=x.dtype)
+
+    def results():
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(dy)
+        weight = layer.operand()[:-1]
+        activated = [ops.linear(x, *weight, activation) for activation in ("relu", "swiglu")]
+        return [y.detach(), leaf.grad, *activated]
+
+    expected = results()
+    _tuned_table.add(0, kernels(rows, columns, tokens, kernels=SPLIT))
+    assert chosen(tokens, rows, columns).first_rows == 512
+    found = results()
+    for tuned, untuned in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            tuned, untuned, rtol=2e-2, atol=1e-2 * untuned.abs().amax().item()
+        )
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = layer(x)
+    graph.replay()
+    torch.testing.assert_close(y, found[0], rtol=2e-2, atol=1e-2 * y.abs().amax().item())
 
 
 @pytest.mark.gpu
@@ -716,59 +773,122 @@ def test_the_op_library_refuses_kernels_that_cannot_be():
     good = (TILES.index((256, 192, 2, 1)), 512, TILES.index((128, 64, 1, 2)))
     assert _C.native_tuned(**sizes, choice=good)
     for choice in (
-        (good[0], 256, good[2]), (good[0], 1024, 0), (good[0], -512, 0), (-1, 0, 0),
+        (good[0], 256, good[2]), (good[0], 1024, 0), (good[0], -512, 0), (-2, 0, 0),
         (len(TILES), 0, 0), (0, 0, len(TILES)),
     ):  # fmt: skip
         assert not _C.native_tuned(**sizes, choice=choice)
-    assert not _C.native_tuned(**(sizes | {"tokens": 0}), choice=good)
+    for change in ({"tokens": 0}, {"device": -1}):
+        assert not _C.native_tuned(**(sizes | change), choice=good)
     assert chosen(64, 1024, 256) == Choice(*good)
 
 
+def another(seconds, usual):
+    """In place of _tuner._soonest: never what would be taken untuned."""
+    return next(choice for choice in seconds if choice != usual)
+
+
 @pytest.mark.gpu
-def test_tuning_of_the_own_products_kernels_persists_and_is_used(monkeypatch):
-    rows, columns, tokens = 14336, 4096, 2048
+def test_tuning_of_the_own_products_kernels_persists_and_is_used(monkeypatch, tmp_path):
+    rows, columns, tokens = 2048, 1024, 1024
     layer, x = own_layer(rows, columns, tokens)
+    monkeypatch.setattr(_tuner, "_WITHIN", 1.3)
+    monkeypatch.setattr(_tuner, "_soonest", another)
+    untuned = chosen(tokens, rows, columns)
     assert plan_cache.tune(layer, [tokens, tokens - 1], backward=False) == [], "no plans"
-    if torch.cuda.get_device_properties(0).multi_processor_count == 132:
-        (found,) = plan_cache.tuned_kernels()
-        assert found.key == Key(rows, columns, tokens, "bfloat16")
-        assert 0 < found.seconds < 1.05 * found.usual_seconds < 1e-3
-    for line in plan_cache.tuned_kernels():
-        assert chosen(tokens, rows, columns) == Choice(*line.choice())
+    (line,) = plan_cache.tuned_kernels()
+    assert line.key == Key(rows, columns, tokens, "bfloat16")
+    assert 0 < line.seconds < 1e-3
+    tuned = chosen(tokens, rows, columns)
+    assert tuned == Choice(*line.choice()) != untuned
     assert_right(layer, x, layer(x))
-    before = plan_cache.tuned_kernels()
-    monkeypatch.setattr(_tuner, "sweep_kernels", None)  # it is not tuned twice
+
+    monkeypatch.setattr(_tuner, "sweep_kernels", None)  # nothing is tuned twice
     plan_cache.tune(layer, tokens, backward=False)
     plan_cache.forget_tables()
-    assert plan_cache.tuned_kernels() == before
-    for line in before:
-        assert chosen(tokens, rows, columns) == Choice(*line.choice())
+    assert plan_cache.tuned_kernels() == [line]
+    assert chosen(tokens, rows, columns) == tuned
+
+    code = (
+        "import slope_ext as slope; from slope_ext._spmm_sm90 import chosen; import torch;"
+        "slope.SLoPeLinear(64, 64, device='cuda', dtype=torch.bfloat16);"
+        f"print(chosen({tokens}, {rows}, {columns}))"
+    )
+    later = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert later.stdout.strip() == str(tuned), "a layer that is made reads the table"
+
+    plan_cache.export_table(tmp_path / "exported.json")
+    monkeypatch.setenv("SLOPE_EXT_CACHE_DIR", str(tmp_path / "elsewhere"))
+    plan_cache.forget_tables()
+    assert chosen(tokens, rows, columns) == untuned
+    plan_cache.import_table(tmp_path / "exported.json")
+    assert chosen(tokens, rows, columns) == tuned
+
+
+@pytest.mark.gpu
+def test_weights_that_only_the_own_product_takes_are_tuned_too(monkeypatch):
+    layer, _ = own_layer(1000, 544, 1024, backend="auto")
+    monkeypatch.setattr(_tuner, "_WITHIN", 2.0)
+    assert plan_cache.tune(layer, 1024) == [], "no plans"
+    keys = [line.key for line in plan_cache.tuned_kernels()]
+    assert keys == [Key(1000, 544, 1024, "bfloat16")], "in backward neither takes it"
 
 
 @pytest.mark.gpu
 def test_wrong_kernels_never_win(monkeypatch):
     layer, _ = own_layer(2048, 1024, 1024)
-    wanted = _tuner._spmm_sm90.candidates(1024, 2048, 1024, factor=1.3)
-    if len(wanted) < 2:
-        pytest.skip("one choice here")
-    monkeypatch.setattr(_tuner, "_NEAR", 1.3)
-    monkeypatch.setattr(_tuner, "_SOONER", 1e9)  # the fastest wins
-    monkeypatch.setattr(_tuner, "_LATER", 1e9)
-    run, wrong = _tuner._Sweep.run, []
+    monkeypatch.setattr(_tuner, "_WITHIN", 1.3)
+    usual, spoiled, *_ = _tuner._spmm_sm90.candidates(1024, 2048, 1024, factor=1.3)
+    run, wrong, timed = _tuner._Sweep.run, spoiled, []
 
     def spoil(self, trial):
         run(self, trial)
-        if trial.algorithm in wrong:
+        if trial.algorithm == wrong:
             self.y[-1, -1] += 100
 
+    def times(_, trials):
+        timed[:] = [trial.algorithm for trial in trials]
+        return {choice: (2.0 if choice == usual else 1.0,) for choice in timed}
+
     monkeypatch.setattr(_tuner._Sweep, "run", spoil)
-    wrong += wanted[1:]
+    monkeypatch.setattr(_tuner, "_time_kernels", times)
     plan_cache.tune(layer, 1024, backward=False)
-    (found,) = plan_cache.tuned_kernels()
-    assert Choice(*found.choice()) == wanted[0]
-    wrong[:] = wanted[:1]
-    plan_cache.tune(layer, 1024, backward=False, again=True)
-    assert plan_cache.tuned_kernels() == [found], "without the usual there is nothing to beat"
+    assert usual in timed
+    assert spoiled not in timed
+    before = plan_cache.tuned_kernels()
+    wrong = usual
+    with pytest.warns(UserWarning, match="the own product errs: weight 2048x1024, 1024 tokens"):
+        plan_cache.tune(layer, 1024, backward=False, again=True)
+    assert plan_cache.tuned_kernels() == before
+
+
+@pytest.mark.gpu
+def test_new_kernels_are_timed_beside_plans_anew(monkeypatch):
+    layer, _ = own_layer(256, 512, 64, backend="auto")
+    swept = []
+
+    def sweep(problem, native):
+        swept.append((problem.rows, native))
+        return Sweep([Candidate(0, 1, 0, 1e-5, True)], 9e-6)
+
+    monkeypatch.setattr(_tuner, "sweep", sweep)
+    monkeypatch.setattr(_tuner, "sweep_kernels", lambda _: None)
+    plan_cache.tune(layer, 64, backward=False)
+    plan_cache.tune(layer, 64, backward=False)
+    assert swept == [(256, True)]
+    monkeypatch.setattr(_tuner, "sweep_kernels", lambda _: kernels(256, 512, 64, kernels=()))
+    plan_cache.tune(layer, 64, backward=False)
+    assert swept == [(256, True)], "as before"
+    sooner = kernels(256, 512, 64, kernels=((256, 128, 64, 1, 2),))
+    monkeypatch.setattr(_tuner, "sweep_kernels", lambda _: sooner)
+    plan_cache.tune(layer, 64, backward=False)
+    assert swept == [(256, True)], "known, but for again"
+    plan_cache.tune(layer, 64, backward=False, again=True)
+    assert swept == [(256, True)] * 2
+    _tuned_table.of_device(0).drop(sooner)
+    plan_cache.tune(layer, 64, backward=False)
+    assert swept == [(256, True)] * 3
 
 
 @pytest.mark.gpu

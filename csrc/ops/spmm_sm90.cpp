@@ -8,6 +8,8 @@
 #include <atomic>
 #include <limits>
 #include <mutex>
+#include <new>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 
@@ -211,12 +213,34 @@ Sm90Split split_of(const Sm90Product& product, const Sm90Room& room, int tile, i
           sm90_cut(rest_tile, product.with_rows(product.rows - first), room)};
 }
 
+// The split that a tuner names, if there are such tiles, and room for them.
+std::optional<Sm90Split> tuned_split(const SpmmSm90Tuned& tuned, const Sm90Product& product,
+                                     const Sm90Room& room) {
+  const auto is_tile = [](int tile) { return tile >= 0 && tile < spmm_sm90_tile_count(); };
+  if (!is_tile(tuned.tile) || !is_tile(tuned.rest_tile)) {
+    return std::nullopt;
+  }
+  const Sm90Tile& tile = kSm90Tiles[tuned.tile];
+  const bool whole_tiles = tuned.first_rows % (tile.rows * tile.cluster) == 0;
+  if (!whole_tiles || tuned.first_rows < 0 || tuned.first_rows >= product.rows) {
+    return std::nullopt;
+  }
+  const Sm90Split split = split_of(product, room, tuned.tile, tuned.first_rows, tuned.rest_tile);
+  const bool fits =
+      split.first.clusters > 0 && (split.first_rows == product.rows || split.rest.clusters > 0);
+  return fits ? std::optional(split) : std::nullopt;
+}
+
 // What tuners found. Threads remember splits, so they are told by a count when that has changed.
 class TunedSplits {
  public:
-  void add(const Sizes& sizes, const Sm90Split& split) {
+  void set(const Sizes& sizes, const std::optional<Sm90Split>& split) {
     const std::lock_guard lock(mutex_);
-    splits_[sizes] = split;
+    if (split) {
+      splits_[sizes] = *split;
+    } else {
+      splits_.erase(sizes);
+    }
     ++changes_;
   }
 
@@ -228,12 +252,10 @@ class TunedSplits {
 
   int64_t changes() const { return changes_.load(std::memory_order_acquire); }
 
-  // Writes a split over `split` if there is one.
-  void find(const Sizes& sizes, Sm90Split& split) {
+  std::optional<Sm90Split> find(const Sizes& sizes) {
     const std::lock_guard lock(mutex_);
-    if (const auto found = splits_.find(sizes); found != splits_.end()) {
-      split = found->second;
-    }
+    const auto found = splits_.find(sizes);
+    return found != splits_.end() ? std::optional(found->second) : std::nullopt;
   }
 
  private:
@@ -243,8 +265,8 @@ class TunedSplits {
 };
 
 TunedSplits& tuned_splits() {
-  static TunedSplits splits;
-  return splits;
+  static auto* const splits = new TunedSplits;  // never destroyed: threads may ask to the very end
+  return *splits;
 }
 
 // The split that was asked for, else the tuned one, else the fastest by the model of times; a
@@ -266,8 +288,9 @@ Sm90Split choose_split(const SpmmSm90Params& params, int processors) {
   const int64_t changes = tuned_splits().changes();
   Known& place = known[HashSizes{}(sizes) % kRemembered];
   if (place.sizes != sizes || place.changes != changes) {
-    place = {sizes, changes, sm90_split(product, room_of(params.device, processors))};
-    tuned_splits().find(sizes, place.split);
+    const auto tuned = tuned_splits().find(sizes);
+    place = {sizes, changes,
+             tuned ? *tuned : sm90_split(product, room_of(params.device, processors))};
   }
   return place.split;
 }
@@ -420,22 +443,23 @@ cudaError_t choose_spmm_sm90(SpmmSm90Params& params) {
 }
 
 bool tune_spmm_sm90(const SpmmSm90Tuned& tuned) {
-  const int processors = processors_of(tuned.device);
-  const auto is_tile = [](int tile) { return tile >= 0 && tile < spmm_sm90_tile_count(); };
-  if (processors == 0 || !is_tile(tuned.tile) || !is_tile(tuned.rest_tile) || tuned.rows <= 0 ||
-      tuned.columns <= 0 || tuned.tokens <= 0 || tuned.first_rows < 0 ||
-      tuned.first_rows >= tuned.rows) {
+  const int processors = tuned.device >= 0 ? processors_of(tuned.device) : 0;
+  if (processors == 0 || tuned.rows <= 0 || tuned.columns <= 0 || tuned.tokens <= 0) {
     return false;
   }
-  const Sm90Tile& tile = kSm90Tiles[tuned.tile];
   const Sm90Product product{tuned.rows, tuned.columns, tuned.tokens};
-  const Sm90Split split = split_of(product, room_of(tuned.device, processors), tuned.tile,
-                                   tuned.first_rows, tuned.rest_tile);
-  if (tuned.first_rows % (tile.rows * tile.cluster) != 0 || split.first.clusters == 0 ||
-      (split.first_rows < tuned.rows && split.rest.clusters == 0)) {
+  std::optional<Sm90Split> split;
+  if (tuned.tile != -1) {
+    split = tuned_split(tuned, product, room_of(tuned.device, processors));
+    if (!split) {
+      return false;
+    }
+  }
+  try {
+    tuned_splits().set(sizes_of(tuned.device, tuned.bfloat16, product), split);
+  } catch (const std::bad_alloc&) {
     return false;
   }
-  tuned_splits().add(sizes_of(tuned.device, tuned.bfloat16, product), split);
   return true;
 }
 

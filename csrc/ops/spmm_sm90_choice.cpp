@@ -128,9 +128,9 @@ Sm90Split sm90_split(const Sm90Product& product, const Sm90Room& room) {
 std::vector<Sm90Split> sm90_candidates(const Sm90Product& product, const Sm90Room& room,
                                        double factor) {
   const Sm90Split usual = sm90_split(product, room);
-  const double least =
+  const double usual_time =
       usual.first.time + (usual.first_rows < product.rows ? kSplitUs + usual.rest.time : 0.0);
-  const double limit = factor * least;
+  const double limit = factor * usual_time;
   std::vector<TimedSplit> others;
   for (int index = 0; index < kTiles; ++index) {
     const Sm90Cut whole = sm90_cut(index, product, room);

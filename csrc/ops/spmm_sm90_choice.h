@@ -40,7 +40,8 @@ struct Sm90Split {
 };
 
 // What a tuner found for the products of a device: rows below first_rows by `tile`, the rest by
-// `rest_tile`; first_rows 0: `tile` makes all. Plain data: it also crosses to the Python module.
+// `rest_tile`; first_rows 0: `tile` makes all; tile -1: nothing. Plain data: it also crosses to the
+// Python module.
 struct SpmmSm90Tuned {
   int32_t device;
   bool bfloat16;
@@ -55,8 +56,8 @@ Sm90Cut sm90_cut(int tile, const Sm90Product& product, const Sm90Room& room, boo
 // One kernel, unless two do it sooner.
 Sm90Split sm90_split(const Sm90Product& product, const Sm90Room& room);
 
-// sm90_split's, then what else takes at most `factor` times as long as the soonest: for a tuner,
-// since the times err.
+// sm90_split's, then what else takes less than `factor` times as long as that by the same times:
+// for a tuner, since they err.
 std::vector<Sm90Split> sm90_candidates(const Sm90Product& product, const Sm90Room& room,
                                        double factor);
 
