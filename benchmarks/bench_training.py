@@ -30,8 +30,9 @@ train_phase     forward, backward, optimizer of steps in a row, captured ones le
                 dense, compiled, optimizer too
 train_memory    most memory in use during a step: weights, optimizer, activations, gradients; those
                 exist in the second half of the step only, or, "accumulating", from an earlier
-                backward pass on; "requested": without what the allocator rounds up; baseline:
-                dense, run the same way
+                backward pass on; "state": what stays after a step, gradients included, without the
+                step's input; "requested": without what the allocator rounds up; baseline: dense,
+                run the same way
 """
 
 from __future__ import annotations
@@ -270,11 +271,23 @@ class Method:
                 self.optimize()
             self.run = graph.replay
 
-    def peak(self, accumulating: bool) -> dict[str, int]:
-        """Most bytes in use during a step, of each of BYTES, those of other methods included."""
+    def state(self) -> dict[str, int]:
+        """Bytes in use between steps, as ``peak`` counts them, but for the step's input."""
+        stats = self._quiet_stats()
+        assert self.x.grad is not None
+        inputs = sum(tensor.nbytes for tensor in (self.x, self.dy, self.x.grad))
+        return {kind: stats[f"{name}.current"] - inputs for kind, name in BYTES.items()}
+
+    def _quiet_stats(self) -> dict[str, int]:
+        """The allocator's statistics when nothing runs."""
         gc.collect()  # steps of torch's 2:4 tensors leave cycles
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()  # of other streams; the step makes its own
+        return torch.cuda.memory_stats()
+
+    def peak(self, accumulating: bool) -> dict[str, int]:
+        """Most bytes in use during a step, of each of BYTES, those of other methods included."""
+        self._quiet_stats()
         torch.cuda.reset_peak_memory_stats()
         if accumulating:  # onto the gradients of the step before
             self.model(self.x).backward(self.dy)
@@ -359,10 +372,12 @@ def prepared(name: str, work: Workload, how: str, peaks: Peaks, rank: int | None
     before = torch.cuda.memory_stats()
     method = Method(name, work, how, rank)
     method.prepare()
+    used = {"state": method.state()}
+    used |= {kind: method.peak(accumulating) for kind, accumulating in PEAKS.items()}
     peaks[method.label] = {
         kind + counted: most - before[f"{BYTES[counted]}.current"]
-        for kind, accumulating in PEAKS.items()
-        for counted, most in method.peak(accumulating).items()
+        for kind, of_kind in used.items()
+        for counted, most in of_kind.items()
     }
     return method
 
