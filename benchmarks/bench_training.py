@@ -204,6 +204,14 @@ def product_seconds(model: nn.Module, tokens: int, run: harness.Run) -> float:
 # ---- methods -------------------------------------------------------------------------------------
 
 
+def quiet_stats() -> dict[str, int]:
+    """The allocator's statistics when nothing runs and nothing waits to be freed."""
+    gc.collect()  # earlier models, and steps of torch's 2:4 tensors, leave cycles
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()  # of other streams; a step makes its own
+    return torch.cuda.memory_stats()
+
+
 class Method:
     """A model, its optimizer, and a step of both."""
 
@@ -273,21 +281,14 @@ class Method:
 
     def state(self) -> dict[str, int]:
         """Bytes in use between steps, as ``peak`` counts them, but for the step's input."""
-        stats = self._quiet_stats()
+        stats = quiet_stats()
         assert self.x.grad is not None
         inputs = sum(tensor.nbytes for tensor in (self.x, self.dy, self.x.grad))
         return {kind: stats[f"{name}.current"] - inputs for kind, name in BYTES.items()}
 
-    def _quiet_stats(self) -> dict[str, int]:
-        """The allocator's statistics when nothing runs."""
-        gc.collect()  # steps of torch's 2:4 tensors leave cycles
-        torch.cuda.synchronize()
-        torch._C._cuda_clearCublasWorkspaces()  # of other streams; the step makes its own
-        return torch.cuda.memory_stats()
-
     def peak(self, accumulating: bool) -> dict[str, int]:
         """Most bytes in use during a step, of each of BYTES, those of other methods included."""
-        self._quiet_stats()
+        quiet_stats()
         torch.cuda.reset_peak_memory_stats()
         if accumulating:  # onto the gradients of the step before
             self.model(self.x).backward(self.dy)
@@ -367,9 +368,7 @@ Peaks = dict[str, dict[str, int]]  # by method and kind, bytes
 
 def prepared(name: str, work: Workload, how: str, peaks: Peaks, rank: int | None = None) -> Method:
     """A method that is ready to run, when its peaks are known."""
-    gc.collect()  # what earlier models left
-    torch._C._cuda_clearCublasWorkspaces()
-    before = torch.cuda.memory_stats()
+    before = quiet_stats()
     method = Method(name, work, how, rank)
     method.prepare()
     used = {"state": method.state()}

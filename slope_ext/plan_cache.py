@@ -155,17 +155,18 @@ def tune(
 
     The own product's kernels are tuned first, of ``backend="native"`` and "auto": from then on it
     is made by those that were soonest for a weight and exactly so many tokens (up to the next
-    multiple of 8), with an adapter, bias and activation too. For layers of ``backend="auto"`` whose
-    weights the own product takes too it is timed beside the plans.
-    Such a layer then runs by plans if they are the faster for its weight, by more than 2 % in the
-    geometric mean over the token counts in the table; and so do layers made afterwards, here or by
-    other processes. Layers that have an activation or an adapter by then keep to the own product,
-    which has these in its kernel, and so do backward copies that are recomputed. Values may move:
-    tune before capturing CUDA graphs and before making copies whose buffers are paired with the
-    model's (``AveragedModel``). Each fp16 sweep, of a shape and a bucket of token counts, takes
-    some seconds on Hopper and leaves 0.3 GB of host memory behind (cuSPARSELt 0.8). With several
-    processes tune in one, and :func:`import_table` in all before they make the model. What FSDP
-    shards it cannot move, and plans then pack in every call: do not tune for such models.
+    multiple of 8), with an adapter, bias and activation too.
+
+    For layers of ``backend="auto"`` whose weights the own product takes too it is then timed beside
+    the plans. Such a layer runs by plans if they are the faster for its weight, by more than 2 % in
+    the geometric mean over the token counts in the table; and so do layers made afterwards, here or
+    by other processes. Layers that have an activation or an adapter by then keep to the own
+    product, which has these in its kernel, and so do backward copies that are recomputed. Values
+    may move: tune before capturing CUDA graphs and before making copies whose buffers are paired
+    with the model's (``AveragedModel``). Each fp16 sweep, of a shape and a bucket of token counts,
+    takes some seconds on Hopper and leaves 0.3 GB of host memory behind (cuSPARSELt 0.8). With
+    several processes tune in one, and :func:`import_table` in all before they make the model. What
+    FSDP shards it cannot move, and plans then pack in every call: do not tune for such models.
 
     Args:
         model: a layer or a model with layers on CUDA; other layers, and those of backend

@@ -188,7 +188,7 @@ Sm90Room room_of(int device, int processors) {
 // What a split depends on.
 struct Sizes {
   int device;
-  int bfloat16;
+  bool bfloat16;
   int64_t rows, columns, tokens;  // rows and tokens are not 0; tokens a multiple of 8
 
   bool operator==(const Sizes&) const = default;
@@ -202,7 +202,7 @@ struct HashSizes {
 
 // Every tile's tokens are a multiple of 8, so what is cut up to that is cut alike.
 Sizes sizes_of(int device, bool bfloat16, const Sm90Product& product) {
-  return {device, bfloat16 ? 1 : 0, product.rows, product.columns, round_up(product.tokens, 8)};
+  return {device, bfloat16, product.rows, product.columns, round_up(product.tokens, 8)};
 }
 
 // One kernel or two of these tiles; first_rows 0: one.

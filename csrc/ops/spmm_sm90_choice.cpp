@@ -139,8 +139,7 @@ std::vector<Sm90Split> sm90_candidates(const Sm90Product& product, const Sm90Roo
       others.push_back({{product.rows, whole, {}}, whole.time});
     }
     const auto both = in_two(index, product, room, limit);
-    const bool both_usual = usual.first_rows < product.rows && usual.first.tile == index;
-    if (both && !both_usual) {
+    if (both && (usual.first_rows == product.rows || usual.first.tile != index)) {
       others.push_back(*both);
     }
   }
