@@ -14,8 +14,8 @@ slope;recompute the same with backward_copy="recompute"
 slope;r=...     the same with adapters of that rank, 1.56 or 6.25 % of hidden, as in the last 1 % of
                 steps
 torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposable mask chosen anew
-                in each step, products by SparseSemiStructuredTensorCUSPARSELT with a searched
-                algorithm; eager only
+                in each step, products by torch._cslt_sparse_mm with searched algorithms; eager
+                only
 
 dense and slope eager, compiled (torch.compile of every layer, fullgraph) and captured: that, and
 the whole step as one CUDA graph; dense also with the optimizer's step compiled by torch.compile,
@@ -45,8 +45,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -146,35 +146,47 @@ class Layers(nn.Module):
         return x
 
 
-class _Prune(torch.autograd.Function):
-    """The 4x4-pruned weight as torch's sparse tensor; the gradient passes straight through."""
+class _TorchTwoFour(torch.autograd.Function):
+    """Y = X W^T + b with the 4x4-pruned W; the gradient of W passes straight through."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Any:
-        return SparseSemiStructuredTensorCUSPARSELT.prune_dense_static_sort(weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+        pruned = SparseSemiStructuredTensorCUSPARSELT.prune_dense_static_sort(weight)
+        ctx.layer, ctx.has_bias = layer, bias is not None
+        ctx.save_for_backward(x, pruned.packed_t)
+        y: Tensor = layer.product("forward", pruned.packed, x, bias)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return dy
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, packed_t = ctx.saved_tensors
+        dx = ctx.layer.product("backward", packed_t, dy)
+        return dx, dy.t() @ x, dy.sum(0) if ctx.has_bias else None, None
 
 
 class TorchTwoFourLinear(nn.Linear):
     """torch's 2:4 training, as fully sparse training with transposable masks does it.
 
-    Products by the algorithm that torch's search finds for the forward one, kept from the first
-    call: the default one is up to twice as slow.
+    Products by the algorithms that torch's search finds for the two of them, kept from their first
+    calls: the default one is up to twice as slow.
     """
-
-    algorithm: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        weight = _Prune.apply(self.weight)  # type: ignore[no-untyped-call]
-        if self.algorithm is None:
-            with torch.no_grad():
-                self.algorithm = torch._cslt_sparse_mm_search(weight.packed, rows.detach().t())
-        weight.alg_id_cusparselt = self.algorithm
-        return F.linear(rows, weight, self.bias).view(*x.shape[:-1], -1)
+        y: Tensor = _TorchTwoFour.apply(rows, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], -1)
+
+    def product(self, which: str, packed: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X W^T + b of a packed W, which is "forward" or "backward"."""
+        algorithms: dict[str, int] = self.__dict__.setdefault("algorithms", {})
+        if which not in algorithms:
+            algorithms[which] = torch._cslt_sparse_mm_search(
+                packed, x.t(), bias=bias, transpose_result=True
+            )
+        return torch._cslt_sparse_mm(
+            packed, x.t(), bias=bias, transpose_result=True, alg_id=algorithms[which]
+        )
 
 
 def model_flops(model: Layers, tokens: int) -> float:

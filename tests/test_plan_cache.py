@@ -790,7 +790,7 @@ def another(seconds, usual):
 
 @pytest.mark.gpu
 def test_tuning_of_the_own_products_kernels_persists_and_is_used(monkeypatch, tmp_path):
-    rows, columns, tokens = 2048, 1024, 1024
+    rows, columns, tokens = 4096, 1024, 1024
     layer, x = own_layer(rows, columns, tokens)
     monkeypatch.setattr(_tuner, "_WITHIN", 1.3)
     monkeypatch.setattr(_tuner, "_soonest", another)
@@ -838,9 +838,9 @@ def test_weights_that_only_the_own_product_takes_are_tuned_too(monkeypatch):
 
 @pytest.mark.gpu
 def test_wrong_kernels_never_win(monkeypatch):
-    layer, _ = own_layer(2048, 1024, 1024)
+    layer, _ = own_layer(4096, 1024, 1024)
     monkeypatch.setattr(_tuner, "_WITHIN", 1.3)
-    usual, spoiled, *_ = _tuner._spmm_sm90.candidates(1024, 2048, 1024, factor=1.3)
+    usual, spoiled, *_ = _tuner._spmm_sm90.candidates(1024, 4096, 1024, factor=1.3)
     run, wrong, timed = _tuner._Sweep.run, spoiled, []
 
     def spoil(self, trial):
@@ -859,7 +859,7 @@ def test_wrong_kernels_never_win(monkeypatch):
     assert spoiled not in timed
     before = plan_cache.tuned_kernels()
     wrong = usual
-    with pytest.warns(UserWarning, match="the own product errs: weight 2048x1024, 1024 tokens"):
+    with pytest.warns(UserWarning, match="the own product errs: weight 4096x1024, 1024 tokens"):
         plan_cache.tune(layer, 1024, backward=False, again=True)
     assert plan_cache.tuned_kernels() == before
 
