@@ -169,8 +169,8 @@ class TorchTwoFourLinear(nn.Linear):
     """torch's 2:4 training, as fully sparse training with transposable masks does it.
 
     Products by the algorithms that torch's search finds for the two of them, kept from their first
-    calls: the default one takes up to 1.5 times as long. The packed weight's metadata is in Ampere's
-    order, so that on Hopper this has the time of right results only.
+    calls: the default one takes up to 1.5 times as long. Metadata are in Ampere's order, so that on
+    Hopper this has the time of right results only.
     """
 
     def forward(self, x: Tensor) -> Tensor:

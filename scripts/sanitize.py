@@ -43,7 +43,8 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,17 +227,21 @@ def main() -> int:
     jobs = [job for tool in tools for job in tool.jobs()]
     logs = {job: arguments.logs / f"{job.name}.txt" for job in jobs}
     gpus = visible_gpus()
+    left = Counter(job.tool for job in jobs)
+    failed: dict[Tool, list[str]] = {tool: [] for tool in tools}
+    good = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = {
-            job: pool.submit(job.tool.run, job, logs[job], gpus[place % len(gpus)])
+            pool.submit(job.tool.run, job, logs[job], gpus[place % len(gpus)]): job
             for place, job in enumerate(jobs)
         }
-        good = []
-        for tool in tools:
-            own = [job for job in jobs if job.tool is tool]
-            failed = [job.name for job in own if not runs[job].result()]
-            texts = {job.name: logs[job].read_text(errors="replace") for job in own}
-            good.append(recorded(tool, texts, failed))
+        for run in as_completed(runs):
+            tool, name = runs[run].tool, runs[run].name
+            failed[tool] += [] if run.result() else [name]
+            left[tool] -= 1
+            if left[tool] == 0:
+                texts = {job.name: logs[job].read_text(errors="replace") for job in tool.jobs()}
+                good.append(recorded(tool, texts, failed[tool]))
     return int(not all(good))
 
 
