@@ -57,6 +57,20 @@ def test_record_holds_microseconds_and_ratios(record):
     assert "80.0% of limit 8.0" in harness.line(record)
 
 
+def test_what_is_timed_sees_no_arguments(record, tmp_path, monkeypatch):
+    """torch.compile copies what follows an --only in sys.argv into its code, quotes and all."""
+    command = ["bench", "--only", "'64', 32", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", list(command))
+    seen = []
+
+    def bench(run):
+        seen.append((run.only, list(sys.argv)))
+        yield record
+
+    harness.main("name", None, bench, parts=True, needs_gpu=False)
+    assert seen == [("'64', 32", ["bench"])]
+
+
 def test_parts_of_a_bench_are_all_of_it(record, tmp_path):
     runs = [harness.Run(quick=False, bandwidth=1, matmul_rate=1, part=(i, 3)) for i in range(3)]
     assert [run.own("abcdefg") for run in runs] == [list("adg"), list("be"), list("cf")]
