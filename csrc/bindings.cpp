@@ -100,32 +100,52 @@ auto raising(Use use) {
   return result;
 }
 
-// ---- chooser -----------------------------------------------------------------------------
+// ---- what the op library asks Python -----------------------------------------------------
 
 // Never destroyed: threads of torch may ask until the process ends.
 py::function* chooser = nullptr;
+py::function* loader = nullptr;
 
-SpmmAlgorithm choose(const SpmmProblem& problem, bool capturing) {
+// Calls `ask` with the GIL; what it raises is reported, or, if it is an interrupt, raised in the
+// main thread once this call is through.
+template <typename Ask>
+void ask_python(const char* what, const Ask& ask) {
   if (!Py_IsInitialized()) {
-    return {};
+    return;
   }
   const py::gil_scoped_acquire gil;
   try {
-    return (*chooser)(problem, capturing).cast<SpmmAlgorithm>();
+    ask();
   } catch (py::error_already_set& error) {
     if (error.matches(PyExc_KeyboardInterrupt)) {
-      PyErr_SetInterrupt();  // for the main thread, once this call is through
+      PyErr_SetInterrupt();
     } else {
-      error.discard_as_unraisable("slope_ext: choice of a cuSPARSELt algorithm");
+      error.discard_as_unraisable(what);
     }
-    return {};
   }
+}
+
+SpmmAlgorithm choose(const SpmmProblem& problem, bool capturing) {
+  SpmmAlgorithm algorithm;
+  ask_python("slope_ext: choice of a cuSPARSELt algorithm",
+             [&] { algorithm = (*chooser)(problem, capturing).cast<SpmmAlgorithm>(); });
+  return algorithm;
+}
+
+void load_tuned(int device) {
+  ask_python("slope_ext: reading the table of tuned products", [=] { (*loader)(device); });
 }
 
 void set_chooser(py::function function) {
   delete chooser;
   chooser = new py::function(std::move(function));
   cache().set_chooser(&choose);
+}
+
+void set_loader(py::function function) {
+  delete loader;
+  loader = new py::function(std::move(function));
+  cache().native_set_loader(&load_tuned);
 }
 
 // ---- cache -------------------------------------------------------------------------------
@@ -246,9 +266,16 @@ void bind_plan_cache(py::module_& m) {
       py::kw_only(), py::arg("device"), py::arg("bfloat16"), py::arg("tokens"), py::arg("rows"),
       py::arg("columns"), py::arg("choice"),
       "From now on the own product of these sizes is made as spmm_sm90_choice's result says, with "
-      "tile -1 by the model of times again; tokens up to the next multiple of 8. False: not "
-      "possible.");
-  m.def("native_forget", [] { cache().native_forget(); }, "Forgets what native_tuned was told.");
+      "tile -1 by the model of times again; tokens up to the next multiple of 8. The device must "
+      "be "
+      "current. False: not possible.");
+  m.def(
+      "native_forget", [] { cache().native_forget(); },
+      "Forgets what native_tuned was told, and has the loader tell it again.");
+  m.def(
+      "native_set_loader", &set_loader,
+      "What tells the op library, by native_tuned, all that is tuned on a device; called with its "
+      "ordinal before the own product's first there.");
 }
 
 }  // namespace

@@ -80,19 +80,9 @@ def tuned_for_plans(rows: int, columns: int, dtype: torch.dtype, device: torch.d
     return table.prefers_plans(rows, columns, dtype_name(dtype))
 
 
-def _native_runs_here(device: int) -> bool:
-    """Whether there are compiled ops with code for sm_90a, and a GPU that runs it.
-
-    Then its table has been read, by which the ops choose kernels.
-    """
-    runs = _native_could_run(device)
-    if runs:
-        _tuned_table.of_device(device)
-    return runs
-
-
 @functools.cache
-def _native_could_run(device: int) -> bool:
+def _native_runs_here(device: int) -> bool:
+    """Whether there are compiled ops with code for sm_90a, and a GPU that runs it."""
     if "linear" not in _library.CUDA_KERNELS or _library.FORCE_REFERENCE:
         return False
     return _C.native_runs(device)

@@ -144,7 +144,7 @@ def candidates(
 ) -> list[Choice]:
     """What the op would choose if nothing were tuned, then what may be as fast, for a tuner.
 
-    That is what takes at most ``factor`` times as long by the model of times.
+    That is what takes less than ``factor`` times as long by the model of times.
 
     Raises:
         RuntimeError: the device does not run the product.

@@ -2,11 +2,12 @@
 """The table of tuned products: what is in it, its file, and looking up.
 
 The file is JSON: {"format": 2, "environments": {environment: [line, ...]}}. A line is an Entry, of
-plans, or Kernels, of the own product; format 1 had entries alone. Its environment names all that
-its times depend on: capability, GPU, driver and cuSPARSELt; of Kernels, capability, GPU, its
-multiprocessors and KERNELS. Writers merge under a lock and replace the file in one step, so that
-readers need none. Only a writer puts a file aside that is no table, and none touches one of a later
-format. Tables shipped with the package (slope_ext/tuned/*.json) lie under the user's own.
+plans, or Kernels, of the own product; format 1 had entries alone. Its environment names what its
+times depend on: capability, GPU, driver and cuSPARSELt; of Kernels, capability, GPU, its
+multiprocessors and KERNELS. (Of two such GPUs one may have room for fewer large clusters; Kernels
+that need more are refused there.) Writers merge under a lock and replace the file in one step, so
+that readers need none. Only a writer puts a file aside that is no table, and none touches one of a
+later format. Tables shipped with the package (slope_ext/tuned/*.json) lie under the user's own.
 """
 
 from __future__ import annotations
@@ -73,7 +74,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest right algorithm of a sweep, and the own product beside it; times in seconds."""
+    """The fastest right algorithm of a sweep, and the own product beside it; times in seconds.
+
+    The own product's is of ``native_tokens`` tokens (0: ``tokens``) and of ``native_kernels``, as
+    Kernels have them.
+    """
 
     rows: int
     columns: int
@@ -85,16 +90,28 @@ class Entry:
     seconds: float
     default_seconds: float
     native_seconds: float | None = None
+    native_tokens: int = 0
+    native_kernels: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         times = (self.seconds, 1.0 if self.native_seconds is None else self.native_seconds)
-        _require_line(self, (self.id, self.split_k, self.split_k_mode), times)
+        object.__setattr__(self, "native_kernels", _tuples(self.native_kernels))
+        numbers = (number for kernel in self.native_kernels for number in kernel)
+        integers = (self.id, self.split_k, self.split_k_mode, self.native_tokens, *numbers)
+        _require_line(self, integers, times)
         if type(self.default_seconds) not in (int, float):
             raise TypeError(f"times must be numbers, got {self}")
+        if not 0 <= self.native_tokens <= self.tokens:
+            raise ValueError(f"native_tokens must be in [0, tokens], got {self}")
 
     @property
     def key(self) -> Key:
         return Key(self.rows, self.columns, self.tokens, self.dtype)
+
+    @property
+    def native_key(self) -> Key:
+        """Of the Kernels that the own product was to be made by when it was timed."""
+        return self.key._replace(tokens=self.native_tokens or self.tokens)
 
     def algorithm(self) -> Any:
         """As the plan cache takes it."""
@@ -121,7 +138,7 @@ class Kernels:
     usual_seconds: float
 
     def __post_init__(self) -> None:
-        kernels = tuple(tuple(kernel) for kernel in self.kernels)  # JSON has lists
+        kernels = _tuples(self.kernels)
         object.__setattr__(self, "kernels", kernels)
         integers = tuple(number for kernel in kernels for number in kernel)
         _require_line(self, integers, (self.seconds, self.usual_seconds))
@@ -139,17 +156,26 @@ class Kernels:
         return Key(self.rows, self.columns, self.tokens, self.dtype)
 
     def choice(self) -> tuple[int, int, int] | None:
-        """tile, first_rows, rest_tile as the op library takes them; None: it has no such tile."""
+        """tile, first_rows, rest_tile as the op library takes them; None: it has no such tile, or
+        the first kernel's rows are no whole clusters of them."""
         tiles = [kernel[1:] for kernel in self.kernels]
         if not tiles:
             return (-1, 0, 0)
         if not all(tile in _C.SPMM_SM90_TILES for tile in tiles):
             return None
         first, *rest = map(_C.SPMM_SM90_TILES.index, tiles)
-        return (first, self.kernels[0][0], rest[0]) if rest else (first, 0, 0)
+        if not rest:
+            return (first, 0, 0)
+        first_rows, tile_rows, _, cluster, _ = self.kernels[0]
+        return (first, first_rows, rest[0]) if first_rows % (tile_rows * cluster) == 0 else None
 
 
 Line: TypeAlias = Entry | Kernels
+
+
+def _tuples(kernels: Iterable[Iterable[int]]) -> tuple[tuple[int, ...], ...]:
+    """Tuples, of which JSON makes lists."""
+    return tuple(tuple(kernel) for kernel in kernels)
 
 
 def _require_line(line: Line, integers: tuple[int, ...], seconds: tuple[float, ...]) -> None:
@@ -181,8 +207,9 @@ def product_key_of(problem: Any) -> Key:
     return key_of(problem)._replace(tokens=problem.tokens)
 
 
-def entry_of(problem: Any, found: Sweep) -> Entry | None:
-    """The entry that a sweep's result makes; None if no algorithm was right."""
+def entry_of(problem: Any, found: Sweep, kernels: tuple[tuple[int, ...], ...] = ()) -> Entry | None:
+    """The entry that a sweep's result makes, with the own product made by those kernels; None if no
+    algorithm was right."""
     right = [candidate for candidate in found.candidates if candidate.ok]
     if not right:
         return None
@@ -196,6 +223,8 @@ def entry_of(problem: Any, found: Sweep) -> Entry | None:
         seconds=best.seconds,
         default_seconds=default[0] if default else math.nan,
         native_seconds=found.native_seconds,
+        native_tokens=problem.tokens,
+        native_kernels=kernels,
     )
 
 
@@ -260,6 +289,15 @@ class Table:
     def kernels_of(self, key: Key) -> Kernels | None:
         return self._kernels.get(key)
 
+    def kernels_in_use(self, key: Key) -> tuple[tuple[int, ...], ...]:
+        """As Kernels have them; () where nothing is tuned."""
+        known = self.kernels_of(key)
+        return () if known is None else known.kernels
+
+    def is_outdated(self, entry: Entry) -> bool:
+        """Whether the own product was made by other kernels when it was timed for an entry."""
+        return entry.native_kernels != self.kernels_in_use(entry.native_key)
+
     def drop(self, kernels: Kernels) -> None:
         del self._kernels[kernels.key]
 
@@ -302,13 +340,13 @@ class Table:
 def of_device(device: int) -> Table:
     """The table that holds for a CUDA device, read when first asked for.
 
-    The op library then makes products by the kernels in it.
+    The op library asks before its own product's first there, and goes by the kernels in it.
     """
     with _lock:
         if device not in _tables:
             table = Table(environment_of(device), gpu_of(device), load_all(user_path()))
             for kernels in table.kernels():
-                if not _takes_effect(device, kernels):
+                if not _tell(device, kernels):
                     table.drop(kernels)
             _tables[device] = table
         return _tables[device]
@@ -318,13 +356,13 @@ def add(device: int, line: Line) -> Table:
     """Adds a line to the table of a device, which is returned; kernels take effect."""
     table = of_device(device)
     with _lock:
-        if not isinstance(line, Kernels) or _takes_effect(device, line):
+        if not isinstance(line, Kernels) or _tell(device, line):
             table.add(line)
     return table
 
 
-def _takes_effect(device: int, kernels: Kernels) -> bool:
-    """Whether the op library makes that product so from now on; it may lack a tile, or room."""
+def _tell(device: int, kernels: Kernels) -> bool:
+    """Has the op library make that product so from now on; False: it lacks a tile, or room."""
     choice = kernels.choice()
     if choice is None or not _C.native_runs(device):
         return False
@@ -334,14 +372,16 @@ def _takes_effect(device: int, kernels: Kernels) -> bool:
         return _C.native_tuned(device=device, bfloat16=bfloat16, choice=choice, **sizes)
 
 
-def forget() -> list[int]:
-    """Reads the tables from their files again, when next asked; the devices that had one."""
+def forget() -> None:
+    """Reads the tables from their files again, when next asked."""
     with _lock:
-        known = list(_tables)
         _tables.clear()
         if _library.CUDA_KERNELS:
             _C.native_forget()
-        return known
+
+
+if _library.CUDA_KERNELS:
+    _C.native_set_loader(of_device)
 
 
 def _steps(a: Key, b: Key) -> list[float]:
@@ -473,6 +513,11 @@ def _merge(tables: dict[str, list[Line]], added: Mapping[str, Iterable[Line]]) -
         for line in lines:
             known = by_key.get(line.key)
             if isinstance(line, Entry) and isinstance(known, Entry) and line.native_seconds is None:
-                line = replace(line, native_seconds=known.native_seconds)
+                line = replace(
+                    line,
+                    native_seconds=known.native_seconds,
+                    native_tokens=known.native_tokens,
+                    native_kernels=known.native_kernels,
+                )
             by_key[line.key] = line
         tables[environment] = list(by_key.values())

@@ -11,8 +11,8 @@ are timed in single launches, each after something else was read over the L2 cac
 exceed the cache twice in rows of launches, since a GPU at its power limit has other winners than a
 rested one; a single launch of each tells which are worth a row.
 
-Kernels of the own product are timed on a rested GPU and, where the operands exceed the cache, in
-rows too. They replace what would be taken untuned if they are clearly sooner over both and later
+Kernels of the own product are timed on a rested GPU and, where the operands exceed the cache twice,
+in rows too. They replace what would be taken untuned if they are clearly sooner over both and later
 in neither.
 """
 
@@ -92,7 +92,8 @@ def launches(operand_bytes: int, l2_bytes: int, flop: int) -> int:
     return max(2, round(_ROW_FLOP / flop)) if operand_bytes > 2 * l2_bytes else 1
 
 
-def _variant(problem: Any, **changes: Any) -> Any:
+def variant(problem: Any, **changes: Any) -> Any:
+    """A problem with some fields changed."""
     fields = ("rows", "columns", "tokens", "device", "bfloat16", "bias", "accumulate")
     return _C.SpmmProblem(**({name: getattr(problem, name) for name in fields} | changes))
 
@@ -230,14 +231,14 @@ def sweep_kernels(problem: Any) -> Kernels | None:
     wanted = _spmm_sm90.candidates(tokens, rows, columns, factor=_WITHIN, device=problem.device)
     if len(wanted) == 1 or 2 * rows * columns * tokens > _MOST_FLOP:
         return None
-    with _apart(problem.device):
-        job = _Sweep(_variant(problem, bias=False, accumulate=False))
-        trials = [job.native_trial(choice) for choice in wanted[:_MOST_KERNELS]]
-        seconds = _time_kernels(job, [trial for trial in trials if trial is not None])
     usual, key = wanted[0], product_key_of(problem)
-    if usual not in seconds:
-        warnings.warn(f"slope_ext: the own product errs: {key}; please report it", stacklevel=2)
-        return None
+    with _apart(problem.device):
+        job = _Sweep(variant(problem, bias=False, accumulate=False))
+        tried = [job.native_trial(choice) for choice in wanted[:_MOST_KERNELS]]
+        if tried[0] is None:
+            warnings.warn(f"slope_ext: the own product errs: {key}; please report it", stacklevel=2)
+            return None
+        seconds = _time_kernels(job, [trial for trial in tried if trial is not None])
     best = _soonest(seconds, usual)
     return Kernels(
         **key._asdict(),
@@ -286,7 +287,7 @@ def _kernels_of(choice: Choice, rows: int) -> tuple[tuple[int, ...], ...]:
 def sweep(problem: Any, *, native: bool = False) -> Sweep:
     """Times every algorithm for a problem of the plan cache; ``native``: the own product too."""
     with _apart(problem.device):
-        plain = _variant(problem, bias=False, accumulate=False)
+        plain = variant(problem, bias=False, accumulate=False)
         tried, seconds, native_seconds = _time_all(plain, native)
         right = _verified(plain, seconds)
     candidates = [
@@ -353,8 +354,8 @@ def _verified(problem: Any, seconds: dict[Any, float]) -> dict[Any, float]:
     """``seconds`` without those that are faster than the first which is right in every use."""
     largest = bucket(problem.tokens)
     jobs = [
-        _Sweep(_variant(problem, tokens=largest, bias=True)),
-        _Sweep(_variant(problem, tokens=max(8, largest // 2), accumulate=True)),
+        _Sweep(variant(problem, tokens=largest, bias=True)),
+        _Sweep(variant(problem, tokens=max(8, largest // 2), accumulate=True)),
     ]
     by_time = sorted(seconds, key=lambda algorithm: seconds[algorithm])
     while by_time and not all(job.trial(by_time[0]) for job in jobs):

@@ -158,15 +158,16 @@ def tune(
     multiple of 8), with an adapter, bias and activation too.
 
     For layers of ``backend="auto"`` whose weights the own product takes too it is then timed beside
-    the plans. Such a layer runs by plans if they are the faster for its weight, by more than 2 % in
-    the geometric mean over the token counts in the table; and so do layers made afterwards, here or
-    by other processes. Layers that have an activation or an adapter by then keep to the own
-    product, which has these in its kernel, and so do backward copies that are recomputed. Values
-    may move: tune before capturing CUDA graphs and before making copies whose buffers are paired
-    with the model's (``AveragedModel``). Each fp16 sweep, of a shape and a bucket of token counts,
-    takes some seconds on Hopper and leaves 0.3 GB of host memory behind (cuSPARSELt 0.8). With
-    several processes tune in one, and :func:`import_table` in all before they make the model. What
-    FSDP shards it cannot move, and plans then pack in every call: do not tune for such models.
+    the plans, and again where it has other kernels than at that time. Such a layer runs by plans if
+    they are the faster for its weight, by more than 2 % in the geometric mean over the token counts
+    in the table; and so do layers made afterwards, here or by other processes. Layers that have an
+    activation or an adapter by then keep to the own product, which has these in its kernel, and so
+    do backward copies that are recomputed. Values may move: tune before capturing CUDA graphs and
+    before making copies whose buffers are paired with the model's (``AveragedModel``). Each fp16
+    sweep, of a shape and a bucket of token counts, takes some seconds on Hopper and leaves 0.3 GB
+    of host memory behind (cuSPARSELt 0.8). With several processes tune in one, and
+    :func:`import_table` in all before they make the model. What FSDP shards it cannot move, and
+    plans then pack in every call: do not tune for such models.
 
     Args:
         model: a layer or a model with layers on CUDA; other layers, and those of backend
@@ -184,21 +185,22 @@ def tune(
     """
     added = []
     counts = [tokens] if isinstance(tokens, int) else list(tokens)
-    sooner = set()  # what the own product has new kernels for
     for problem in _own_problems(model, counts, backward):
         table = _tuned_table.of_device(problem.device)
         if again or table.kernels_of(_tuned_table.product_key_of(problem)) is None:
-            found = _kernels_into_table(problem)
-            if found is not None and found.kernels:
-                sooner.add((problem.device, _tuned_table.key_of(problem)))
+            _kernels_into_table(problem)
     for problem, native in _problems(model, counts, backward):
-        key = _tuned_table.key_of(problem)
-        known = _tuned_table.of_device(problem.device).exact(key)
-        untimed = known is None or known.native_seconds is None or (problem.device, key) in sooner
-        if again or known is None or (native and untimed):
-            entry = _sweep_into_table(problem, native)
-            if entry is not None:
-                added.append(entry)
+        table = _tuned_table.of_device(problem.device)
+        known = table.exact(_tuned_table.key_of(problem))
+        if again or known is None or (native and known.native_seconds is None):
+            wanted = problem
+        elif native and table.is_outdated(known):
+            wanted = _tuner.variant(problem, tokens=known.native_key.tokens)
+        else:
+            continue
+        entry = _sweep_into_table(wanted, native)
+        if entry is not None:
+            added.append(entry)
     clear()
     for layer in _layers(model):
         layer.choose_product()
@@ -281,7 +283,9 @@ def _layers(model: nn.Module) -> list[SLoPeLinear]:
 
 def _sweep_into_table(problem: Any, native: bool) -> Entry | None:
     def find() -> Entry | None:
-        return _tuned_table.entry_of(problem, _tuner.sweep(problem, native=native))
+        table = _tuned_table.of_device(problem.device)
+        kernels = table.kernels_in_use(_tuned_table.product_key_of(problem))
+        return _tuned_table.entry_of(problem, _tuner.sweep(problem, native=native), kernels)
 
     return _into_table(problem.device, _tuned_table.key_of(problem), find)
 
@@ -374,8 +378,7 @@ def import_table(path: str | Path) -> None:
 def forget_tables() -> None:
     """Reads the tables from their files again; plans are forgotten."""
     with _lock:
-        for device in _tuned_table.forget():
-            _tuned_table.of_device(device)
+        _tuned_table.forget()
     clear()
 
 

@@ -2,6 +2,7 @@
 """Plans and the tuned table: what a product on CUDA runs by."""
 
 import errno
+import hashlib
 import json
 import math
 import multiprocessing
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +35,8 @@ def entry(rows=64, columns=64, tokens=8, dtype="bfloat16", **changes):
     return Entry(rows, columns, tokens, dtype, **(values | changes))
 
 
-ONE, TWO = ((64, *TILES[0]),), ((40, *TILES[0]), (24, *TILES[3]))
+ONE = ((64, *TILES[0]),)
+SPLIT = ((512, 256, 192, 2, 1), (128, 128, 64, 1, 2))  # two kernels for 640 rows
 
 
 def kernels(rows=64, columns=64, tokens=8, dtype="bfloat16", **changes):
@@ -124,24 +127,38 @@ def test_file_round_trip_merges(tmp_path):
 
 def test_a_time_of_the_own_product_is_not_lost(tmp_path):
     path = tmp_path / "tuned.json"
-    _tuned_table.save(path, {ENVIRONMENT: [entry(id=1, native_seconds=2e-5)]})
+    time = {"native_seconds": 2e-5, "native_tokens": 8, "native_kernels": ONE}
+    _tuned_table.save(path, {ENVIRONMENT: [entry(id=1, **time)]})
     _tuned_table.save(path, {ENVIRONMENT: [entry(id=9)]})
-    assert _tuned_table.load(path) == {ENVIRONMENT: [entry(id=9, native_seconds=2e-5)]}
+    assert _tuned_table.load(path) == {ENVIRONMENT: [entry(id=9, **time)]}
     _tuned_table.save(path, {ENVIRONMENT: [entry(id=9, native_seconds=math.inf)]})
     assert _tuned_table.load(path)[ENVIRONMENT][0].native_seconds == math.inf
 
 
+def test_a_time_of_the_own_product_is_outdated_by_other_kernels():
+    table = Table(ENVIRONMENT, GPU, {GPU: [kernels(tokens=24), kernels(tokens=32, kernels=())]})
+    for tokens, its_kernels, outdated in (
+        (24, (), True), (24, ONE, False), (32, (), False), (32, ONE, True), (16, (), False),
+    ):  # fmt: skip
+        timed = entry(tokens=32, native_tokens=tokens, native_kernels=its_kernels)
+        assert table.is_outdated(timed) == outdated
+    assert not table.is_outdated(entry(tokens=32, native_tokens=0)), "of as many as it is for"
+    table.add(kernels(tokens=32))
+    assert table.is_outdated(entry(tokens=32, native_tokens=0))
+
+
 def test_kernels_are_of_a_gpu_whatever_its_driver_and_library(tmp_path):
     path = tmp_path / "tuned.json"
-    _tuned_table.save(path, {ENVIRONMENT: [entry()], GPU: [kernels(), kernels(tokens=24)]})
-    _tuned_table.save(path, {GPU: [kernels(kernels=TWO)]})
+    untuned, tuned = kernels(640, kernels=()), kernels(640, kernels=SPLIT)
+    _tuned_table.save(path, {ENVIRONMENT: [entry()], GPU: [untuned, kernels(tokens=24)]})
+    _tuned_table.save(path, {GPU: [tuned]})
     found = _tuned_table.load(path)
-    assert found == {ENVIRONMENT: [entry()], GPU: [kernels(kernels=TWO), kernels(tokens=24)]}
+    assert found == {ENVIRONMENT: [entry()], GPU: [tuned, kernels(tokens=24)]}
     assert Table(ENVIRONMENT, GPU.replace("132", "66"), found).kernels() == []
     other = ENVIRONMENT.replace("0.8.0", "0.9.1").replace("13000", "13010")
     table = Table(other, GPU, found)
     assert len(table.kernels()) == 2
-    assert table.kernels_of(Key(64, 64, 8, "bfloat16")).kernels == TWO
+    assert table.kernels_of(Key(640, 64, 8, "bfloat16")).kernels == SPLIT
     assert table.kernels_of(Key(64, 64, 16, "bfloat16")) is None, "of other token counts"
     assert table.environment_for(kernels()) == GPU
     assert table.environment_for(entry()) == other
@@ -154,7 +171,11 @@ def test_kernels_are_of_a_gpu_whatever_its_driver_and_library(tmp_path):
 
 def test_kernels_name_tiles_that_there_are():
     assert kernels().choice() == (0, 0, 0)
-    assert kernels(kernels=TWO).choice() == (0, 40, 3)
+    assert kernels(640, kernels=SPLIT).choice() == (
+        TILES.index((256, 192, 2, 1)), 512, TILES.index((128, 64, 1, 2)),
+    )  # fmt: skip
+    halves = ((320, 256, 192, 2, 1), (320, 128, 64, 1, 2))
+    assert kernels(640, kernels=halves).choice() is None, "the first is no whole clusters of tiles"
     assert kernels(kernels=()).choice() == (-1, 0, 0), "as untuned"
     assert kernels(kernels=((64, 31, 7, 1, 1),)).choice() is None, "of another version"
 
@@ -180,7 +201,8 @@ def test_kernels_replace_the_usual_where_clearly_sooner():
     ):
         assert _tuner._soonest(times, usual) == best
     assert _tuner._kernels_of(Choice(3), 64) == ((64, *TILES[3]),)
-    assert _tuner._kernels_of(Choice(0, 40, 3), 64) == TWO
+    split = Choice(TILES.index((256, 192, 2, 1)), 512, TILES.index((128, 64, 1, 2)))
+    assert _tuner._kernels_of(split, 640) == SPLIT
 
 
 def test_no_home_is_no_error(monkeypatch):
@@ -202,7 +224,8 @@ NO_TABLES = [
             {"native_seconds": 0}, {"seconds": "x"}, {"seconds": 10**400}, {"rows": [64]},
             {"dtype": {}}, {"tokens": "x"}, {"rows": 0}, {"tokens": -8}, {"seconds": "1.0"},
             {"tokens": 10**400}, {"native_seconds": True}, {"native_seconds": math.nan},
-            {"default_seconds": None},
+            {"default_seconds": None}, {"native_tokens": 16}, {"native_tokens": 8.0},
+            {"native_kernels": 3}, {"native_kernels": [["x"]]},
         )
     ),
     *(
@@ -361,6 +384,14 @@ def test_shipped_kernels_are_of_tiles_that_there_are():
         assert any(
             name.endswith(f"kernels {_tuned_table.KERNELS}") for name in _tuned_table.read(path)
         ), "they were counted up: tune anew"
+
+
+def test_times_are_of_kernels_that_are_counted():
+    digest = hashlib.sha256()
+    for name in ("spmm_sm90.cuh", "spmm_sm90.cpp", "spmm_sm90_choice.cpp", "spmm_sm90_tiles.h"):
+        digest.update((Path(__file__).parents[1] / "csrc" / "ops" / name).read_bytes())
+    counted = (_tuned_table.KERNELS, digest.hexdigest()[:16])
+    assert counted == (1, "39d5bb4f3dbe8305"), "does a product take another time? then KERNELS + 1"
 
 
 def test_shipped_tables_lie_under_the_users_own():
@@ -689,10 +720,6 @@ def own_layer(rows, columns, tokens, backend="native", **options):
     return layer, x
 
 
-# Two kernels for 640 rows
-SPLIT = ((512, 256, 192, 2, 1), (128, 128, 64, 1, 2))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_own_product_is_made_by_tuned_kernels(dtype):
@@ -780,6 +807,10 @@ def test_the_op_library_refuses_kernels_that_cannot_be():
         assert not _C.native_tuned(**sizes, choice=choice)
     for change in ({"tokens": 0}, {"device": -1}):
         assert not _C.native_tuned(**(sizes | change), choice=good)
+    in_segments = (TILES.index((128, 64, 1, 4)), 0, 0)
+    assert _C.native_tuned(**(sizes | {"tokens": 8}), choice=in_segments)
+    many_rows = sizes | {"tokens": 8, "rows": 128 * 132}
+    assert not _C.native_tuned(**many_rows, choice=in_segments), "not all clusters at once"
     assert chosen(64, 1024, 256) == Choice(*good)
 
 
@@ -810,14 +841,13 @@ def test_tuning_of_the_own_products_kernels_persists_and_is_used(monkeypatch, tm
     assert chosen(tokens, rows, columns) == tuned
 
     code = (
-        "import slope_ext as slope; from slope_ext._spmm_sm90 import chosen; import torch;"
-        "slope.SLoPeLinear(64, 64, device='cuda', dtype=torch.bfloat16);"
+        "import slope_ext; from slope_ext._spmm_sm90 import chosen;"
         f"print(chosen({tokens}, {rows}, {columns}))"
     )
     later = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )
-    assert later.stdout.strip() == str(tuned), "a layer that is made reads the table"
+    assert later.stdout.strip() == str(tuned), "whoever asks first has the table read"
 
     plan_cache.export_table(tmp_path / "exported.json")
     monkeypatch.setenv("SLOPE_EXT_CACHE_DIR", str(tmp_path / "elsewhere"))
@@ -841,11 +871,11 @@ def test_wrong_kernels_never_win(monkeypatch):
     layer, _ = own_layer(4096, 1024, 1024)
     monkeypatch.setattr(_tuner, "_WITHIN", 1.3)
     usual, spoiled, *_ = _tuner._spmm_sm90.candidates(1024, 4096, 1024, factor=1.3)
-    run, wrong, timed = _tuner._Sweep.run, spoiled, []
+    run, wrong, timed = _tuner._Sweep.run, [spoiled], []
 
     def spoil(self, trial):
         run(self, trial)
-        if trial.algorithm == wrong:
+        if not wrong or trial.algorithm in wrong:
             self.y[-1, -1] += 100
 
     def times(_, trials):
@@ -858,38 +888,35 @@ def test_wrong_kernels_never_win(monkeypatch):
     assert usual in timed
     assert spoiled not in timed
     before = plan_cache.tuned_kernels()
-    wrong = usual
-    with pytest.warns(UserWarning, match="the own product errs: weight 4096x1024, 1024 tokens"):
-        plan_cache.tune(layer, 1024, backward=False, again=True)
-    assert plan_cache.tuned_kernels() == before
+    for wrong[:] in ([usual], []):  # none in particular: all
+        with pytest.warns(UserWarning, match="the own product errs: weight 4096x1024, 1024 tokens"):
+            plan_cache.tune(layer, 1024, backward=False, again=True)
+        assert plan_cache.tuned_kernels() == before
 
 
 @pytest.mark.gpu
-def test_new_kernels_are_timed_beside_plans_anew(monkeypatch):
+def test_the_own_product_is_timed_beside_plans_anew_when_its_kernels_changed(monkeypatch):
     layer, _ = own_layer(256, 512, 64, backend="auto")
     swept = []
 
     def sweep(problem, native):
-        swept.append((problem.rows, native))
+        swept.append((problem.tokens, native))
         return Sweep([Candidate(0, 1, 0, 1e-5, True)], 9e-6)
 
     monkeypatch.setattr(_tuner, "sweep", sweep)
     monkeypatch.setattr(_tuner, "sweep_kernels", lambda _: None)
     plan_cache.tune(layer, 64, backward=False)
-    plan_cache.tune(layer, 64, backward=False)
-    assert swept == [(256, True)]
-    monkeypatch.setattr(_tuner, "sweep_kernels", lambda _: kernels(256, 512, 64, kernels=()))
-    plan_cache.tune(layer, 64, backward=False)
-    assert swept == [(256, True)], "as before"
-    sooner = kernels(256, 512, 64, kernels=((256, 128, 64, 1, 2),))
-    monkeypatch.setattr(_tuner, "sweep_kernels", lambda _: sooner)
-    plan_cache.tune(layer, 64, backward=False)
-    assert swept == [(256, True)], "known, but for again"
-    plan_cache.tune(layer, 64, backward=False, again=True)
-    assert swept == [(256, True)] * 2
-    _tuned_table.of_device(0).drop(sooner)
-    plan_cache.tune(layer, 64, backward=False)
-    assert swept == [(256, True)] * 3
+    plan_cache.tune(layer, [56, 64], backward=False)
+    assert swept == [(64, True)], "known"
+    _tuned_table.add(0, kernels(256, 512, 56, kernels=((256, 128, 64, 1, 2),)))
+    plan_cache.tune(layer, [56, 64], backward=False)
+    assert swept == [(64, True)], "kernels of another count"
+    for its_kernels in (((256, 128, 64, 1, 2),), ()):
+        swept.clear()
+        _tuned_table.add(0, kernels(256, 512, 64, kernels=its_kernels))
+        plan_cache.tune(layer, 56, backward=False)
+        plan_cache.tune(layer, 64, backward=False)
+        assert swept == [(64, True)], "with the tokens of then, and once"
 
 
 @pytest.mark.gpu

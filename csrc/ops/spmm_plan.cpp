@@ -308,6 +308,7 @@ const slope::SpmmCacheApi* slope_spmm_cache_api() {
       .native_runs = slope::spmm_sm90_runs,
       .native_tuned = slope::tune_spmm_sm90,
       .native_forget = slope::forget_tuned_spmm_sm90,
+      .native_set_loader = slope::set_spmm_sm90_loader,
       .make = slope::make,
       .run = slope::run,
       .workspace_bytes =

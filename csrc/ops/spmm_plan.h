@@ -125,9 +125,10 @@ struct SpmmCacheApi {
   bool (*version)(int32_t (&version)[3], char* error);
   int (*driver_version)();             // as CUDA counts, e.g. 13000; 0 without a driver
   int (*metadata_writer)(int device);  // ops/pack_metadata.h
-  bool (*native_runs)(int device);     // ops/spmm_sm90.h, as the next two
+  bool (*native_runs)(int device);     // ops/spmm_sm90.h, as the next three
   bool (*native_tuned)(const SpmmSm90Tuned& tuned);
   void (*native_forget)();
+  void (*native_set_loader)(SpmmSm90Loader loader);
   // A plan outside of the cache, for a tuner.
   SpmmPlan* (*make)(const SpmmProblem& problem, const SpmmAlgorithm& algorithm, char* error);
   bool (*run)(SpmmPlan* plan, const SpmmOperands& operands, cudaStream_t stream, char* error);

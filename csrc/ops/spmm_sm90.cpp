@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <mutex>
 #include <new>
@@ -213,7 +214,8 @@ Sm90Split split_of(const Sm90Product& product, const Sm90Room& room, int tile, i
           sm90_cut(rest_tile, product.with_rows(product.rows - first), room)};
 }
 
-// The split that a tuner names, if there are such tiles, and room for them.
+// The split that a tuner names, if there are such tiles, and room for them: all clusters of a tile
+// in segments at once.
 std::optional<Sm90Split> tuned_split(const SpmmSm90Tuned& tuned, const Sm90Product& product,
                                      const Sm90Room& room) {
   const auto is_tile = [](int tile) { return tile >= 0 && tile < spmm_sm90_tile_count(); };
@@ -226,14 +228,37 @@ std::optional<Sm90Split> tuned_split(const SpmmSm90Tuned& tuned, const Sm90Produ
     return std::nullopt;
   }
   const Sm90Split split = split_of(product, room, tuned.tile, tuned.first_rows, tuned.rest_tile);
-  const bool fits =
-      split.first.clusters > 0 && (split.first_rows == product.rows || split.rest.clusters > 0);
+  const bool fits = std::isfinite(split.first.time) &&
+                    (split.first_rows == product.rows || std::isfinite(split.rest.time));
   return fits ? std::optional(split) : std::nullopt;
 }
 
-// What tuners found. Threads remember splits, so they are told by a count when that has changed.
+// What tuners found, and a loader tells of a device before its first product. Threads remember
+// splits, so they are told by a count when that has changed.
 class TunedSplits {
  public:
+  void set_loader(SpmmSm90Loader loader) { loader_ = loader; }
+
+  // Unlocked while the loader runs, whose locks others may hold who ask here. Several threads may
+  // call it at once; none goes on before it has returned.
+  void load(int device) {
+    const SpmmSm90Loader loader = loader_;
+    const bool is_known = device < kDevices;
+    int64_t forgotten = 0;
+    {
+      const std::lock_guard lock(mutex_);
+      if (loader == nullptr || (is_known && loaded_[device])) {
+        return;
+      }
+      forgotten = forgotten_;
+    }
+    loader(device);
+    const std::lock_guard lock(mutex_);
+    if (is_known && forgotten == forgotten_) {
+      loaded_[device] = true;
+    }
+  }
+
   void set(const Sizes& sizes, const std::optional<Sm90Split>& split) {
     const std::lock_guard lock(mutex_);
     if (split) {
@@ -247,6 +272,8 @@ class TunedSplits {
   void clear() {
     const std::lock_guard lock(mutex_);
     splits_.clear();
+    loaded_.fill(false);
+    ++forgotten_;
     ++changes_;
   }
 
@@ -261,7 +288,10 @@ class TunedSplits {
  private:
   std::mutex mutex_;
   std::unordered_map<Sizes, Sm90Split, HashSizes> splits_;
+  std::array<bool, kDevices> loaded_{};
+  int64_t forgotten_ = 0;  // how often
   std::atomic<int64_t> changes_{0};
+  std::atomic<SpmmSm90Loader> loader_{nullptr};
 };
 
 TunedSplits& tuned_splits() {
@@ -285,9 +315,10 @@ Sm90Split choose_split(const SpmmSm90Params& params, int processors) {
   static thread_local std::array<Known, kRemembered> known{};
 
   const Sizes sizes = sizes_of(params.device, params.kind == FloatKind::kBFloat16, product);
-  const int64_t changes = tuned_splits().changes();
   Known& place = known[HashSizes{}(sizes) % kRemembered];
-  if (place.sizes != sizes || place.changes != changes) {
+  if (place.sizes != sizes || place.changes != tuned_splits().changes()) {
+    tuned_splits().load(params.device);
+    const int64_t changes = tuned_splits().changes();
     const auto tuned = tuned_splits().find(sizes);
     place = {sizes, changes,
              tuned ? *tuned : sm90_split(product, room_of(params.device, processors))};
@@ -443,7 +474,11 @@ cudaError_t choose_spmm_sm90(SpmmSm90Params& params) {
 }
 
 bool tune_spmm_sm90(const SpmmSm90Tuned& tuned) {
-  const int processors = tuned.device >= 0 ? processors_of(tuned.device) : 0;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device != tuned.device) {
+    return false;
+  }
+  const int processors = processors_of(device);
   if (processors == 0 || tuned.rows <= 0 || tuned.columns <= 0 || tuned.tokens <= 0) {
     return false;
   }
@@ -464,6 +499,8 @@ bool tune_spmm_sm90(const SpmmSm90Tuned& tuned) {
 }
 
 void forget_tuned_spmm_sm90() { tuned_splits().clear(); }
+
+void set_spmm_sm90_loader(SpmmSm90Loader loader) { tuned_splits().set_loader(loader); }
 
 cudaError_t ask_spmm_sm90_room(Sm90Room& room) {
   int device = 0;

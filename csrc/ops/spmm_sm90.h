@@ -45,8 +45,12 @@ cudaError_t choose_spmm_sm90(SpmmSm90Params& params);
 // next multiple of 8. False where the device, which must be current, cannot.
 bool tune_spmm_sm90(const SpmmSm90Tuned& tuned);
 
-// It chooses by sm90_split() again, whatever the sizes.
+// It chooses by sm90_split() again, whatever the sizes, and asks the loader again.
 void forget_tuned_spmm_sm90();
+
+// Calls tune_spmm_sm90 for all that is tuned on a device: before the first product there, and the
+// first after forget_tuned_spmm_sm90; on any thread, on several at once too, without a lock held.
+void set_spmm_sm90_loader(SpmmSm90Loader loader);
 
 // What the current device has room for, for sm90_split().
 cudaError_t ask_spmm_sm90_room(Sm90Room& room);
