@@ -267,8 +267,7 @@ void bind_plan_cache(py::module_& m) {
       py::arg("columns"), py::arg("choice"),
       "From now on the own product of these sizes is made as spmm_sm90_choice's result says, with "
       "tile -1 by the model of times again; tokens up to the next multiple of 8. The device must "
-      "be "
-      "current. False: not possible.");
+      "be current. False: not possible.");
   m.def(
       "native_forget", [] { cache().native_forget(); },
       "Forgets what native_tuned was told, and has the loader tell it again.");

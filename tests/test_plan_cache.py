@@ -814,6 +814,37 @@ def test_the_op_library_refuses_kernels_that_cannot_be():
     assert chosen(64, 1024, 256) == Choice(*good)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("asked", ["in a capture", "by several threads"])
+def test_the_table_is_read_before_the_first_own_product(asked):
+    rows, columns, tokens = 640, 544, 72
+    layer, x = own_layer(rows, columns, tokens)
+    layer(x)
+    tuned = kernels(rows, columns, tokens, kernels=SPLIT)
+    _tuned_table.save(plan_cache.table_path(), {_tuned_table.gpu_of(0): [tuned]})
+    expected, found, barrier = Choice(*tuned.choice()), [], threading.Barrier(4)
+    _tuned_table.forget()
+
+    def ask():
+        barrier.wait()
+        found.append(chosen(tokens, rows, columns))
+
+    if asked == "in a capture":
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        assert_right(layer, x, y)
+        found.append(chosen(tokens, rows, columns))
+    else:
+        threads = [threading.Thread(target=ask) for _ in range(barrier.parties)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(found) == {expected}
+
+
 def another(seconds, usual):
     """In place of _tuner._soonest: never what would be taken untuned."""
     return next(choice for choice in seconds if choice != usual)
