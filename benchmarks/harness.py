@@ -28,6 +28,7 @@ import random
 import re
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -439,6 +440,7 @@ def main(
     parser.add_argument("--table", type=Path, help="merge what was tuned into this table")
     parser.set_defaults(part=(0, 1), only="", merge=None)
     arguments = parser.parse_args()
+    del sys.argv[1:]  # torch.compile would write what follows an --only, quotes too, into its code
     if arguments.merge:
         merge(arguments.merge, arguments.merge[0].with_name(f"{name}.json"))
         return
