@@ -106,22 +106,24 @@ auto raising(Use use) {
 py::function* chooser = nullptr;
 py::function* loader = nullptr;
 
-// Calls `ask` with the GIL; what it raises is reported, or, if it is an interrupt, raised in the
-// main thread once this call is through.
+// Calls `ask` with the GIL; false if it raised: that is reported, or, if it is an interrupt, raised
+// in the main thread once this call is through.
 template <typename Ask>
-void ask_python(const char* what, const Ask& ask) {
+bool ask_python(const char* what, const Ask& ask) {
   if (!Py_IsInitialized()) {
-    return;
+    return false;
   }
   const py::gil_scoped_acquire gil;
   try {
     ask();
+    return true;
   } catch (py::error_already_set& error) {
     if (error.matches(PyExc_KeyboardInterrupt)) {
       PyErr_SetInterrupt();
     } else {
       error.discard_as_unraisable(what);
     }
+    return false;
   }
 }
 
@@ -132,8 +134,8 @@ SpmmAlgorithm choose(const SpmmProblem& problem, bool capturing) {
   return algorithm;
 }
 
-void load_tuned(int device) {
-  ask_python("slope_ext: reading the table of tuned products", [=] { (*loader)(device); });
+bool load_tuned(int device) {
+  return ask_python("slope_ext: reading the table of tuned products", [=] { (*loader)(device); });
 }
 
 void set_chooser(py::function function) {

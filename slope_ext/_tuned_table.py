@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of tuned products: what is in it, its file, and looking up.
 
-The file is JSON: {"format": 2, "environments": {environment: [line, ...]}}. A line is an Entry, of
-plans, or Kernels, of the own product; format 1 had entries alone. Its environment names what its
+The file is JSON: {"format": 3, "environments": {environment: [line, ...]}}. A line is an Entry, of
+plans, or Kernels, of the own product; format 1 had entries alone, 2 none that say by which kernels
+the own product was made. Its environment names what its
 times depend on: capability, GPU, driver and cuSPARSELt; of Kernels, capability, GPU, its
 multiprocessors and KERNELS. (Of two such GPUs one may have room for fewer large clusters; Kernels
 that need more are refused there.) Writers merge under a lock and replace the file in one step, so
@@ -28,7 +29,7 @@ import torch
 
 from slope_ext import _C, _library
 
-FORMAT = 2
+FORMAT = 3
 KERNELS = (
     1  # to be counted up where kernels of the own product, or the model of their times, change
 )
@@ -76,8 +77,8 @@ class Key(NamedTuple):
 class Entry:
     """The fastest right algorithm of a sweep, and the own product beside it; times in seconds.
 
-    The own product's is of ``native_tokens`` tokens (0: ``tokens``) and of ``native_kernels``, as
-    Kernels have them.
+    The own product's is of ``native_tokens`` tokens (0: ``tokens``), by ``native_kernels``, as
+    Kernels have them, of those that KERNELS counted as ``native_version``.
     """
 
     rows: int
@@ -92,17 +93,18 @@ class Entry:
     native_seconds: float | None = None
     native_tokens: int = 0
     native_kernels: tuple[tuple[int, ...], ...] = ()
+    native_version: int = 1
 
     def __post_init__(self) -> None:
         times = (self.seconds, 1.0 if self.native_seconds is None else self.native_seconds)
         object.__setattr__(self, "native_kernels", _tuples(self.native_kernels))
-        numbers = (number for kernel in self.native_kernels for number in kernel)
-        integers = (self.id, self.split_k, self.split_k_mode, self.native_tokens, *numbers)
-        _require_line(self, integers, times)
+        own = (self.native_tokens, self.native_version)
+        _require_line(self, (self.id, self.split_k, self.split_k_mode, *own), times)
+        _require_kernels(self, self.native_kernels)
         if type(self.default_seconds) not in (int, float):
             raise TypeError(f"times must be numbers, got {self}")
-        if not 0 <= self.native_tokens <= self.tokens:
-            raise ValueError(f"native_tokens must be in [0, tokens], got {self}")
+        if self.native_tokens != 0 and bucket(self.native_tokens) != self.tokens:
+            raise ValueError(f"native_tokens must share the entry, got {self}")
 
     @property
     def key(self) -> Key:
@@ -140,12 +142,8 @@ class Kernels:
     def __post_init__(self) -> None:
         kernels = _tuples(self.kernels)
         object.__setattr__(self, "kernels", kernels)
-        integers = tuple(number for kernel in kernels for number in kernel)
-        _require_line(self, integers, (self.seconds, self.usual_seconds))
-        if not all(len(kernel) == 5 and min(kernel) > 0 for kernel in kernels):
-            raise ValueError(f"a kernel is five numbers above 0, got {self}")
-        if kernels and (len(kernels) > 2 or sum(kernel[0] for kernel in kernels) != self.rows):
-            raise ValueError(f"kernels must be one or two that share the rows, got {self}")
+        _require_line(self, (), (self.seconds, self.usual_seconds))
+        _require_kernels(self, kernels)
         if self.rows % 8 != 0 or self.columns % 32 != 0 or self.tokens % 8 != 0:
             raise ValueError(f"the own product is not tuned for such sizes, got {self}")
         if self.dtype not in ("bfloat16", "float16"):
@@ -191,6 +189,16 @@ def _require_line(line: Line, integers: tuple[int, ...], seconds: tuple[float, .
         raise ValueError(f"times must be above 0 s, got {line}")
 
 
+def _require_kernels(line: Line, kernels: tuple[tuple[int, ...], ...]) -> None:
+    """Raises TypeError or ValueError for what are no kernels that make the product of a line."""
+    if not all(type(number) is int for kernel in kernels for number in kernel):
+        raise TypeError(f"kernels are integers, got {line}")
+    if not all(len(kernel) == 5 and min(kernel) > 0 for kernel in kernels):
+        raise ValueError(f"a kernel is five numbers above 0, got {line}")
+    if kernels and (len(kernels) > 2 or sum(kernel[0] for kernel in kernels) != line.rows):
+        raise ValueError(f"kernels must be one or two that share the rows, got {line}")
+
+
 def bucket(tokens: int) -> int:
     """The largest token count that shares an entry with ``tokens``: the next power of two."""
     return 1 << max(3, math.ceil(math.log2(tokens)))
@@ -225,6 +233,7 @@ def entry_of(problem: Any, found: Sweep, kernels: tuple[tuple[int, ...], ...] = 
         native_seconds=found.native_seconds,
         native_tokens=problem.tokens,
         native_kernels=kernels,
+        native_version=KERNELS,
     )
 
 
@@ -296,7 +305,8 @@ class Table:
 
     def is_outdated(self, entry: Entry) -> bool:
         """Whether the own product was made by other kernels when it was timed for an entry."""
-        return entry.native_kernels != self.kernels_in_use(entry.native_key)
+        timed = (entry.native_version, entry.native_kernels)
+        return timed != (KERNELS, self.kernels_in_use(entry.native_key))
 
     def drop(self, kernels: Kernels) -> None:
         del self._kernels[kernels.key]
@@ -428,7 +438,7 @@ def read(path: Path) -> dict[str, list[Line]]:
     try:
         content = json.loads(path.read_text())
         found = content["format"]
-        if found in (1, FORMAT):
+        if found in (1, 2, FORMAT):
             return {
                 environment: [_line_of(line) for line in lines]
                 for environment, lines in content["environments"].items()
@@ -512,12 +522,20 @@ def _merge(tables: dict[str, list[Line]], added: Mapping[str, Iterable[Line]]) -
         by_key = {line.key: line for line in tables.get(environment, ())}
         for line in lines:
             known = by_key.get(line.key)
-            if isinstance(line, Entry) and isinstance(known, Entry) and line.native_seconds is None:
-                line = replace(
-                    line,
-                    native_seconds=known.native_seconds,
-                    native_tokens=known.native_tokens,
-                    native_kernels=known.native_kernels,
-                )
+            if isinstance(line, Entry) and isinstance(known, Entry):
+                line = _with_native(line, known)
             by_key[line.key] = line
         tables[environment] = list(by_key.values())
+
+
+def _with_native(new: Entry, known: Entry) -> Entry:
+    """A new entry with the known one's time of the own product, if it has none itself and its times
+    are of as many tokens."""
+    if new.native_seconds is not None or new.native_key != known.native_key:
+        return new
+    return replace(
+        new,
+        native_seconds=known.native_seconds,
+        native_kernels=known.native_kernels,
+        native_version=known.native_version,
+    )

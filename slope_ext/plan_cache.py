@@ -290,9 +290,9 @@ def _sweep_into_table(problem: Any, native: bool) -> Entry | None:
     return _into_table(problem.device, _tuned_table.key_of(problem), find)
 
 
-def _kernels_into_table(problem: Any) -> Kernels | None:
+def _kernels_into_table(problem: Any) -> None:
     key = _tuned_table.product_key_of(problem)
-    return _into_table(problem.device, key, lambda: _tuner.sweep_kernels(problem))
+    _into_table(problem.device, key, lambda: _tuner.sweep_kernels(problem))
 
 
 def _into_table(device: int, key: Key, find: Callable[[], _Line | None]) -> _Line | None:

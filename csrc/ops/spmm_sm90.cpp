@@ -5,19 +5,17 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <mutex>
 #include <new>
 #include <optional>
-#include <unordered_map>
 #include <utility>
 
-#include "common/hash.h"
 #include "common/round_up.h"
 #include "ops/spmm_sm90_args.h"
 #include "ops/spmm_sm90_choice.h"
+#include "ops/spmm_sm90_tuned.h"
 
 namespace slope {
 namespace {
@@ -42,7 +40,6 @@ constexpr std::array<Kernel, sizeof...(kIndices)> kernels_of(std::index_sequence
 constexpr auto kKernels = kernels_of(std::make_index_sequence<kSm90Tiles.size()>());
 
 constexpr int kElementBytes = 2;
-constexpr int kDevices = 64;       // that are remembered
 constexpr int kRemembered = 256;   // choices of a thread
 constexpr int kRasterRows = 3072;  // of W that blocks work on at a time
 
@@ -123,7 +120,7 @@ class OfDevices {
  public:
   template <typename Ask>
   Answer get(int device, Ask ask) {
-    if (device >= kDevices) {
+    if (device >= kKnownDevices) {
       return ask();
     }
     std::call_once(asked_[device], [&] { answers_[device] = ask(); });
@@ -131,8 +128,8 @@ class OfDevices {
   }
 
  private:
-  std::array<std::once_flag, kDevices> asked_;
-  std::array<Answer, kDevices> answers_{};
+  std::array<std::once_flag, kKnownDevices> asked_;
+  std::array<Answer, kKnownDevices> answers_{};
 };
 
 int ask_processors(int device) {
@@ -186,23 +183,8 @@ Sm90Room room_of(int device, int processors) {
 
 // ---- choice --------------------------------------------------------------------------------
 
-// What a split depends on.
-struct Sizes {
-  int device;
-  bool bfloat16;
-  int64_t rows, columns, tokens;  // rows and tokens are not 0; tokens a multiple of 8
-
-  bool operator==(const Sizes&) const = default;
-};
-
-struct HashSizes {
-  size_t operator()(const Sizes& sizes) const {
-    return hash_of({sizes.device, sizes.bfloat16, sizes.rows, sizes.columns, sizes.tokens});
-  }
-};
-
 // Every tile's tokens are a multiple of 8, so what is cut up to that is cut alike.
-Sizes sizes_of(int device, bool bfloat16, const Sm90Product& product) {
+Sm90Sizes sizes_of(int device, bool bfloat16, const Sm90Product& product) {
   return {device, bfloat16, product.rows, product.columns, round_up(product.tokens, 8)};
 }
 
@@ -233,72 +215,6 @@ std::optional<Sm90Split> tuned_split(const SpmmSm90Tuned& tuned, const Sm90Produ
   return fits ? std::optional(split) : std::nullopt;
 }
 
-// What tuners found, and a loader tells of a device before its first product. Threads remember
-// splits, so they are told by a count when that has changed.
-class TunedSplits {
- public:
-  void set_loader(SpmmSm90Loader loader) { loader_ = loader; }
-
-  // Unlocked while the loader runs, whose locks others may hold who ask here. Several threads may
-  // call it at once; none goes on before it has returned.
-  void load(int device) {
-    const SpmmSm90Loader loader = loader_;
-    const bool is_known = device < kDevices;
-    int64_t forgotten = 0;
-    {
-      const std::lock_guard lock(mutex_);
-      if (loader == nullptr || (is_known && loaded_[device])) {
-        return;
-      }
-      forgotten = forgotten_;
-    }
-    loader(device);
-    const std::lock_guard lock(mutex_);
-    if (is_known && forgotten == forgotten_) {
-      loaded_[device] = true;
-    }
-  }
-
-  void set(const Sizes& sizes, const std::optional<Sm90Split>& split) {
-    const std::lock_guard lock(mutex_);
-    if (split) {
-      splits_[sizes] = *split;
-    } else {
-      splits_.erase(sizes);
-    }
-    ++changes_;
-  }
-
-  void clear() {
-    const std::lock_guard lock(mutex_);
-    splits_.clear();
-    loaded_.fill(false);
-    ++forgotten_;
-    ++changes_;
-  }
-
-  int64_t changes() const { return changes_.load(std::memory_order_acquire); }
-
-  std::optional<Sm90Split> find(const Sizes& sizes) {
-    const std::lock_guard lock(mutex_);
-    const auto found = splits_.find(sizes);
-    return found != splits_.end() ? std::optional(found->second) : std::nullopt;
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<Sizes, Sm90Split, HashSizes> splits_;
-  std::array<bool, kDevices> loaded_{};
-  int64_t forgotten_ = 0;  // how often
-  std::atomic<int64_t> changes_{0};
-  std::atomic<SpmmSm90Loader> loader_{nullptr};
-};
-
-TunedSplits& tuned_splits() {
-  static auto* const splits = new TunedSplits;  // never destroyed: threads may ask to the very end
-  return *splits;
-}
-
 // The split that was asked for, else the tuned one, else the fastest by the model of times; a
 // thread remembers it.
 Sm90Split choose_split(const SpmmSm90Params& params, int processors) {
@@ -308,18 +224,19 @@ Sm90Split choose_split(const SpmmSm90Params& params, int processors) {
                     params.rest_tile);
   }
   struct Known {
-    Sizes sizes;
-    int64_t changes;  // of tuned_splits(), when it was looked up
+    Sm90Sizes sizes;
+    int64_t changes;  // of sm90_tuned_splits(), when it was looked up
     Sm90Split split;
   };
   static thread_local std::array<Known, kRemembered> known{};
 
-  const Sizes sizes = sizes_of(params.device, params.kind == FloatKind::kBFloat16, product);
-  Known& place = known[HashSizes{}(sizes) % kRemembered];
-  if (place.sizes != sizes || place.changes != tuned_splits().changes()) {
-    tuned_splits().load(params.device);
-    const int64_t changes = tuned_splits().changes();
-    const auto tuned = tuned_splits().find(sizes);
+  const Sm90Sizes sizes = sizes_of(params.device, params.kind == FloatKind::kBFloat16, product);
+  // Read first: whatever changes from here on is noticed next time
+  const int64_t changes = sm90_tuned_splits().changes();
+  Known& place = known[HashSm90Sizes{}(sizes) % kRemembered];
+  if (place.sizes != sizes || place.changes != changes) {
+    sm90_tuned_splits().load(params.device);
+    const auto tuned = sm90_tuned_splits().find(sizes);
     place = {sizes, changes,
              tuned ? *tuned : sm90_split(product, room_of(params.device, processors))};
   }
@@ -491,16 +408,16 @@ bool tune_spmm_sm90(const SpmmSm90Tuned& tuned) {
     }
   }
   try {
-    tuned_splits().set(sizes_of(tuned.device, tuned.bfloat16, product), split);
+    sm90_tuned_splits().set(sizes_of(tuned.device, tuned.bfloat16, product), split);
   } catch (const std::bad_alloc&) {
     return false;
   }
   return true;
 }
 
-void forget_tuned_spmm_sm90() { tuned_splits().clear(); }
+void forget_tuned_spmm_sm90() { sm90_tuned_splits().clear(); }
 
-void set_spmm_sm90_loader(SpmmSm90Loader loader) { tuned_splits().set_loader(loader); }
+void set_spmm_sm90_loader(SpmmSm90Loader loader) { sm90_tuned_splits().set_loader(loader); }
 
 cudaError_t ask_spmm_sm90_room(Sm90Room& room) {
   int device = 0;

@@ -48,8 +48,9 @@ bool tune_spmm_sm90(const SpmmSm90Tuned& tuned);
 // It chooses by sm90_split() again, whatever the sizes, and asks the loader again.
 void forget_tuned_spmm_sm90();
 
-// Calls tune_spmm_sm90 for all that is tuned on a device: before the first product there, and the
-// first after forget_tuned_spmm_sm90; on any thread, on several at once too, without a lock held.
+// Calls tune_spmm_sm90 for all that is tuned on a device: before the first product there and the
+// first after forget_tuned_spmm_sm90, and, until it returned true, before others; on any thread, on
+// several at once too, without a lock held.
 void set_spmm_sm90_loader(SpmmSm90Loader loader);
 
 // What the current device has room for, for sm90_split().

@@ -50,8 +50,8 @@ struct SpmmSm90Tuned {
   int32_t tile, rest_tile;
 };
 
-// Tells what tuners found for a device.
-using SpmmSm90Loader = void (*)(int device);
+// Tells what tuners found for a device; false: not all, so ask again.
+using SpmmSm90Loader = bool (*)(int device);
 
 // `is_rest`: the product has the rows that come second in a split.
 Sm90Cut sm90_cut(int tile, const Sm90Product& product, const Sm90Room& room, bool is_rest = false);
