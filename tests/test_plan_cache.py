@@ -397,6 +397,18 @@ def test_shipped_kernels_are_of_tiles_that_there_are():
         ), "they were counted up: tune anew"
 
 
+def test_shipped_times_are_of_the_shipped_kernels():
+    for path in SHIPPED.glob("*.json"):
+        found = _tuned_table.read(path)
+        gpus = [name for name, lines in found.items() if isinstance(lines[0], Kernels)]
+        for environment in found.keys() - set(gpus):
+            (gpu,) = (name for name in gpus if name.split(" | ")[1] == environment.split(" | ")[2])
+            table = Table(environment, gpu, found)
+            timed = [e for e in table.entries() if e.native_seconds is not None]
+            assert timed
+            assert not any(map(table.is_outdated, timed))
+
+
 def test_times_are_of_kernels_that_are_counted():
     digest = hashlib.sha256()
     for name in (
