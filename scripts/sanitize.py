@@ -237,7 +237,8 @@ def main() -> int:
         }
         for run in as_completed(runs):
             tool, name = runs[run].tool, runs[run].name
-            failed[tool] += [] if run.result() else [name]
+            if not run.result():
+                failed[tool].append(name)
             left[tool] -= 1
             if left[tool] == 0:
                 texts = {job.name: logs[job].read_text(errors="replace") for job in tool.jobs()}
