@@ -3,12 +3,12 @@
 
 The file is JSON: {"format": 3, "environments": {environment: [line, ...]}}. A line is an Entry, of
 plans, or Kernels, of the own product; format 1 had entries alone, 2 none that say by which kernels
-the own product was made. Its environment names what its
-times depend on: capability, GPU, driver and cuSPARSELt; of Kernels, capability, GPU, its
-multiprocessors and KERNELS. (Of two such GPUs one may have room for fewer large clusters; Kernels
-that need more are refused there.) Writers merge under a lock and replace the file in one step, so
-that readers need none. Only a writer puts a file aside that is no table, and none touches one of a
-later format. Tables shipped with the package (slope_ext/tuned/*.json) lie under the user's own.
+the own product was made. Its environment names what its times depend on: capability, GPU, driver
+and cuSPARSELt; of Kernels, capability, GPU, its multiprocessors and KERNELS. (Of two such GPUs one
+may have room for fewer large clusters; Kernels that need more are refused there.) Writers merge
+under a lock and replace the file in one step, so that readers need none. Only a writer puts a file
+aside that is no table, and none touches one of a later format. Tables shipped with the package
+(slope_ext/tuned/*.json) lie under the user's own.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ import torch
 from slope_ext import _C, _library
 
 FORMAT = 3
-KERNELS = (
-    1  # to be counted up where kernels of the own product, or the model of their times, change
-)
+KERNELS = 1  # to be counted up where the own product's kernels or the model of their times change
 SHIPPED = Path(__file__).with_name("tuned")
 
 _CLEARLY = 0.98  # plan over own product
 # What reading anything else may raise
 _NOT_A_TABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+# Kernels that share a product, of each rows of W, then rows, tokens, cluster, segments of its tile
+Parts: TypeAlias = tuple[tuple[int, ...], ...]
+
 _lock = threading.Lock()
 _tables: dict[int, Table] = {}  # by CUDA ordinal
 
@@ -77,8 +78,8 @@ class Key(NamedTuple):
 class Entry:
     """The fastest right algorithm of a sweep, and the own product beside it; times in seconds.
 
-    The own product's is of ``native_tokens`` tokens (0: ``tokens``), by ``native_kernels``, as
-    Kernels have them, of those that KERNELS counted as ``native_version``.
+    The own product's is of ``native_tokens`` tokens (0: ``tokens``), by ``native_kernels`` (none:
+    as untuned) of those that KERNELS counted as ``native_version``.
     """
 
     rows: int
@@ -92,7 +93,7 @@ class Entry:
     default_seconds: float
     native_seconds: float | None = None
     native_tokens: int = 0
-    native_kernels: tuple[tuple[int, ...], ...] = ()
+    native_kernels: Parts = ()
     native_version: int = 1
 
     def __post_init__(self) -> None:
@@ -135,7 +136,7 @@ class Kernels:
     columns: int
     tokens: int
     dtype: str
-    kernels: tuple[tuple[int, ...], ...]
+    kernels: Parts
     seconds: float
     usual_seconds: float
 
@@ -171,7 +172,7 @@ class Kernels:
 Line: TypeAlias = Entry | Kernels
 
 
-def _tuples(kernels: Iterable[Iterable[int]]) -> tuple[tuple[int, ...], ...]:
+def _tuples(kernels: Iterable[Iterable[int]]) -> Parts:
     """Tuples, of which JSON makes lists."""
     return tuple(tuple(kernel) for kernel in kernels)
 
@@ -189,7 +190,7 @@ def _require_line(line: Line, integers: tuple[int, ...], seconds: tuple[float, .
         raise ValueError(f"times must be above 0 s, got {line}")
 
 
-def _require_kernels(line: Line, kernels: tuple[tuple[int, ...], ...]) -> None:
+def _require_kernels(line: Line, kernels: Parts) -> None:
     """Raises TypeError or ValueError for what are no kernels that make the product of a line."""
     if not all(type(number) is int for kernel in kernels for number in kernel):
         raise TypeError(f"kernels are integers, got {line}")
@@ -215,7 +216,7 @@ def product_key_of(problem: Any) -> Key:
     return key_of(problem)._replace(tokens=problem.tokens)
 
 
-def entry_of(problem: Any, found: Sweep, kernels: tuple[tuple[int, ...], ...] = ()) -> Entry | None:
+def entry_of(problem: Any, found: Sweep, kernels: Parts = ()) -> Entry | None:
     """The entry that a sweep's result makes, with the own product made by those kernels; None if no
     algorithm was right."""
     right = [candidate for candidate in found.candidates if candidate.ok]
@@ -298,7 +299,7 @@ class Table:
     def kernels_of(self, key: Key) -> Kernels | None:
         return self._kernels.get(key)
 
-    def kernels_in_use(self, key: Key) -> tuple[tuple[int, ...], ...]:
+    def kernels_in_use(self, key: Key) -> Parts:
         """As Kernels have them; () where nothing is tuned."""
         known = self.kernels_of(key)
         return () if known is None else known.kernels

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from slope_ext import _C, _packed, _spmm_sm90, ops
 from slope_ext._spmm_sm90 import THE_OPS, TILES, Choice
-from slope_ext._tuned_table import Candidate, Kernels, Sweep, bucket, product_key_of
+from slope_ext._tuned_table import Candidate, Kernels, Parts, Sweep, bucket, product_key_of
 
 # (split of K, cusparseLtSplitKMode_t: 1 one kernel, 2 two). On sm_90 the library refuses those and
 # has "segments" of K instead, of which elsewhere the making of a plan can hang.
@@ -276,7 +276,7 @@ def _soonest(seconds: dict[Choice, tuple[float, ...]], usual: Choice) -> Choice:
     return best if mean(best) <= _SOONER * mean(usual) else usual
 
 
-def _kernels_of(choice: Choice, rows: int) -> tuple[tuple[int, ...], ...]:
+def _kernels_of(choice: Choice, rows: int) -> Parts:
     """As the table has them."""
     if choice.first_rows == 0:
         return ((rows, *TILES[choice.tile]),)
