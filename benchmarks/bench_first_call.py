@@ -11,6 +11,8 @@ auto   what a layer does by itself: on Hopper the own product, which makes nothi
 plan   a plan of cuSPARSELt is made, with the default algorithm (policy "off")
 tune   the algorithms are swept first (policy "on_first_use"; the table is forgotten between calls,
        since these counts share an entry)
+all    plan_cache.tune of a layer of backend "auto" first: on Hopper the own product's kernels, then
+       the algorithms and the own product beside each other
 """
 
 from __future__ import annotations
@@ -28,19 +30,19 @@ from slope_ext.ops.spmm import Backend
 
 TOKENS = [64, 8192]
 LARGEST = (36864, 9216), 16384  # of the models in model_shapes.py
-CALLS = 12
-WARM_CALLS = 3
+CALLS = 12  # of a case, of those that tune all a third
 STEP = 16  # between token counts
+ALL = "all"
 
 
 def first_calls(linear: Callable[[Tensor], Tensor], xs: list[Tensor]) -> harness.Timing:
-    """One call for each input, the first of its shape; the first WARM_CALLS are not counted."""
+    """One call for each input, the first of its shape; the first quarter is not counted."""
     seconds = []
     for x in xs:
         plan_cache.table_path().unlink(missing_ok=True)
         plan_cache.forget_tables()
         seconds.append(harness.wall_time(lambda x=x: linear(x)))  # type: ignore[misc]
-    return harness.timing_of(seconds[WARM_CALLS:])
+    return harness.timing_of(seconds[len(xs) // 4 :])
 
 
 def bench_shape(
@@ -48,23 +50,30 @@ def bench_shape(
 ) -> Iterator[harness.Record]:
     """Records of one weight [out, in]."""
     dense = torch.randn(*shape, device="cuda").to(dtype)
-    cases: list[tuple[str, Backend, plan_cache.Policy]] = [
-        ("auto", "auto", "off"),
-        ("plan", "cusparselt", "off"),
-        ("tune", "cusparselt", "on_first_use"),
+    cases: list[tuple[str, Backend, plan_cache.Policy, int]] = [
+        ("auto", "auto", "off", CALLS),
+        ("plan", "cusparselt", "off", CALLS),
+        ("tune", "cusparselt", "on_first_use", CALLS),
+        (ALL, "auto", "off", CALLS // 3),
     ]
     counts = range(tokens, tokens + len(cases) * CALLS * STEP, STEP)
     xs = [torch.randn(count, shape[1], device="cuda").to(dtype) for count in counts]
-    for i, (case, backend, policy) in enumerate(cases):
+    for i, (case, backend, policy, calls) in enumerate(cases):
         layer = SLoPeLinear.from_dense(dense, backend=backend)
-        inputs = xs[i * CALLS : (i + 1) * CALLS]
+        inputs = xs[i * CALLS :][:calls]
         plan_cache.set_policy(policy)
+
+        def linear(x: Tensor, case: str = case, layer: SLoPeLinear = layer) -> Tensor:
+            if case == ALL:
+                plan_cache.tune(layer, x.shape[0], backward=False)
+            return layer(x)  # type: ignore[no-any-return]
+
         yield harness.time_record(
             bench="first_call",
             case=f"{shape[0]}x{shape[1]};{case}",
             dtype=dense.dtype,
             tokens=tokens,
-            ours=first_calls(layer, inputs),
+            ours=first_calls(linear, inputs),
             baseline="F.linear",
             theirs=first_calls(lambda x: F.linear(x, dense), inputs),
         )

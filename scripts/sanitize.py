@@ -6,8 +6,8 @@
 A report is ours if the kernel is, or if the op library launched it; those make the exit code 1.
 Others are counted: reports in kernels of other libraries, and those of racecheck in spmm_sm90,
 "misjudged". initcheck and racecheck know neither what the TMA unit writes nor the barriers it
-signals, so they misjudge kernels that use it; that one is held against fp64 with every tile and
-every rest instead.
+signals, so they may misjudge kernels that use it, as they do some of cuBLAS; that one is held
+against fp64 with every tile and every rest as well.
 
 Left out are tests of large shapes, of what the tools change (memory, threads, graphs, compiling,
 how far the host is ahead of the GPU), and those of several devices and of the plan cache: their
@@ -18,11 +18,12 @@ tool       looks at                                    with
 ========== =========================================== ============================================
 memcheck   every kernel; not tests of what torch's     every tensor an allocation of its own
            allocator counts
-initcheck  the kernels of SELECTION, in tests without  as above; a product's result, written by
-           a product                                   TMA, would count as never written
-racecheck  every kernel; not test_native, which would  shared memory
-           take ten minutes for reports on the own
-           product, which do not count
+initcheck  the kernels that select, pack and step, in  as above; a product's result, written by
+           tests without a product; so not compress    TMA, would count as never written
+           where it adds to a gradient
+racecheck  every kernel; of test_native, which would   shared memory
+           take ten minutes, each tile with a tail and
+           in segments, and products in two parts
 synccheck  every kernel; not chunks_on_two_streams,    barriers
            where those with barriers are torch's and
            cuBLAS's and do not end within minutes
@@ -54,10 +55,15 @@ from gpu_report import ROOT, source_hash
 REPORT = ROOT / "tests" / "sanitizer_report.json"
 # Families, the longest first
 OWN_PRODUCT = "native"
-PROCESSES = {OWN_PRODUCT: 10}  # that share a family's tests; of the others one
 PRODUCTS = ("spmm", "lowrank", "packed_layer", "weight_grad")
 USES = ("linear", "launch", "properties")  # of kernels that are raced in the others
 SELECTION = ("adamw", "compress", "prune", "transpose", "pack")
+PACKS_WORDS = "words_of"  # of test_native
+EACH_TILE_ONCE = (
+    "tail_of_blocks_with_several_tiles and none",
+    "segments_of_any_length and 1184",
+    "a_product_in_two_parts and 512 and 40",
+)
 # Large shapes; what is slow, needs the caching allocator, or runs no kernel of ours (the backend
 # "reference"; not the tests that compare kernels with references); what looks whether a tensor was
 # freed: the tools keep the Python frames of launches; what wants the host back while a stream
@@ -93,19 +99,24 @@ class Tool:
     options: tuple[str, ...] = ()
     tests: tuple[str, ...] = (OWN_PRODUCT, *PRODUCTS, *USES, *SELECTION)
     left_out: tuple[str, ...] = LEFT_OUT
+    native: tuple[str, ...] = ("test",)  # which tests of the own product; "test": all
+    native_processes: int = 10  # that share them; the tests of another family have one
     environment: dict[str, str] = field(default_factory=dict, hash=False)
 
     def jobs(self) -> list[Job]:
         """What is to be run, a process each."""
+        processes = {OWN_PRODUCT: self.native_processes}
         return [
-            Job(self, family, f"{number}/{PROCESSES.get(family, 1)}")
+            Job(self, family, f"{number}/{processes.get(family, 1)}")
             for family in self.tests
-            for number in range(PROCESSES.get(family, 1))
+            for number in range(processes.get(family, 1))
         ]
 
     def run(self, job: Job, log: Path, gpu: str) -> bool:
         """Runs the tool over some tests, output into ``log``; False if one failed."""
         selected = f"not ({' or '.join(self.left_out)})"
+        if job.family == OWN_PRODUCT:
+            selected += f" and ({' or '.join(f'({tests})' for tests in self.native)})"
         command = ["compute-sanitizer", "--tool", self.name, "--report-api-errors", "no"]
         command += ["--print-limit", "0"]
         pytest = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", selected]
@@ -131,14 +142,17 @@ TOOLS = [
     ),
     Tool(
         "initcheck",
-        tests=SELECTION,
+        tests=(*SELECTION, OWN_PRODUCT),
         left_out=LEFT_OUT_BY_MISJUDGING,
+        native=(PACKS_WORDS,),
+        native_processes=1,
         environment=PYTORCH_ALLOCATES_EACH,
     ),
     Tool(
         "racecheck",
-        tests=(*PRODUCTS, *SELECTION),
+        tests=(OWN_PRODUCT, *PRODUCTS, *SELECTION),
         left_out=LEFT_OUT_BY_MISJUDGING,
+        native=EACH_TILE_ONCE,
     ),
     Tool("synccheck", left_out=(*LEFT_OUT, "chunks_on_two_streams")),
 ]

@@ -104,6 +104,8 @@ class Entry:
         _require_kernels(self, self.native_kernels)
         if type(self.default_seconds) not in (int, float):
             raise TypeError(f"times must be numbers, got {self}")
+        if self.native_tokens % 8 != 0:
+            raise ValueError(f"native_tokens must be a multiple of 8, got {self}")
         if self.native_tokens != 0 and bucket(self.native_tokens) != self.tokens:
             raise ValueError(f"native_tokens must share the entry, got {self}")
 
@@ -115,6 +117,11 @@ class Entry:
     def native_key(self) -> Key:
         """Of the Kernels that the own product was to be made by when it was timed."""
         return self.key._replace(tokens=self.native_tokens or self.tokens)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it has a time of the own product too, by kernels of today's version."""
+        return self.native_seconds is not None and self.native_version == KERNELS
 
     def algorithm(self) -> Any:
         """As the plan cache takes it."""
@@ -186,6 +193,8 @@ def _require_line(line: Line, integers: tuple[int, ...], seconds: tuple[float, .
         raise TypeError(f"times must be numbers, got {line}")
     if not all(0 < size < 2**31 for size in line.key[:3]):
         raise ValueError(f"sizes must be in [1, 2^31), got {line}")
+    if not all(-(2**31) <= value < 2**31 for value in integers):
+        raise ValueError(f"integers must be of 32 bits, got {line}")
     if not all(float(time) > 0 for time in seconds):
         raise ValueError(f"times must be above 0 s, got {line}")
 
@@ -275,9 +284,8 @@ class Table:
         related = [entry for found in entries.values() for entry in found]
         self._own = {entry.key: entry for entry in own}
         self._related = {entry.key: entry for entry in related}
-        # Those with a time of the own product; what is of this environment comes last and stays
-        timed = [entry for entry in (*related, *own) if entry.native_seconds is not None]
-        self._with_native = {entry.key: entry for entry in timed}
+        # What is of this environment comes last and stays
+        self._comparing = {entry.key: entry for entry in (*related, *own) if entry.compares}
         self._kernels = {
             line.key: line for line in by_environment.get(gpu, ()) if isinstance(line, Kernels)
         }
@@ -287,8 +295,8 @@ class Table:
             self._kernels[line.key] = line
             return
         self._own[line.key] = self._related[line.key] = line
-        if line.native_seconds is not None:
-            self._with_native[line.key] = line
+        if line.compares:
+            self._comparing[line.key] = line
 
     def environment_for(self, line: Line) -> str:
         return self.gpu if isinstance(line, Kernels) else self.environment
@@ -341,7 +349,7 @@ class Table:
         """
         ratios = [
             entry.seconds / entry.native_seconds
-            for key, entry in list(self._with_native.items())
+            for key, entry in list(self._comparing.items())
             if (key.rows, key.columns, key.dtype) == (rows, columns, dtype)
             and entry.native_seconds is not None
         ]
@@ -518,7 +526,7 @@ def save(path: Path, added: Mapping[str, Iterable[Line]]) -> None:
 
 
 def _merge(tables: dict[str, list[Line]], added: Mapping[str, Iterable[Line]]) -> None:
-    """Lays ``added`` over ``tables``, in place; times of the own product stay until new ones."""
+    """Lays ``added`` over ``tables``, in place; times of today's own product stay until new ones."""
     for environment, lines in added.items():
         by_key = {line.key: line for line in tables.get(environment, ())}
         for line in lines:
@@ -530,9 +538,9 @@ def _merge(tables: dict[str, list[Line]], added: Mapping[str, Iterable[Line]]) -
 
 
 def _with_native(new: Entry, known: Entry) -> Entry:
-    """A new entry with the known one's time of the own product, if it has none itself and its times
-    are of as many tokens."""
-    if new.native_seconds is not None or new.native_key != known.native_key:
+    """A new entry with the known one's time of the own product, if it has none of today's itself and
+    its times are of as many tokens."""
+    if new.compares or not known.compares or new.native_key != known.native_key:
         return new
     return replace(
         new,

@@ -182,7 +182,9 @@ def tune(
 
     Raises:
         ValueError: a token count is below 1.
+        RuntimeError: a CUDA graph is being captured.
     """
+    _refuse_capture("tune")
     added = []
     counts = [tokens] if isinstance(tokens, int) else list(tokens)
     for problem in _own_problems(model, counts, backward):
@@ -215,11 +217,18 @@ def sweep(layer: nn.Module, tokens: int) -> list[Candidate]:
 
     Raises:
         ValueError: ``layer`` is no 2:4 layer that plans take.
+        RuntimeError: a CUDA graph is being captured.
     """
+    _refuse_capture("sweep")
     problems = _problems(layer, [tokens], backward=False)
     if len(problems) != 1:
         raise ValueError("sweep: layer must be one SLoPeLinear on CUDA whose product plans take")
     return _tuner.sweep(problems[0][0]).candidates
+
+
+def _refuse_capture(function: str) -> None:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{function}: must not be called while a CUDA graph is captured")
 
 
 def _products(

@@ -65,10 +65,10 @@ def test_the_fastest_right_candidate_wins():
         Candidate(7, 1, 0, 1e-5, False),
         Candidate(5, -1, 0, 2e-5, True),
     ]
-    made = _tuned_table.entry_of(Problem(32, 64, 9), Sweep(candidates, 4e-5))
+    made = _tuned_table.entry_of(Problem(32, 64, 16), Sweep(candidates, 4e-5))
     assert (made.id, made.split_k, made.seconds, made.default_seconds) == (5, -1, 2e-5, 3e-5)
     assert made.native_seconds == 4e-5
-    assert _tuned_table.entry_of(Problem(32, 64, 9), Sweep(candidates[1:2], 4e-5)) is None
+    assert _tuned_table.entry_of(Problem(32, 64, 16), Sweep(candidates[1:2], 4e-5)) is None
 
 
 def test_lookup_is_exact_then_related_then_nearest():
@@ -109,6 +109,9 @@ def test_plans_are_preferred_where_both_were_timed_and_they_are_the_faster():
     assert not faster(fast, entry(tokens=4096, seconds=1e-3, native_seconds=4e-4))
     assert faster(fast, entry(128, 64, native_seconds=1e-9)), "another weight"
     assert not faster(fast, own=[slow]), "this GPU's own time counts"
+    old = entry(native_seconds=2e-5, native_version=_tuned_table.KERNELS - 1)
+    assert not faster(old), "of other kernels than today's"
+    assert faster(fast, own=[old])
     assert not faster(entry(native_seconds=1.01e-5)), "not clearly"
     table = Table(ENVIRONMENT, GPU, {RELATIVE: [fast], STRANGER: [slow]})
     table.add(entry(id=5))  # a sweep on first use
@@ -127,10 +130,13 @@ def test_file_round_trip_merges(tmp_path):
 
 def test_a_time_of_the_own_product_is_not_lost(tmp_path):
     path = tmp_path / "tuned.json"
-    time = {"native_seconds": 2e-5, "native_kernels": ONE, "native_version": 7}
+    time = {"native_seconds": 2e-5, "native_kernels": ONE}
     _tuned_table.save(path, {ENVIRONMENT: [entry(id=1, **time)]})
     _tuned_table.save(path, {ENVIRONMENT: [entry(id=9)]})
     assert _tuned_table.load(path) == {ENVIRONMENT: [entry(id=9, **time)]}
+    old = {"native_seconds": 1e-5, "native_version": _tuned_table.KERNELS - 1}
+    _tuned_table.save(path, {ENVIRONMENT: [entry(id=8, **old)]})
+    assert _tuned_table.load(path) == {ENVIRONMENT: [entry(id=8, **time)]}, "of today's kernels"
     _tuned_table.save(path, {ENVIRONMENT: [entry(id=9, native_seconds=math.inf)]})
     assert _tuned_table.load(path)[ENVIRONMENT][0].native_seconds == math.inf
 
@@ -143,16 +149,16 @@ def test_a_time_of_the_own_product_goes_with_times_of_other_token_counts(tmp_pat
 
 
 def test_a_time_of_the_own_product_is_outdated_by_other_kernels():
-    table = Table(ENVIRONMENT, GPU, {GPU: [kernels(tokens=24), kernels(tokens=32, kernels=())]})
+    table = Table(ENVIRONMENT, GPU, {GPU: [kernels(tokens=40), kernels(tokens=64, kernels=())]})
     for tokens, its_kernels, outdated in (
-        (24, (), True), (24, ONE, False), (32, (), False), (32, ONE, True), (17, (), False),
+        (40, (), True), (40, ONE, False), (64, (), False), (64, ONE, True), (48, (), False),
     ):  # fmt: skip
-        timed = entry(tokens=32, native_tokens=tokens, native_kernels=its_kernels)
+        timed = entry(tokens=64, native_tokens=tokens, native_kernels=its_kernels)
         assert table.is_outdated(timed) == outdated
-    assert not table.is_outdated(entry(tokens=32, native_tokens=0)), "of as many as it is for"
+    assert not table.is_outdated(entry(tokens=64, native_tokens=0)), "of as many as it is for"
     assert table.is_outdated(entry(native_version=0)), "of other kernels, whichever it took"
-    table.add(kernels(tokens=32))
-    assert table.is_outdated(entry(tokens=32, native_tokens=0))
+    table.add(kernels(tokens=64))
+    assert table.is_outdated(entry(tokens=64, native_tokens=0))
 
 
 def test_kernels_are_of_a_gpu_whatever_its_driver_and_library(tmp_path):
@@ -237,6 +243,7 @@ NO_TABLES = [
             {"default_seconds": None}, {"native_tokens": 16}, {"native_tokens": 8.0},
             {"native_kernels": 3}, {"native_kernels": [["x"]]}, {"native_kernels": [[1]]},
             {"native_kernels": [[32, 256, 192, 2, 1]]}, {"native_version": "1"},
+            {"tokens": 16, "native_tokens": 13}, {"id": 2**31}, {"split_k": -(2**31) - 1},
         )
     ),
     *(
@@ -417,7 +424,7 @@ def test_times_are_of_kernels_that_are_counted():
     ):  # fmt: skip
         digest.update((Path(__file__).parents[1] / "csrc" / name).read_bytes())
     counted = (_tuned_table.KERNELS, digest.hexdigest()[:16])
-    assert counted == (1, "acfc509e6a390431"), "does a product take another time? then KERNELS + 1"
+    assert counted == (1, "49e2c58b044662fc"), "does a product take another time? then KERNELS + 1"
 
 
 def test_shipped_tables_lie_under_the_users_own():
@@ -493,6 +500,15 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="set_capacity: plans"):
         plan_cache.set_capacity(0)
     with pytest.raises(ValueError, match="sweep: layer"):
+        plan_cache.sweep(torch.nn.Linear(8, 8), 8)
+
+
+def test_tuning_is_refused_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="tune: must not be called while a CUDA graph is"):
+        plan_cache.tune(torch.nn.Linear(8, 8), 8)
+    with pytest.raises(RuntimeError, match="sweep: must not be called while a CUDA graph is"):
         plan_cache.sweep(torch.nn.Linear(8, 8), 8)
 
 
@@ -872,6 +888,49 @@ def test_the_table_is_read_before_the_first_own_product(asked):
         assert found == [expected] * barrier.parties
 
 
+@pytest.mark.gpu
+def test_a_table_that_could_not_be_read_is_asked_for_again(monkeypatch):
+    rows, columns, tokens = 640, 544, 72
+    layer, x = own_layer(rows, columns, tokens)
+    untuned, tuned = chosen(tokens, rows, columns), kernels(rows, columns, tokens, kernels=SPLIT)
+    _tuned_table.save(plan_cache.table_path(), {_tuned_table.gpu_of(0): [tuned]})
+    _tuned_table.forget()
+    asked = []
+
+    def fails(device):
+        asked.append(device)
+        raise OSError("no table")
+
+    _C.native_set_loader(fails)
+    try:
+        monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+        assert chosen(tokens, rows, columns) == untuned
+        assert_right(layer, x, layer(x))
+        assert asked == [0], "what a thread remembers it does not ask for"
+        chosen(2 * tokens, rows, columns)
+        assert asked == [0, 0]
+    finally:
+        _C.native_set_loader(_tuned_table.of_device)
+    chosen(3 * tokens, rows, columns)
+    assert chosen(tokens, rows, columns) == Choice(*tuned.choice())
+
+
+@pytest.mark.gpu
+def test_what_ships_for_this_gpu_is_taken(monkeypatch):
+    own_layer(64, 64, 8)
+    shipped = {}
+    for path in SHIPPED.glob("*.json"):
+        shipped |= {line.key: line for line in _tuned_table.read(path).get(_tuned_table.gpu_of(0), ())}
+    if not shipped:
+        pytest.skip("no kernels ship for this GPU")
+    monkeypatch.setattr(_tuned_table, "SHIPPED", SHIPPED)
+    _tuned_table.forget()
+    assert {line.key: line for line in plan_cache.tuned_kernels()} == shipped
+    for key, line in shipped.items():
+        taken = chosen(key.tokens, key.rows, key.columns, dtype=getattr(torch, key.dtype))
+        assert line.kernels == () or taken == Choice(*line.choice())
+
+
 def another(seconds, usual):
     """In place of _tuner._soonest: never what would be taken untuned."""
     return next(choice for choice in seconds if choice != usual)
@@ -1047,6 +1106,8 @@ def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch):
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         y = layer(x)
+        with pytest.raises(RuntimeError, match="tune: must not be called while a CUDA graph is"):
+            plan_cache.tune(layer, 64)
     assert not swept
     x.copy_(torch.randn_like(x))
     graph.replay()

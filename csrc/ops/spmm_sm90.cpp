@@ -120,7 +120,7 @@ class OfDevices {
  public:
   template <typename Ask>
   Answer get(int device, Ask ask) {
-    if (device >= kKnownDevices) {
+    if (device < 0 || device >= kKnownDevices) {
       return ask();
     }
     std::call_once(asked_[device], [&] { answers_[device] = ask(); });
