@@ -5,8 +5,8 @@ The backward copy of a weight (``weight_t``, ``weight_t_bitmask``) is derived fr
 derived tensor carries, on its storage, a stamp of the state that its sources had when it was
 computed. A later look compares stamps:
 
-* the source's storage object, so that ``p.data = other`` is seen (the stamp keeps a weak reference,
-  so the address of a freed storage cannot pass for it),
+* the address of the source's storage object, so that ``p.data = other`` is seen (the stamp keeps a
+  weak reference, so that no other storage gets that address),
 * its version counter, so that every in-place write is seen,
 * for trained sources a count of optimizer steps, so that optimizers are seen which write through
   ``p.data`` (it has a version counter of its own), or to a tensor that ``p`` is then copied from.
@@ -24,14 +24,12 @@ What torch itself cannot see needs ``SLoPeLinear.mark_backward_copy_stale()``: a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-Stamp = tuple[Any, ...]
 
 _ATTRIBUTE = "_slope_stamp"
 _NEVER_EQUAL = object
@@ -63,16 +61,21 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
-def _stamp(derived: Tensor, sources: tuple[Tensor, ...]) -> Stamp:
+class _Stamp(NamedTuple):
+    state: list[Any]
+    held: list[StorageWeakRef]  # storages of the sources
+
+
+def _state(derived: Tensor, sources: tuple[Tensor, ...]) -> list[Any]:
     state: list[Any] = [version(derived)]
     for source in sources:
         storage = source.untyped_storage()
-        state += [StorageWeakRef(storage), source.storage_offset(), version(source)]
+        state += (storage._cdata, source.storage_offset(), version(source))
         if source.is_floating_point():
             part_of_more = storage.nbytes() != source.numel() * source.element_size()
             unseen = part_of_more or _step_was_captured
             state.append(_NEVER_EQUAL() if unseen else _optimizer_steps)
-    return tuple(state)
+    return state
 
 
 def version(tensor: Tensor) -> Any:
@@ -82,7 +85,8 @@ def version(tensor: Tensor) -> Any:
 
 def mark_fresh(derived: Tensor, *sources: Tensor) -> None:
     """Records that ``derived`` was computed from the present state of ``sources``."""
-    setattr(derived.untyped_storage(), _ATTRIBUTE, _stamp(derived, sources))
+    held = [StorageWeakRef(source.untyped_storage()) for source in sources]
+    setattr(derived.untyped_storage(), _ATTRIBUTE, _Stamp(_state(derived, sources), held))
 
 
 def mark_stale(derived: Tensor) -> None:
@@ -92,7 +96,8 @@ def mark_stale(derived: Tensor) -> None:
 
 def is_fresh(derived: Tensor, *sources: Tensor) -> bool:
     """Whether neither ``sources`` nor ``derived`` changed since :func:`mark_fresh`."""
-    return getattr(derived.untyped_storage(), _ATTRIBUTE, None) == _stamp(derived, sources)
+    stamp: _Stamp | None = getattr(derived.untyped_storage(), _ATTRIBUTE, None)
+    return stamp is not None and stamp.state == _state(derived, sources)
 
 
 def is_followed(derived: Tensor) -> bool:

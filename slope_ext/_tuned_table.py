@@ -526,7 +526,7 @@ def save(path: Path, added: Mapping[str, Iterable[Line]]) -> None:
 
 
 def _merge(tables: dict[str, list[Line]], added: Mapping[str, Iterable[Line]]) -> None:
-    """Lays ``added`` over ``tables``, in place; times of today's own product stay until new ones."""
+    """Lays ``added`` over ``tables``, in place; times of today's own product stay till new ones."""
     for environment, lines in added.items():
         by_key = {line.key: line for line in tables.get(environment, ())}
         for line in lines:
@@ -538,8 +538,8 @@ def _merge(tables: dict[str, list[Line]], added: Mapping[str, Iterable[Line]]) -
 
 
 def _with_native(new: Entry, known: Entry) -> Entry:
-    """A new entry with the known one's time of the own product, if it has none of today's itself and
-    its times are of as many tokens."""
+    """A new entry with the known one's time of today's own product, if it has none itself and its
+    times are of as many tokens."""
     if new.compares or not known.compares or new.native_key != known.native_key:
         return new
     return replace(

@@ -918,9 +918,9 @@ def test_a_table_that_could_not_be_read_is_asked_for_again(monkeypatch):
 @pytest.mark.gpu
 def test_what_ships_for_this_gpu_is_taken(monkeypatch):
     own_layer(64, 64, 8)
-    shipped = {}
-    for path in SHIPPED.glob("*.json"):
-        shipped |= {line.key: line for line in _tuned_table.read(path).get(_tuned_table.gpu_of(0), ())}
+    tables = [_tuned_table.read(path) for path in SHIPPED.glob("*.json")]
+    lines = [line for table in tables for line in table.get(_tuned_table.gpu_of(0), ())]
+    shipped = {line.key: line for line in lines}
     if not shipped:
         pytest.skip("no kernels ship for this GPU")
     monkeypatch.setattr(_tuned_table, "SHIPPED", SHIPPED)
