@@ -17,10 +17,14 @@ torch-2:4       every linear layer by torch's own 2:4 training: a 4x4 transposab
                 in each step, products by torch._cslt_sparse_mm with searched algorithms; eager
                 only
 
+slope;ckpt      and dense;ckpt, eager, of the models in CHECKPOINTED: a layer is computed again in
+                backward but for what slope_ext.sac_save_list() names
+
 dense and slope eager, compiled (torch.compile of every layer, fullgraph) and captured: that, and
 the whole step as one CUDA graph; dense also with the optimizer's step compiled by torch.compile,
 which moves bytes faster than the fused kernel, and that captured. The baseline is the fastest dense
-one in the same turns; captured steps have turns of their own, against dense ones, captured and not.
+one in the same turns; captured steps have turns of their own, against dense ones, captured and not
+(", beside captured").
 
 train_step      time of a step; limit: the FLOPs of its products at the rates of this run
 train_rate      tokens per second through these layers
@@ -37,6 +41,7 @@ train_memory    most memory in use during a step: weights, optimizer, activation
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import random
@@ -48,6 +53,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import (
@@ -70,6 +76,7 @@ PEAKS = {"peak": False, "peak, accumulating": True}  # whether gradients of an e
 # What is counted of a peak, and by which statistics of the allocator.
 BYTES = {"": "allocated_bytes.all", ", requested": "requested_bytes.all"}
 OPTIMIZER = "-optimizer"  # ends the name of what has the optimizer's step compiled
+CHECKPOINT = ";ckpt"  # ends that of what computes activations again
 # Layers that are run.
 LAYERS = {
     "LLaMA-3-8B": 2, "OPT-66B": 1, "OPT-13B": 2, "OPT-30B": 1, "OPT-6.7B": 3, "OPT-2.7B": 4,
@@ -112,6 +119,7 @@ DEEP = [
     Workload(model, 8192, layers)
     for model, layers in (("LLaMA-3-8B", 16), ("OPT-66B", 3), ("OPT-30B", 5), ("OPT-13B", 10))
 ]
+CHECKPOINTED = [Workload("LLaMA-3-8B", 8192, 8), Workload("OPT-13B", 8192, 5)]
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -129,6 +137,7 @@ class Layers(nn.Module):
         layer, rotary = PARTS[config.model_type]
         self.rotary: nn.Module | None = None if rotary is None else rotary(config)
         self.layers = nn.ModuleList(layer(config, layer_idx=i) for i in range(count))
+        self.context_fn: Callable[[], Any] | None = None  # of a checkpoint for each layer
 
     @staticmethod
     def hidden_of(model: str) -> int:
@@ -136,12 +145,15 @@ class Layers(nn.Module):
         return int(SIZES[model.lower()]["hidden_size"])
 
     def forward(self, x: Tensor) -> Tensor:
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"attention_mask": None}
         if self.rotary is not None:
             positions = torch.arange(LENGTH, device=x.device)[None]
             options["position_embeddings"] = self.rotary(x, positions)
+        if self.context_fn is not None:
+            options |= {"use_reentrant": False, "context_fn": self.context_fn}
         for layer in self.layers:
-            y = layer(x, attention_mask=None, **options)
+            run = layer if self.context_fn is None else functools.partial(checkpoint, layer)
+            y = run(x, **options)
             x = y[0] if isinstance(y, tuple) else y
         return x
 
@@ -259,6 +271,10 @@ class Method:
             self.optimizer = slope_ext.optim.AdamW(
                 self.model.parameters(), half_moments=True, **options
             )
+        if name.endswith(CHECKPOINT):
+            self.model.context_fn = functools.partial(
+                create_selective_checkpoint_contexts, slope_ext.sac_save_list()
+            )
         if how != "eager":
             for layer in self.model.layers.children():
                 layer.compile(fullgraph=True)
@@ -269,10 +285,13 @@ class Method:
 
     def step(self) -> None:
         """One training step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.x.grad = None
+        self._forget_gradients()
         self.model(self.x).backward(self.dy)
         self.optimize()
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.x.grad = None
 
     def prepare(self) -> None:
         """Compiles, warms up, captures."""
@@ -282,7 +301,7 @@ class Method:
             for _ in range(3):
                 self.step()
             if self.is_captured:
-                self.optimizer.zero_grad(set_to_none=True)
+                self._forget_gradients()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         if self.is_captured:
@@ -434,7 +453,8 @@ def memory_records(peaks: Peaks, work: Workload) -> Iterator[harness.Record]:
     """Most bytes in use of each method, against dense run the same way."""
     for name, of_name in peaks.items():
         if not name.startswith("dense"):
-            baseline = f"dense;{name.rpartition(';')[2]}"
+            method, _, how = name.rpartition(";")
+            baseline = f"dense{CHECKPOINT if method.endswith(CHECKPOINT) else ''};{how}"
             for kind, most in of_name.items():
                 yield harness.bytes_record(
                     bench="train_memory",
@@ -469,18 +489,28 @@ def bench_deep(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
     yield from memory_records(peaks, work)
 
 
+def bench_checkpointed(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
+    """Records of eager steps with and without checkpoints of activations."""
+    gc.collect()
+    peaks: Peaks = {}
+    names = [f"{name}{end}" for name in ("dense", "slope") for end in ("", CHECKPOINT)]
+    methods = [prepared(name, work, "eager", peaks) for name in names]
+    yield from step_records(methods, work, run)
+    yield from memory_records(peaks, work)
+
+
 def bench_captured(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
     """Records of a workload's captured steps, and of a dense one that is not."""
     torch._dynamo.reset()
     gc.collect()
-    hows = ("compiled" + OPTIMIZER, "captured", "captured" + OPTIMIZER)
+    hows = ["compiled" + OPTIMIZER, "captured" + OPTIMIZER]
+    if work not in DEEP:  # those leave no room
+        hows.append("captured")
     methods = [*(Method("dense", work, how) for how in hows), Method("slope", work, "captured")]
+    methods[0].label += ", beside captured"
     for method in methods:
         method.prepare()
-    captured = {f"{work.label};{method.label}" for method in methods if method.is_captured}
-    for record in step_records(methods, work, run):
-        if record.case in captured:
-            yield record
+    yield from step_records(methods, work, run)
 
 
 def step_records(
@@ -527,7 +557,8 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
     for bench_of, works in (
         (bench_model, workloads),
         (bench_deep, deep),
-        (bench_captured, workloads),
+        (bench_checkpointed, run.own([] if run.quick else CHECKPOINTED)),
+        (bench_captured, [*workloads, *deep]),
     ):
         for work in works:
             yield from bench_of(work, run)

@@ -537,6 +537,12 @@ class SLoPeLinear(SparseLayer, nn.Linear):
                 self._allocate_transposed_values()
         self.prepare()
 
+    def _create_adapter(self, rank: int) -> None:
+        super()._create_adapter(rank)
+        metadata = self.weight_metadata
+        if self.backend == "auto" and metadata is not None and metadata.dtype == torch.uint8:
+            self.choose_product()  # by plans, an adapter costs a pass over Y
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._prepared = self._home = None
         super()._apply(fn, recurse)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from slope_ext import _backward_copy, _freshness, _streams, ops, reference
 from slope_ext._check import dtype_name, is_half
 from slope_ext.linear import SLoPeLinear
-from slope_ext.sparse_layer import SparseLayer, layers_by_weight
+from slope_ext.sparse_layer import SparseLayer, layers_by_weight, layers_of
 
 _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
 _TRANSPOSED_MASK = "transposed_mask"
@@ -299,8 +299,7 @@ class AdamW(torch.optim.Optimizer):
         for bucket in buckets.values():
             self._update(bucket, group, grad_scale, found_inf)
         # Those too that had no gradient in this very step: experts that no token went to
-        due = [layers[id(p)] for p in group["params"] if id(p) in layers] if choose else []
-        for layer in due:
+        for layer in layers_of(group["params"]) if choose else ():
             layer.update_transposed_mask()
 
     def _update(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -276,12 +276,21 @@ def warn_of_broadcasts(layer: SparseLayer) -> None:
 
 
 def layers_by_weight() -> dict[int, SparseLayer]:
-    """Every live sparse layer, by ``id`` of its weight Parameter."""
-    found = {}
+    """Every live sparse layer, by ``id`` of its weight Parameter; of several that share it, one."""
+    return {id(layer.weight): layer for layer in _live_layers()}
+
+
+def layers_of(weights: Iterable[Tensor]) -> list[SparseLayer]:
+    """The live sparse layers that have one of these weights, of those that share a mask one."""
+    wanted = {id(weight) for weight in weights}
+    found = [layer for layer in _live_layers() if id(layer.weight) in wanted]
+    return list({id(layer.transposed_mask): layer for layer in found}.values())
+
+
+def _live_layers() -> Iterator[SparseLayer]:
     for ref in list(_layers):
         # One that is being made, copied or unpickled has no parameters yet, or never will
         layer = ref()
         weight = None if layer is None else vars(layer).get("_parameters", {}).get("weight")
         if layer is not None and weight is not None:
-            found[id(weight)] = layer
-    return found
+            yield layer

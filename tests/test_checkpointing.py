@@ -21,18 +21,22 @@ def gradients(block, x, run):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_selective_checkpointing_keeps_products(rank, device):
+@pytest.mark.parametrize("activation", ["none", "relu", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selective_checkpointing_keeps_products(rank, activation, dtype, device):
+    options = {"device": device, "dtype": dtype}
+    out = 128 if activation == "swiglu" else 64
     block = nn.Sequential(
-        slope.SLoPeLinear(32, 64, device=device),
+        slope.SLoPeLinear(32, out, activation=activation, **options),
         nn.GELU(),
-        slope.SLoPeLinear(64, 32, device=device),
+        slope.SLoPeLinear(64, 32, **options),
     )
     for layer in (block[0], block[2]):
         if rank:
             layer.add_adapter(rank)
             nn.init.normal_(layer.lora_B)
     name = "linear_lowrank" if rank else "linear"
-    x = torch.randn(5, 32, device=device, requires_grad=True)
+    x = torch.randn(5, 32, requires_grad=True, **options)
     selective = functools.partial(create_selective_checkpoint_contexts, slope.sac_save_list())
     plain, calls = gradients(block, x, lambda f, x: f(x))
     forward_calls = calls.count(name)

@@ -91,6 +91,21 @@ def test_frozen_base_with_trained_adapter(device):
     assert o.values.grad is None
 
 
+@pytest.mark.parametrize("wanted", ["x", "values", "lora_A", "lora_B"])
+def test_backward_keeps_x_and_t_only_where_it_needs_them(wanted, device):
+    o = Operands(32, 24, torch.float32, device, rank=5)
+    x = o.randn(3, 24)
+    factors = {"x": x, "values": o.values, "lora_A": o.lora_A, "lora_B": o.lora_B}
+    factors[wanted].requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ops.linear_lowrank(x, o.values, o.bitmask, o.lora_A, o.lora_B, bitmask_t=o.bitmask_t)
+    assert any(t.data_ptr() == x.data_ptr() for t in saved) == (wanted in ("values", "lora_A"))
+    assert any(t.shape == (3, 5) for t in saved) == (wanted == "lora_B")
+    y.sum().backward()
+    assert factors[wanted].grad is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale", [1.0, -0.25])
 def test_input_grad_lowrank(dtype, scale, device):

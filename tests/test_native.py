@@ -325,6 +325,48 @@ def test_a_product_in_two_parts(first, rest, first_rows, rank, activation):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_name)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rank_256(tile, transposed):
+    """More stages of a tail than the ring has."""
+    check_tile(tile, 3, (56,), 256, "none", token_tiles=1, transposed=transposed)
+
+
+def check_again(choice, rows, tokens, rank, activation, columns):
+    """The same bits again; and what a token of NaN gives is NaN, all else the same bits still."""
+    skip_unless_it_runs()
+    o = Operands(rows, columns, torch.bfloat16, CUDA)
+    words, x = with_words(o), o.randn(tokens, columns)
+    tail = (o.randn(tokens, rank), o.randn(rows, rank)) if rank else None
+    features = rows // 2 if activation == "swiglu" else rows
+    first, again, with_nan = torch.empty(3, tokens, features, dtype=x.dtype, device=CUDA)
+    options = {"tail": tail, "bias": o.bias, "activation": activation, "choice": choice}
+    for y in (first, again):
+        spmm_sm90(x, o.values, words, y, **options)
+    assert torch.equal(first, again)
+    other = torch.arange(tokens, device=CUDA) != tokens // 2
+    x[tokens // 2] = float("nan")
+    spmm_sm90(x, o.values, words, with_nan, **options)
+    assert torch.equal(with_nan[other], first[other])
+    assert bool(with_nan[~other].isnan().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_name)
+@pytest.mark.parametrize(("rank", "activation"), [(0, "none"), (40, "relu"), (136, "swiglu")])
+def test_bits_stay_and_nan_stays_in_its_token(tile, rank, activation):
+    tile_rows, tile_tokens = TILES[tile][:2]
+    check_again(Choice(tile), 3 * tile_rows - 32, tile_tokens + 9, rank, activation, 1184)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rank", "activation"), [(0, "none"), (40, "relu"), (136, "swiglu")])
+def test_bits_stay_and_nan_stays_in_its_token_of_a_product_in_two_parts(rank, activation):
+    parts = TILES.index((256, 168, 2, 1)), 512, TILES.index((128, 192, 1, 2))
+    check_again(Choice(*parts), 1120, 400, rank, activation, 1184)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(8, 20480, 5120), (256, 20480, 5120)])
 def test_large_products_are_split_where_a_round_would_be_empty(shape):
     skip_unless_it_runs()

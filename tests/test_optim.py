@@ -147,10 +147,11 @@ def train(net, optimizer, steps, seed, scaler=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moments", [{"master_weights": True}, {"half_moments": True}])
 @pytest.mark.parametrize("stop", [5, 8, 10])
-def test_resume_is_bit_equal(dtype, stop, device):
+def test_resume_is_bit_equal(dtype, moments, stop, device):
     """Model and optimizer state, moments' dtypes, masters and transposed masks included."""
-    options = {**OPTIONS, "mask_interval": 4, "master_weights": True}
+    options = {**OPTIONS, "mask_interval": 4, **moments}
     net = Net(device, dtype)
     start = copy.deepcopy(net)
     optimizer = slope.optim.AdamW(net.parameters(), **options)
@@ -174,7 +175,8 @@ def test_resume_is_bit_equal(dtype, stop, device):
     for ours, theirs in zip(resumed.parameters(), net.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(resumed.up.weight_t_bitmask, net.up.weight_t_bitmask)
-    assert optimizer_resumed.state[resumed.up.weight]["exp_avg"].dtype == torch.float32
+    wide = dtype if "half_moments" in moments else torch.float32
+    assert optimizer_resumed.state[resumed.up.weight]["exp_avg"].dtype == wide
 
 
 def test_checkpoint_of_torch_adamw_loads():
@@ -308,6 +310,19 @@ def test_masks_of_layers_without_a_gradient_change_on_schedule_too(device):
         optimizer.step()
     for expert, mask in zip(experts, before, strict=True):
         assert not torch.equal(expert.weight_t_bitmask, mask)
+
+
+def test_masks_of_layers_tied_by_hand_change_on_schedule(device):
+    layers = [slope.SLoPeLinear(24, 16, device=device) for _ in range(2)]
+    layers[1].weight = layers[0].weight
+    layers[1].weight_bitmask.copy_(layers[0].weight_bitmask)
+    optimizer = slope.optim.AdamW([layers[0].weight], lr=0.5, mask_interval=1)
+    before = [layer.weight_t_bitmask.clone() for layer in layers]
+    layers[0].weight.grad = torch.randn_like(layers[0].weight)
+    optimizer.step()
+    for layer, mask in zip(layers, before, strict=True):
+        assert not torch.equal(layer.weight_t_bitmask, mask)
+    assert torch.equal(layers[0].weight_t_bitmask, layers[1].weight_t_bitmask)
 
 
 def test_saved_masks_are_copies():

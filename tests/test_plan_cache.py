@@ -740,6 +740,10 @@ def test_auto_goes_by_the_table(native_seconds, movable, monkeypatch):
     _tuned_table.forget()  # as another process would start
     later = make()
     assert kinds(later) == (faster, faster)
+    with_adapter = make()
+    with_adapter.add_adapter(8)
+    assert kinds(with_adapter) == ("own", "own"), "by plans, an adapter costs a pass over Y"
+    assert_right(with_adapter, x, with_adapter(x))
     recomputing = make(backward_copy="recompute")
     assert kinds(recomputing) == (faster,)
     earlier.prepare()

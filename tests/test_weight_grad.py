@@ -133,6 +133,19 @@ def test_accumulation_in_place_is_autograds(rank, hooked, device):
     assert "weight_grad" in calls.names
 
 
+def test_accumulation_in_place_leaves_compiled_passes_to_autograd(device):
+    layer = slope.SLoPeLinear(24, 16, device=device)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 24, device=device)
+    with slope.accumulate_in_place():
+        for _ in range(2):
+            compiled(x).sum().backward()
+    twice = layer.weight.grad.clone()
+    layer.weight.grad = None
+    layer(x).sum().backward()
+    torch.testing.assert_close(twice, 2 * layer.weight.grad)
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_accumulation_in_place_under_checkpoints(rank, device):
     layer = slope.SLoPeLinear(24, 16, device=device)

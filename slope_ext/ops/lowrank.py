@@ -211,14 +211,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     y, t = output
     ctx.needs = needs_grad(x, values, lora_A, lora_B, bias)
     require_no_gradient_of("linear_lowrank", activation, ctx.needs)
-    x_needs, *_ = ctx.needs
+    x_needs, values_need, a_needs, b_needs, _ = ctx.needs
     require_input_grad("linear_lowrank", x_needs, values, bitmask_t, backend)
     ctx.mark_non_differentiable(t)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.backend, ctx.leaf = scale, backend, leaf_of(values)
     activated = y if activation == "relu" else None
     weight = (values, bitmask, bitmask_t, values_t, metadata_t)
-    ctx.save_for_backward(x, *weight, lora_A, lora_B, t, activated)
+    ctx.save_for_backward(
+        x if values_need or a_needs else None,
+        *weight,
+        lora_A,
+        lora_B,
+        t if b_needs else None,
+        activated,
+    )
 
 
 def _input_grad_on_cuda(
