@@ -186,6 +186,11 @@ def register_gradient(
             for place in places:
                 tensor = complete[place]
                 if tensor is not None and tensor.requires_grad:
+                    if torch._C._are_functorch_transforms_active():
+                        raise NotImplementedError(
+                            f"{op.name()} has no gradient in torch.func.grad and its like; use "
+                            "torch.autograd"
+                        )
                     return with_gradient(*complete)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return op(*given)

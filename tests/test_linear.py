@@ -608,7 +608,7 @@ def test_legacy_files_fill_tensors_after_the_layer_is_there(device):
     assert_same_function(layer, torch.load(file, weights_only=False))
 
 
-def test_forward_mode_is_refused_not_ignored():
+def test_modes_without_a_gradient_are_refused_not_ignored():
     layer, x = slope.SLoPeLinear(24, 16), torch.randn(3, 24)
     layer.add_adapter(2)
     for name in ("slope::linear_lowrank", "slope::linear"):
@@ -619,6 +619,10 @@ def test_forward_mode_is_refused_not_ignored():
     compiled = torch.compile(lambda x: torch.func.jvp(layer, (x,), (x,)), backend="eager")
     with pytest.raises(NotImplementedError, match="slope::linear has no forward-mode gradient"):
         compiled(x)
+    for use in (lambda: torch.func.vjp(layer, x), lambda: torch.func.jacrev(layer)(x)):
+        with pytest.raises(NotImplementedError, match="slope::linear has no gradient in"):
+            use()
+    torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], layer(x))
     values = layer.weight.detach()
     with pytest.raises(NotImplementedError, match="slope::decompress has no forward-mode"):
         torch.func.jvp(lambda v: ops.decompress(v, layer.weight_bitmask), (values,), (values,))
