@@ -72,7 +72,8 @@ class AdamW(torch.optim.Optimizer):
             arXiv 2405.16325 section 3.1); 0 never chooses them again. What a GradScaler skips
             counts too.
         master_weights: keep fp32 copies of fp16 and bf16 parameters and update those; a weight that
-            is set by hand later is overwritten from its copy.
+            is set by hand later, or loaded without this optimizer's state, is overwritten from its
+            copy.
         half_moments: keep the moments of bf16 parameters in their dtype, as torch does; not with
             master_weights, nor for fp16 ones, whose second moments would be rounded to zero.
         maximize: ascend instead of descend.

@@ -93,8 +93,11 @@ def test_new_adapter_leaves_the_output_bit_equal(device):
 
 
 @pytest.mark.parametrize("backward_copy", ["cached", "recompute"])
-def test_autocast_with_fp32_parameters(backward_copy, device):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_autocast_with_fp32_parameters(rank, backward_copy, device):
     layer, twin = layer_and_twin(64, 32, device=device, backward_copy=backward_copy)
+    if rank:
+        layer.add_adapter(rank)  # B = 0: what the layer and its other gradients are stays
     x = torch.randn(16, 64, device=device)
     x1, x2 = (x.clone().requires_grad_() for _ in range(2))
     with torch.autocast(device.type, torch.bfloat16):
@@ -106,6 +109,10 @@ def test_autocast_with_fp32_parameters(backward_copy, device):
     torch.testing.assert_close(x1.grad, x2.grad, rtol=3e-2, atol=3e-2)
     kept = twin.weight.grad[twin.mask].view_as(layer.weight)
     torch.testing.assert_close(layer.weight.grad, kept, rtol=3e-2, atol=6e-2)
+    if rank:
+        expected = torch.ones_like(y.float()).t() @ (x @ layer.lora_A.t())
+        assert layer.lora_B.grad.dtype == torch.float32
+        torch.testing.assert_close(layer.lora_B.grad, expected, rtol=3e-2, atol=6e-2)
 
 
 def test_gradient_accumulation(device):

@@ -621,29 +621,32 @@ def test_metadata_follows_the_mask():
 
 
 @pytest.mark.gpu
-def test_captured_step_replays():
+@pytest.mark.parametrize("rank", [0, 16])
+def test_captured_step_replays(rank):
     skip_unless_it_runs()
     layer, _ = twins(128, 256)
+    if rank:
+        layer.add_adapter(rank, scale=0.5)
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
     x = torch.randn(64, 256, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(64, 128, device=CUDA, dtype=torch.bfloat16)
+    leaves = (x, layer.weight, *((layer.lora_A, layer.lora_B) if rank else ()))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
-            torch.autograd.grad(layer(x), (x, layer.weight), dy)
+            torch.autograd.grad(layer(x), leaves, dy)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = layer(x)
-        dx, dw = torch.autograd.grad(y, (x, layer.weight), dy)
+        gradients = torch.autograd.grad(y, leaves, dy)
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
         layer.weight.mul_(-0.5)
     graph.replay()
     expected = layer(x)
     torch.testing.assert_close(y, expected, rtol=0, atol=0)
-    for captured, eager in zip(
-        (dx, dw), torch.autograd.grad(expected, (x, layer.weight), dy), strict=True
-    ):
+    for captured, eager in zip(gradients, torch.autograd.grad(expected, leaves, dy), strict=True):
         torch.testing.assert_close(captured, eager, rtol=0, atol=0)
 
 

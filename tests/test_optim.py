@@ -575,18 +575,23 @@ def test_a_step_does_not_wait_for_the_gpu():
 
 
 @pytest.mark.gpu
-def test_captured_steps_equal_eager_ones():
-    """Forward, backward and step in one graph; the learning rate changes between replays."""
+@pytest.mark.parametrize("moments", [{}, {"master_weights": True}, {"half_moments": True}])
+def test_captured_steps_equal_eager_ones(moments):
+    """Forward, backward and step in one graph; the learning rate changes between replays, and the
+    gradients of one are infinite."""
     net = Net("cuda", torch.bfloat16)
     eager = copy.deepcopy(net)
     x = torch.randn(64, 8, device="cuda", dtype=torch.bfloat16)
     lr, eager_lr = (torch.tensor(3e-3, device="cuda") for _ in range(2))
-    optimizer = slope.optim.AdamW(net.parameters(), **OPTIONS | {"lr": lr})
-    reference = slope.optim.AdamW(eager.parameters(), **OPTIONS | {"lr": eager_lr})
+    optimizer = slope.optim.AdamW(net.parameters(), **OPTIONS | {"lr": lr}, **moments)
+    reference = slope.optim.AdamW(eager.parameters(), **OPTIONS | {"lr": eager_lr}, **moments)
+    for opt in (optimizer, reference):  # as a GradScaler leaves them
+        opt.grad_scale = torch.tensor(4.0, device="cuda")
+        opt.found_inf = torch.tensor(0.0, device="cuda")
 
     def step(model, opt):
         opt.zero_grad(set_to_none=False)
-        model(x).square().mean().backward()
+        (4 * model(x).square().mean()).backward()
         opt.clip_grad_norm_(0.05)
         opt.step()
 
@@ -605,6 +610,8 @@ def test_captured_steps_equal_eager_ones():
     for _ in range(3):
         step(eager, reference)
     for turn in range(5):
+        for opt in (optimizer, reference):
+            opt.found_inf.fill_(turn == 3)
         graph.replay()
         step(eager, reference)
         lr.mul_(0.5)
