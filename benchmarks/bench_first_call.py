@@ -17,6 +17,7 @@ all    plan_cache.tune of a layer of backend "auto" first: on Hopper the own pro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -56,11 +57,12 @@ def bench_shape(
         ("tune", "cusparselt", "on_first_use", CALLS),
         (ALL, "auto", "off", CALLS // 3),
     ]
-    counts = range(tokens, tokens + len(cases) * CALLS * STEP, STEP)
+    counts = range(tokens, tokens + sum(calls for *_, calls in cases) * STEP, STEP)
     xs = [torch.randn(count, shape[1], device="cuda").to(dtype) for count in counts]
-    for i, (case, backend, policy, calls) in enumerate(cases):
+    left = iter(xs)
+    for case, backend, policy, calls in cases:
         layer = SLoPeLinear.from_dense(dense, backend=backend)
-        inputs = xs[i * CALLS :][:calls]
+        inputs = list(itertools.islice(left, calls))
         plan_cache.set_policy(policy)
 
         def linear(x: Tensor, case: str = case, layer: SLoPeLinear = layer) -> Tensor:

@@ -491,11 +491,11 @@ def bench_deep(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
 
 def bench_checkpointed(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
     """Records of eager steps with and without checkpoints of activations."""
-    gc.collect()
+    torch._dynamo.reset()
     peaks: Peaks = {}
-    names = [f"{name}{end}" for name in ("dense", "slope") for end in ("", CHECKPOINT)]
-    methods = [prepared(name, work, "eager", peaks) for name in names]
-    yield from step_records(methods, work, run)
+    for end in ("", CHECKPOINT):
+        methods = [prepared(f"{name}{end}", work, "eager", peaks) for name in ("dense", "slope")]
+        yield from step_records(methods, work, run)
     yield from memory_records(peaks, work)
 
 
@@ -506,10 +506,15 @@ def bench_captured(work: Workload, run: harness.Run) -> Iterator[harness.Record]
     hows = ["compiled" + OPTIMIZER, "captured" + OPTIMIZER]
     if work not in DEEP:  # those leave no room
         hows.append("captured")
-    methods = [*(Method("dense", work, how) for how in hows), Method("slope", work, "captured")]
+    methods: list[Method] = []
+    try:
+        for name, how in (*(("dense", how) for how in hows), ("slope", "captured")):
+            methods.append(Method(name, work, how))
+            methods[-1].prepare()
+    except torch.OutOfMemoryError as error:
+        print(f"left out: {work.label};captured ({str(error).splitlines()[0]})", flush=True)
+        return
     methods[0].label += ", beside captured"
-    for method in methods:
-        method.prepare()
     yield from step_records(methods, work, run)
 
 

@@ -4,10 +4,9 @@
     PYTHONPATH=. python scripts/sanitize.py [--tool memcheck] [--logs DIR]
 
 A report is ours if the kernel is, or if the op library launched it; those make the exit code 1.
-Others are counted: reports in kernels of other libraries, and those of racecheck in spmm_sm90,
-"misjudged". initcheck and racecheck know neither what the TMA unit writes nor the barriers it
-signals, so they may misjudge kernels that use it, as they do some of cuBLAS; that one is held
-against fp64 with every tile and every rest as well.
+So do those of racecheck in spmm_sm90, which are counted apart, "misjudged": initcheck and racecheck
+know neither what the TMA unit writes nor the barriers it signals, so somebody has to look. Reports
+in kernels of other libraries are counted only.
 
 Left out are tests of large shapes, of what the tools change (memory, threads, graphs, compiling,
 how far the host is ahead of the GPU), and those of several devices and of the plan cache: their
@@ -176,6 +175,11 @@ def said(text: str) -> int | None:
     return None if "Internal Sanitizer Error" in text or not summary else int(summary[-1])
 
 
+def unclear(texts: dict[str, str]) -> list[str]:
+    """Jobs whose output has other reports than the tool says that it made."""
+    return [job for job, text in texts.items() if said(text) != len(reports(text))]
+
+
 def is_misjudged(report: str) -> bool:
     """Whether racecheck reports a kernel that uses the TMA unit."""
     return "Race reported" in report and "spmm_sm90_kernel" in report
@@ -198,13 +202,8 @@ def result_of(texts: dict[str, str]) -> dict[str, Any]:
     """What a tool's output about each job says, for the record."""
     found: list[str] = []
     tests = 0
-    for job, text in texts.items():
-        of_job = reports(text)
-        if said(text) != len(of_job):
-            raise RuntimeError(
-                f"sanitize: {job}: {len(of_job)} reports found, the tool says {said(text)}"
-            )
-        found += of_job
+    for text in texts.values():
+        found += reports(text)
         passed = re.search(r"(\d+) passed", text)
         tests += int(passed[1]) if passed else 0
     ours, misjudged = (sum(map(kind, found)) for kind in (is_ours, is_misjudged))
@@ -264,11 +263,12 @@ def main() -> int:
 def recorded(tool: Tool, texts: dict[str, str], failed: list[str]) -> bool:
     """Prints what a tool said; records it if tests ran, all passed and nothing is ours."""
     result = result_of(texts)
-    print(f"{tool.name}: {result}{f', tests failed: {failed}' if failed else ''}", flush=True)
+    failed = [*failed, *unclear(texts)]
+    print(f"{tool.name}: {result}{f', failed: {failed}' if failed else ''}", flush=True)
     for text in texts.values():
-        for report in list(filter(is_ours, reports(text)))[:5]:
+        for report in [r for r in reports(text) if is_ours(r) or is_misjudged(r)][:5]:
             print(report)
-    if failed or result["reports"] > 0 or result["tests"] == 0:
+    if failed or result["reports"] + result["reports_misjudged"] > 0 or result["tests"] == 0:
         return False
     record = json.loads(REPORT.read_text()) if REPORT.exists() else {}
     REPORT.write_text(json.dumps(record | {tool.name: result}, indent=1) + "\n")

@@ -66,10 +66,11 @@ class _Stamp(NamedTuple):
     held: list[StorageWeakRef]  # storages of the sources
 
 
-def _state(derived: Tensor, sources: tuple[Tensor, ...]) -> list[Any]:
+def _state(
+    derived: Tensor, sources: tuple[Tensor, ...], storages: list[torch.UntypedStorage]
+) -> list[Any]:
     state: list[Any] = [version(derived)]
-    for source in sources:
-        storage = source.untyped_storage()
+    for source, storage in zip(sources, storages, strict=True):
         state += (storage._cdata, source.storage_offset(), version(source))
         if source.is_floating_point():
             part_of_more = storage.nbytes() != source.numel() * source.element_size()
@@ -85,8 +86,9 @@ def version(tensor: Tensor) -> Any:
 
 def mark_fresh(derived: Tensor, *sources: Tensor) -> None:
     """Records that ``derived`` was computed from the present state of ``sources``."""
-    held = [StorageWeakRef(source.untyped_storage()) for source in sources]
-    setattr(derived.untyped_storage(), _ATTRIBUTE, _Stamp(_state(derived, sources), held))
+    storages = [source.untyped_storage() for source in sources]
+    stamp = _Stamp(_state(derived, sources, storages), list(map(StorageWeakRef, storages)))
+    setattr(derived.untyped_storage(), _ATTRIBUTE, stamp)
 
 
 def mark_stale(derived: Tensor) -> None:
@@ -97,7 +99,8 @@ def mark_stale(derived: Tensor) -> None:
 def is_fresh(derived: Tensor, *sources: Tensor) -> bool:
     """Whether neither ``sources`` nor ``derived`` changed since :func:`mark_fresh`."""
     stamp: _Stamp | None = getattr(derived.untyped_storage(), _ATTRIBUTE, None)
-    return stamp is not None and stamp.state == _state(derived, sources)
+    storages = [source.untyped_storage() for source in sources]
+    return stamp is not None and stamp.state == _state(derived, sources, storages)
 
 
 def is_followed(derived: Tensor) -> bool:

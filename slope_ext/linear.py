@@ -539,9 +539,11 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     def _create_adapter(self, rank: int) -> None:
         super()._create_adapter(rank)
-        metadata = self.weight_metadata
-        if self.backend == "auto" and metadata is not None and metadata.dtype == torch.uint8:
-            self.choose_product()  # by plans, an adapter costs a pass over Y
+        present = (self.weight_metadata, self.weight_t_metadata)
+        by_plans = any(m is not None and m.dtype == torch.uint8 for m in present)
+        # By those, an adapter costs a pass over Y. A captured step may go on to read the metadata.
+        if self.backend == "auto" and by_plans and not _freshness.step_was_captured():
+            self.choose_product()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._prepared = self._home = None

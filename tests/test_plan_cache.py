@@ -424,7 +424,7 @@ def test_times_are_of_kernels_that_are_counted():
     ):  # fmt: skip
         digest.update((Path(__file__).parents[1] / "csrc" / name).read_bytes())
     counted = (_tuned_table.KERNELS, digest.hexdigest()[:16])
-    assert counted == (1, "49e2c58b044662fc"), "does a product take another time? then KERNELS + 1"
+    assert counted == (1, "35045eb723329248"), "does a product take another time? then KERNELS + 1"
 
 
 def test_shipped_tables_lie_under_the_users_own():
@@ -757,6 +757,25 @@ def test_auto_goes_by_the_table(native_seconds, movable, monkeypatch):
         assert_right(tuned, x, y)
         dx = dy @ tuned.backward_weight()
         torch.testing.assert_close(leaf.grad, dx, rtol=2e-2, atol=2e-2 * dx.abs().amax().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slow", [(256, 512), (512, 256)])
+def test_an_adapter_takes_a_layer_off_plans(slow):
+    """Forward or backward alone was on them."""
+    own_layer(64, 64, 8)
+    _tuned_table.add(0, entry(*slow, tokens=64, native_seconds=1.0))
+    layer, x = layer_and_input(256, 512, 64, backend="auto")
+
+    def kinds():
+        return {layer.weight_metadata.dtype, layer.weight_t_metadata.dtype}
+
+    assert kinds() == {torch.int32, torch.uint8}
+    layer.add_adapter(8)
+    assert kinds() == {torch.int32}
+    assert_right(layer, x, layer(x))
+    layer(x).sum().backward()
+    assert layer.lora_B.grad is not None
 
 
 def own_layer(rows, columns, tokens, backend="native", **options):

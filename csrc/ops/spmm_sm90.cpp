@@ -120,7 +120,7 @@ class OfDevices {
  public:
   template <typename Ask>
   Answer get(int device, Ask ask) {
-    if (device < 0 || device >= kKnownDevices) {
+    if (device >= kKnownDevices) {
       return ask();
     }
     std::call_once(asked_[device], [&] { answers_[device] = ask(); });
@@ -371,15 +371,15 @@ cudaError_t launch_cut(const SpmmSm90Params& params, const Sm90Cut& cut, int64_t
 
 // ---- launcher --------------------------------------------------------------------------------
 
-bool spmm_sm90_runs(int device) { return processors_of(device) > 0; }
+bool spmm_sm90_runs(int device) { return device >= 0 && processors_of(device) > 0; }
 
 int spmm_sm90_tile_count() { return static_cast<int>(kSm90Tiles.size()); }
 
 cudaError_t choose_spmm_sm90(SpmmSm90Params& params) {
-  const int processors = processors_of(params.device);
   if (!has_valid_sizes(params) || params.tokens == 0 || params.rows == 0) {
     return cudaErrorInvalidValue;
   }
+  const int processors = processors_of(params.device);
   if (processors == 0) {
     return cudaErrorNotSupported;
   }

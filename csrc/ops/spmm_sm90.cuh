@@ -394,9 +394,9 @@ __device__ __forceinline__ void add_segments(float (&sums)[T::kTokens / 2], int 
 // ---- output ------------------------------------------------------------------------------
 
 // silu(gate) * up for two elements, with one reciprocal of 1 + e^-gate for both. The exponential is
-// held below 2^60, so that their product is finite and neither sees the other's infinity or NaN;
-// below a gate of -41 the result is thus up to 2^-60 |gate * up| off. NaN stays NaN; a gate of -inf
-// gives an infinity, as does one of inf.
+// held below 2^60, so that their product is finite and neither gets the other's infinity or NaN (it
+// may round otherwise beside one); below a gate of -41 the result is thus up to 2^-60 |gate * up|
+// off. NaN stays NaN; a gate of -inf gives an infinity, as does one of inf.
 __device__ __forceinline__ void swiglu_pair(float gate0, float gate1, float up0, float up1,
                                             float (&result)[2]) {
   constexpr float kLog2E = 1.44269504f;
