@@ -21,10 +21,11 @@ slope;ckpt      and dense;ckpt, eager, of the models in CHECKPOINTED: a layer is
                 backward but for what slope_ext.sac_save_list() names
 
 dense and slope eager, compiled (torch.compile of every layer, fullgraph) and captured: that, and
-the whole step as one CUDA graph; dense also with the optimizer's step compiled by torch.compile,
-which moves bytes faster than the fused kernel, and that captured. The baseline is the fastest dense
-one in the same turns; captured steps have turns of their own, against dense ones, captured and not
-(", beside captured").
+the whole step as one CUDA graph; with few tokens also eager with backward in the thread that calls
+it instead of autograd's ("eager-one-thread"); dense also with the optimizer's step compiled by
+torch.compile, which moves bytes faster than the fused kernel, and that captured. The baseline is
+the fastest dense one in the same turns; captured steps have turns of their own, against dense ones,
+captured and not (", beside captured").
 
 train_step      time of a step; limit: the FLOPs of its products at the rates of this run
 train_rate      tokens per second through these layers
@@ -76,6 +77,8 @@ PEAKS = {"peak": False, "peak, accumulating": True}  # whether gradients of an e
 # What is counted of a peak, and by which statistics of the allocator.
 BYTES = {"": "allocated_bytes.all", ", requested": "requested_bytes.all"}
 OPTIMIZER = "-optimizer"  # ends the name of what has the optimizer's step compiled
+ONE_THREAD = "-one-thread"  # ends that of what runs backward in the thread that calls it
+FEW_TOKENS = 2048  # with which the host may be what a step waits for
 CHECKPOINT = ";ckpt"  # ends that of what computes activations again
 # Layers that are run.
 LAYERS = {
@@ -113,7 +116,7 @@ class Workload:
 WORKLOADS = [
     *(Workload(model, 8192, layers) for model, layers in LAYERS.items()),
     *(Workload(model, 16384, LAYERS[model]) for model in ("LLaMA-3-8B", "OPT-13B")),
-    Workload("OPT-2.7B", 2048, LAYERS["OPT-2.7B"]),  # is the host fast enough?
+    Workload("OPT-2.7B", FEW_TOKENS, LAYERS["OPT-2.7B"]),  # is the host fast enough?
 ]
 DEEP = [
     Workload(model, 8192, layers)
@@ -275,7 +278,7 @@ class Method:
             self.model.context_fn = functools.partial(
                 create_selective_checkpoint_contexts, slope_ext.sac_save_list()
             )
-        if how != "eager":
+        if not how.startswith("eager"):
             for layer in self.model.layers.children():
                 layer.compile(fullgraph=True)
         self.optimize: Callable[[], Any] = self.optimizer.step
@@ -286,8 +289,13 @@ class Method:
     def step(self) -> None:
         """One training step."""
         self._forget_gradients()
-        self.model(self.x).backward(self.dy)
+        self.backward(self.model(self.x))
         self.optimize()
+
+    def backward(self, y: Tensor) -> None:
+        """The backward pass from the model's result on."""
+        with torch.autograd.set_multithreading_enabled(not self.how.endswith(ONE_THREAD)):
+            y.backward(self.dy)
 
     def _forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -307,7 +315,7 @@ class Method:
         if self.is_captured:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.model(self.x).backward(self.dy)
+                self.backward(self.model(self.x))
                 self.optimize()
             self.run = graph.replay
 
@@ -323,7 +331,7 @@ class Method:
         quiet_stats()
         torch.cuda.reset_peak_memory_stats()
         if accumulating:  # onto the gradients of the step before
-            self.model(self.x).backward(self.dy)
+            self.backward(self.model(self.x))
             self.optimize()
         else:
             self.step()
@@ -376,7 +384,7 @@ def time_phases(methods: list[Method]) -> dict[str, dict[str, harness.Timing]]:
             method.x.grad = None
             y = method.model(method.x)
             forward.record()
-            y.backward(method.dy)
+            method.backward(y)
             backward.record()
             method.optimize()
             end.record()
@@ -426,6 +434,8 @@ def bench_model(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
         ("slope;recompute", "compiled", None),
         *((f"slope;r={rank}", "compiled", rank) for rank in ranks),
     ]
+    if work.tokens <= FEW_TOKENS:
+        wanted += [(name, "eager" + ONE_THREAD, None) for name in ("dense", "slope")]
 
     for name, how, its_rank in wanted:
         methods.append(prepared(name, work, how, peaks, its_rank))

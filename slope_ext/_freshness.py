@@ -81,7 +81,10 @@ def _state(
 
 def version(tensor: Tensor) -> Any:
     """Equal between two looks only if nothing wrote; inference tensors, which count none, never."""
-    return _NEVER_EQUAL() if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return _NEVER_EQUAL()
 
 
 def mark_fresh(derived: Tensor, *sources: Tensor) -> None:

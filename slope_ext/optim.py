@@ -328,6 +328,9 @@ class AdamW(torch.optim.Optimizer):
         else:
             advance = (scalars["found_inf"] == 0).float()
             torch._foreach_add_(steps, [advance.to(step.device) for step in steps])
+        bitmasks = [layer.weight_bitmask for layer in layers]
+        bitmasks_t = [layer.weight_t_bitmask for layer in layers]
+        values_t: list[Tensor] = [layer.weight_t for layer in layers]  # type: ignore[misc]
         # fp64 is for references.
         update = reference.adamw_ if params[0].dtype == torch.float64 else ops.adamw_
         update(
@@ -337,9 +340,9 @@ class AdamW(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [state["master"] for state in states if "master" in state],
             steps,
-            [layer.weight_bitmask for layer in layers],
-            [layer.weight_t_bitmask for layer in layers],
-            [layer.weight_t for layer in layers],  # type: ignore[misc]
+            bitmasks,
+            bitmasks_t,
+            values_t,
             lr=lr,
             beta1=beta1,
             beta2=beta2,
@@ -348,11 +351,9 @@ class AdamW(torch.optim.Optimizer):
             maximize=group["maximize"],
             **scalars,
         )
-        for layer in layers:
-            assert layer.weight_t is not None
-            _backward_copy.mark(
-                layer.weight_t, layer.weight, layer.weight_bitmask, layer.weight_t_bitmask
-            )
+        # Of each parameter of the bucket, or of none
+        for copy, *sources in zip(values_t, params, bitmasks, bitmasks_t, strict=False):
+            _backward_copy.mark(copy, *sources)
 
     # ---- state -----------------------------------------------------------------------------------
 

@@ -48,6 +48,18 @@ def test_expanded_gradient(device):
     )
 
 
+@pytest.mark.parametrize("shape", [(16, 24), (4104, 2056)])  # several chunks on a GPU
+def test_operands_in_any_order(shape, device):
+    """Columns first, or leading dimensions that make no rows of one stride."""
+    o = Operands(*shape, torch.float32, device)
+    dy, x = o.randn(2, 4, shape[0]), o.randn(2, 4, shape[1])
+    expected = ops.weight_grad(dy.flatten(0, 1), x.flatten(0, 1), o.bitmask)
+    for order in (2, 0, 1), (1, 0, 2):
+        back = [order.index(dim) for dim in range(3)]
+        strided = [t.permute(order).contiguous().permute(back) for t in (dy, x)]
+        torch.testing.assert_close(ops.weight_grad(*strided, o.bitmask), expected)
+
+
 def test_operands_that_want_a_gradient(device):
     """Under grad mode, as outside of backward; the result has no formula for one of its own."""
     o = Operands(16, 24, torch.float32, device)
@@ -106,7 +118,8 @@ def test_adding_gives_the_bits_of_add(shape, dtype, device):
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("hooked", [False, True])
-def test_accumulation_in_place_is_autograds(rank, hooked, device):
+@pytest.mark.parametrize("threads", [False, True])
+def test_accumulation_in_place_is_autograds(rank, hooked, threads, device):
     """The same gradients, by weight_grad_add_; but a weight with a hook misses none."""
     layers = [slope.SLoPeLinear(24, 16, device=device) for _ in range(2)]
     if rank:
@@ -121,7 +134,8 @@ def test_accumulation_in_place_is_autograds(rank, hooked, device):
     for _ in range(3):
         x = torch.randn(5, 24, device=device)
         layers[0](x).square().sum().backward()
-        with slope.accumulate_in_place(), Calls() as calls:
+        own_thread = torch.autograd.set_multithreading_enabled(threads)
+        with slope.accumulate_in_place(), own_thread, Calls() as calls:
             layers[1](x).square().sum().backward()
         added.append("weight_grad_add_" in calls.names)
     for param, other in zip(*(layer.parameters() for layer in layers), strict=True):

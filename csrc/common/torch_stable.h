@@ -93,6 +93,16 @@ inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& 
   return Tensor(handle);
 }
 
+// A matrix in the storage of `tensor`, from `offset` elements behind its start on; several times as
+// fast as narrow, transpose and reshape, each of which goes through the dispatcher.
+inline Tensor matrix_in(const Tensor& tensor, std::array<int64_t, 2> sizes,
+                        std::array<int64_t, 2> strides, int64_t offset = 0) {
+  AtenTensorHandle handle = nullptr;
+  SLOPE_TORCH_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes.data(), strides.data(),
+                                                   offset, &handle));
+  return Tensor(handle);
+}
+
 // A contiguous tensor whose data starts at a multiple of 16 bytes: itself, or a copy.
 inline Tensor contiguous_16b(const Tensor& tensor) {
   Tensor result = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

@@ -21,6 +21,11 @@
 #include "ops/compress.h"
 #include "ops/spmm.h"
 
+// CPU builds of torch lack this symbol. Weak, so that one library file loads on both kinds.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out,
+                                                                       AtenTensorHandle self,
+                                                                       AtenTensorHandle mat2);
+
 namespace slope {
 namespace {
 
@@ -61,6 +66,15 @@ int64_t chunk_count(int64_t rows, int64_t columns, int64_t row_bytes, int proces
   return whole_fits && waves_of(1) < waves_of(best) ? 1 : best;
 }
 
+// [..., features] -> [tokens, features], of no autograd graph.
+Tensor flat(const Tensor& tensor, int64_t tokens, int64_t features) {
+  if (tensor.is_contiguous()) {
+    return matrix_in(tensor, {tokens, features}, {features, 1});
+  }
+  const Tensor matrix = torch::stable::reshape(tensor, {tokens, features});
+  return matrix_in(matrix, {tokens, features}, {matrix.stride(0), matrix.stride(1)});
+}
+
 // Where a gradient goes.
 struct Target {
   const char* op;
@@ -73,11 +87,10 @@ struct Target {
 void make_rows(const Target& target, const Tensor& dy, const Tensor& x, const Tensor& bitmask,
                const Tensor& buffer, int64_t row, int64_t count, cudaStream_t stream) {
   const int64_t columns = x.size(1);
-  Tensor dy_rows(dy), dense(buffer);
-  dy_rows = torch::stable::narrow(dy_rows, 1, row, count);
-  dy_rows = torch::stable::transpose(dy_rows, 0, 1);
-  dense = torch::stable::narrow(dense, 0, 0, count);
-  call_op("aten::mm", "out", dy_rows, x, dense);
+  const Tensor dy_rows =
+      matrix_in(dy, {count, dy.size(0)}, {dy.stride(1), dy.stride(0)}, row * dy.stride(1));
+  const Tensor dense = matrix_in(buffer, {count, columns}, {columns, 1});
+  SLOPE_TORCH_CHECK(aoti_torch_cuda_mm_out(dense.get(), dy_rows.get(), x.get()));
 
   const auto element_bytes = static_cast<int64_t>(dy.element_size());
   auto* const values_bytes = static_cast<uint8_t*>(target.values.mutable_data_ptr());
@@ -114,12 +127,11 @@ void check_operands(const char* op, const Tensor& dy, const Tensor& x, const Ten
 // The target <- dY^T X; neither is empty. The current device is that of dy.
 void write_gradient(const Target& target, const Tensor& dy, const Tensor& x,
                     const Tensor& bitmask) {
-  const NoGradGuard no_grad;  // mm.out refuses operands that want a gradient
   const int64_t rows = dy.size(dy.dim() - 1);
   const int64_t columns = x.size(x.dim() - 1);
   const int64_t tokens = dy.numel() / rows;
-  const Tensor flat_dy = torch::stable::reshape(dy, {tokens, rows});
-  const Tensor flat_x = torch::stable::reshape(x, {tokens, columns});
+  const Tensor flat_dy = flat(dy, tokens, rows);
+  const Tensor flat_x = flat(x, tokens, columns);
   const Tensor mask = contiguous_16b(bitmask);
   const int64_t row_bytes = columns * static_cast<int64_t>(dy.element_size());
   const cudaStream_t stream = current_stream(dy, target.op);
