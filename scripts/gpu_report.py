@@ -4,6 +4,7 @@
     PYTHONPATH=. python scripts/gpu_report.py [pytest options]   run the gpu tests, write the record
     python scripts/gpu_report.py --check      exit 1 if the record is missing, failed or stale
 
+With --processes N, N of them share the tests and what they print comes when all are through.
 A run that selects tests (-k, -m, paths) writes no record. "measured" is what tests gave to
 record_property.
 
@@ -17,10 +18,12 @@ import argparse
 import datetime
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,19 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def run(pytest_arguments: list[str]) -> int:
-    """Runs the gpu tests; returns pytest's exit code."""
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def run(processes: int, pytest_arguments: list[str]) -> int:
+    """Runs the gpu tests, shared by so many processes; returns the greatest of pytest's exit codes.
+
+    Each process sees all GPUs, another one first.
+    """
     import torch
 
     from slope_ext.env_report import build_info
@@ -48,16 +62,31 @@ def run(pytest_arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("gpu_report: torch sees no CUDA device", file=sys.stderr)
         return 2
+    gpus = visible_gpus()
     with tempfile.TemporaryDirectory() as folder:
-        junit = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={junit}"]
-        code = subprocess.run([*command, *pytest_arguments], cwd=ROOT, check=False).returncode
-        if not junit.exists():
+        junits = [Path(folder) / f"{i}.xml" for i in range(processes)]
+
+        def run_part(i: int) -> tuple[int, str]:
+            command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={junits[i]}"]
+            command += [f"--part={i}/{processes}", *pytest_arguments]
+            first = i % len(gpus)
+            order = ",".join(gpus[first:] + gpus[:first])
+            env = os.environ | {"CUDA_VISIBLE_DEVICES": order}
+            output = None if processes == 1 else subprocess.PIPE
+            ended = subprocess.run(command, cwd=ROOT, env=env, stdout=output, text=True)
+            return ended.returncode, ended.stdout or ""
+
+        with ThreadPoolExecutor(processes) as pool:
+            ended = list(pool.map(run_part, range(processes)))
+        print(*(output for _, output in ended), sep="\n")
+        code = max(code for code, _ in ended)
+        if not all(junit.exists() for junit in junits):
             return code
-        suite = _suite(junit)
-        counts = {key: int(suite.attrib[key]) for key in COUNTS}
+        suites = [_suite(junit) for junit in junits]
+        counts = {key: sum(int(suite.attrib[key]) for suite in suites) for key in COUNTS}
         measured = {
             p.attrib["name"]: p.attrib["value"]
+            for suite in suites
             for p in suite.iter("property")
             if not p.attrib["name"].startswith("hypothesis")  # its own, of every test
         }
@@ -109,8 +138,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="check the record, run nothing")
+    parser.add_argument("--processes", type=int, default=1, help="that share the tests")
     arguments, rest = parser.parse_known_args()
-    return check() if arguments.check else run(rest)
+    return check() if arguments.check else run(arguments.processes, rest)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_report import ROOT, source_hash
+from gpu_report import ROOT, source_hash, visible_gpus
 
 REPORT = ROOT / "tests" / "sanitizer_report.json"
 # Families, the longest first
@@ -219,12 +219,6 @@ def result_of(texts: dict[str, str]) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "sources": source_hash(),
     }
-
-
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def main() -> int:

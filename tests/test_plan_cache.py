@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import slope_ext as slope
 from cases import Operands
-from slope_ext import _C, _tuned_table, _tuner, ops, plan_cache
+from slope_ext import _C, _freshness, _tuned_table, _tuner, ops, plan_cache
 from slope_ext._spmm_sm90 import TILES, Choice, chosen
 from slope_ext._tuned_table import Candidate, Entry, Kernels, Key, Sweep, Table
 
@@ -706,10 +706,16 @@ def test_tuning_persists_and_is_used():
     assert chosen[256] == {e.rows: e.id for e in plan_cache.tuned()}[256]
 
 
+@pytest.fixture
+def no_step_was_captured(monkeypatch):
+    """As in a process that captures none; tests before this one did."""
+    monkeypatch.setattr(_freshness, "_step_was_captured", False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("movable", [True, False])
 @pytest.mark.parametrize("native_seconds", [1e-9, 1.0])
-def test_auto_goes_by_the_table(native_seconds, movable, monkeypatch):
+def test_auto_goes_by_the_table(native_seconds, movable, no_step_was_captured, monkeypatch):
     """A layer that both products take runs by the faster, but for a weight that must not move."""
 
     def make(**options):
@@ -761,7 +767,7 @@ def test_auto_goes_by_the_table(native_seconds, movable, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("slow", [(256, 512), (512, 256)])
-def test_an_adapter_takes_a_layer_off_plans(slow):
+def test_an_adapter_takes_a_layer_off_plans(slow, no_step_was_captured):
     """Forward or backward alone was on them."""
     own_layer(64, 64, 8)
     _tuned_table.add(0, entry(*slow, tokens=64, native_seconds=1.0))
@@ -776,6 +782,19 @@ def test_an_adapter_takes_a_layer_off_plans(slow):
     assert_right(layer, x, layer(x))
     layer(x).sum().backward()
     assert layer.lora_B.grad is not None
+
+
+@pytest.mark.gpu
+def test_an_adapter_leaves_a_layer_on_plans_that_replays_read(monkeypatch):
+    own_layer(64, 64, 8)
+    _tuned_table.add(0, entry(256, 512, tokens=64, native_seconds=1.0))
+    layer, x = layer_and_input(256, 512, 64, backend="auto")
+    monkeypatch.setattr(_freshness, "_step_was_captured", True)
+    before = layer.weight_metadata
+    layer.add_adapter(8)
+    assert layer.weight_metadata is before
+    assert before.dtype == torch.uint8
+    assert_right(layer, x, layer(x))
 
 
 def own_layer(rows, columns, tokens, backend="native", **options):
