@@ -30,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
 COUNTS = ("tests", "failures", "errors", "skipped")
+_PASSED, _FAILED, _NO_TESTS = 0, 1, 5  # exit codes of pytest
 SOURCES = ("csrc/**/*", "cmake/*", "CMakeLists.txt", "setup.py", "slope_ext/**/*.py", "tests/*.py")
 
 
@@ -51,7 +52,7 @@ def visible_gpus() -> list[str]:
 
 
 def run(processes: int, pytest_arguments: list[str]) -> int:
-    """Runs the gpu tests, shared by so many processes; returns the greatest of pytest's exit codes.
+    """Runs the gpu tests, shared by so many processes; returns an exit code of pytest, the worst.
 
     Each process sees all GPUs, another one first.
     """
@@ -78,10 +79,14 @@ def run(processes: int, pytest_arguments: list[str]) -> int:
 
         with ThreadPoolExecutor(processes) as pool:
             ended = list(pool.map(run_part, range(processes)))
-        print(*(output for _, output in ended), sep="\n")
-        code = max(code for code, _ in ended)
-        if not all(junit.exists() for junit in junits):
-            return code
+        if processes > 1:
+            print(*(output for _, output in ended), sep="\n")
+        codes = {code for code, _ in ended}
+        broken = codes - {_PASSED, _FAILED, _NO_TESTS}  # of signals too
+        if broken or not all(junit.exists() for junit in junits):
+            print(f"gpu_report: pytest ended with {sorted(codes)}, no record written")
+            return next(iter(broken), _FAILED)
+        code = max(codes - {_NO_TESTS}, default=_NO_TESTS)
         suites = [_suite(junit) for junit in junits]
         counts = {key: sum(int(suite.attrib[key]) for suite in suites) for key in COUNTS}
         measured = {
@@ -90,7 +95,7 @@ def run(processes: int, pytest_arguments: list[str]) -> int:
             for p in suite.iter("property")
             if not p.attrib["name"].startswith("hypothesis")  # its own, of every test
         }
-    if any(a[:2] in ("-k", "-m") or (ROOT / a.split("::")[0]).exists() for a in pytest_arguments):
+    if any(_selects(argument) for argument in pytest_arguments):
         print("gpu_report: tests were selected, no record written")
         return code
     record = {
@@ -109,6 +114,12 @@ def run(processes: int, pytest_arguments: list[str]) -> int:
     REPORT.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
     return code
+
+
+def _selects(argument: str) -> bool:
+    """Whether pytest runs less than all GPU tests by it."""
+    option = argument.startswith(("-k", "-m", "--part"))
+    return option or (ROOT / argument.split("::")[0]).exists()
 
 
 def check() -> int:
