@@ -97,7 +97,7 @@ def forward_cases(
     try:
         sparse = [torch.sparse.to_sparse_semi_structured(weight) for weight in dense]
     except RuntimeError as error:
-        print(f"left out: torch's 2:4 products ({str(error).splitlines()[0]})")
+        harness.say_left_out("torch's 2:4 products", error)
         return cases
     cases[TORCH_LINEAR] = lambda i: F.linear(xs[i], sparse[i])
     return cases
@@ -111,7 +111,7 @@ def searched_case(dense: list[Tensor], xs: list[Tensor]) -> dict[str, harness.Ca
         packed = [torch._cslt_compress(weight) for weight in dense]
         searched = torch._cslt_sparse_mm_search(packed[0], xs[0].t(), transpose_result=True)
     except RuntimeError as error:
-        print(f"left out: {TORCH_SEARCHED} ({str(error).splitlines()[0]})")
+        harness.say_left_out(TORCH_SEARCHED, error)
         return {}
     return {
         TORCH_SEARCHED: lambda i: torch._cslt_sparse_mm(

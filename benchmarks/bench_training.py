@@ -288,7 +288,7 @@ class Method:
 
     def step(self) -> None:
         """One training step."""
-        self._forget_gradients()
+        self.forget_gradients()
         self.backward(self.model(self.x))
         self.optimize()
 
@@ -297,7 +297,8 @@ class Method:
         with torch.autograd.set_multithreading_enabled(not self.how.endswith(ONE_THREAD)):
             y.backward(self.dy)
 
-    def _forget_gradients(self) -> None:
+    def forget_gradients(self) -> None:
+        """As before a step."""
         self.optimizer.zero_grad(set_to_none=True)
         self.x.grad = None
 
@@ -309,7 +310,7 @@ class Method:
             for _ in range(3):
                 self.step()
             if self.is_captured:
-                self._forget_gradients()
+                self.forget_gradients()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         if self.is_captured:
@@ -380,8 +381,7 @@ def time_phases(methods: list[Method]) -> dict[str, dict[str, harness.Timing]]:
         ]
         for start, forward, backward, end in steps:
             start.record()
-            method.optimizer.zero_grad(set_to_none=True)
-            method.x.grad = None
+            method.forget_gradients()
             y = method.model(method.x)
             forward.record()
             method.backward(y)
@@ -442,7 +442,7 @@ def bench_model(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
     try:
         methods.append(prepared("torch-2:4", work, "eager", peaks))
     except RuntimeError as error:
-        print(f"left out: torch 2:4 ({str(error).splitlines()[0]})", flush=True)
+        harness.say_left_out("torch 2:4", error)
         peaks.pop("torch-2:4;eager", None)
 
     yield from step_records(methods, work, run)
@@ -491,7 +491,7 @@ def bench_deep(work: Workload, run: harness.Run) -> Iterator[harness.Record]:
         try:
             methods.append(prepared(name, work, how, peaks, its_rank))
         except torch.OutOfMemoryError as error:
-            print(f"left out: {work.label};{name} ({str(error).splitlines()[0]})", flush=True)
+            harness.say_left_out(f"{work.label};{name}", error)
             break
     if len(methods) < len(wanted) - 1:
         return
@@ -522,7 +522,7 @@ def bench_captured(work: Workload, run: harness.Run) -> Iterator[harness.Record]
             methods.append(Method(name, work, how))
             methods[-1].prepare()
     except torch.OutOfMemoryError as error:
-        print(f"left out: {work.label};captured ({str(error).splitlines()[0]})", flush=True)
+        harness.say_left_out(f"{work.label};captured", error)
         return
     methods[0].label += ", beside captured"
     yield from step_records(methods, work, run)

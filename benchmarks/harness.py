@@ -183,7 +183,7 @@ def time_cases(
         except RuntimeError as error:
             if name not in optional:
                 raise
-            print(f"left out: {name} cannot be captured ({str(error).splitlines()[0]})")
+            say_left_out(f"{name} cannot be captured", error)
     longest = max(graph.replay_seconds(busy) for graph in graphs.values())
     rounds = max(MIN_ROUNDS, min(rounds, int(CASE_SECONDS / longest)))
     samples: dict[str, list[float]] = {name: [] for name in graphs}
@@ -311,6 +311,11 @@ class _Graph:
 def _wait_for_gpu() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def say_left_out(what: str, error: Exception) -> None:
+    """Prints that a case has no record, and why."""
+    print(f"left out: {what} ({str(error).splitlines()[0]})", flush=True)
 
 
 def timing_of(samples: Sequence[float]) -> Timing:

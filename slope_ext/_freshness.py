@@ -31,6 +31,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from slope_ext import _streams
+
 _ATTRIBUTE = "_slope_stamp"
 _NEVER_EQUAL = object
 _optimizer_steps = 0
@@ -43,7 +45,7 @@ def count_optimizer_step() -> None:
     """Makes everything that derives from trained tensors stale, for good in a captured step."""
     global _optimizer_steps, _step_was_captured
     _optimizer_steps += 1
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if _streams.current_is_capturing():
         _step_was_captured = True
 
 
@@ -81,10 +83,7 @@ def _state(
 
 def version(tensor: Tensor) -> Any:
     """Equal between two looks only if nothing wrote; inference tensors, which count none, never."""
-    try:
-        return tensor._version
-    except RuntimeError:
-        return _NEVER_EQUAL()
+    return _NEVER_EQUAL() if tensor.is_inference() else tensor._version
 
 
 def mark_fresh(derived: Tensor, *sources: Tensor) -> None:

@@ -14,6 +14,11 @@ from torch import Tensor
 _WRITER = "_slope_writer"  # of a storage: the stream that wrote it last, an event after that
 
 
+def current_is_capturing() -> bool:
+    """Whether the current GPU's current stream is captured into a CUDA graph; starts no CUDA."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def is_capturing(tensor: Tensor) -> bool:
     """Whether what is enqueued for ``tensor`` goes into a CUDA graph instead of running."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -351,8 +351,8 @@ class AdamW(torch.optim.Optimizer):
             maximize=group["maximize"],
             **scalars,
         )
-        # Of each parameter of the bucket, or of none
-        for copy, *sources in zip(values_t, params, bitmasks, bitmasks_t, strict=False):
+        values = params if layers else []  # all of a bucket have a copy, or none
+        for copy, *sources in zip(values_t, values, bitmasks, bitmasks_t, strict=True):
             _backward_copy.mark(copy, *sources)
 
     # ---- state -----------------------------------------------------------------------------------

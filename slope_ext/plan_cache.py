@@ -35,7 +35,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import nn
 
-from slope_ext import _C, _library, _packed, _tuned_table, _tuner
+from slope_ext import _C, _library, _packed, _streams, _tuned_table, _tuner
 from slope_ext._tuned_table import Candidate, Entry, Kernels, Key
 from slope_ext.linear import SLoPeLinear
 
@@ -227,7 +227,7 @@ def sweep(layer: nn.Module, tokens: int) -> list[Candidate]:
 
 
 def _refuse_capture(function: str) -> None:
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if _streams.current_is_capturing():
         raise RuntimeError(f"{function}: must not be called while a CUDA graph is captured")
 
 

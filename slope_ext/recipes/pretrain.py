@@ -311,9 +311,11 @@ def train(run: Run, log: RunLog) -> int | None:
             loss = 0.0
             for micro in range(args.grad_accum):
                 micro_loss = run.loss(run.batch(step, micro)) / args.grad_accum
-                # One device: a thread more would but take over what is in this one's caches.
-                one_thread = torch.autograd.set_multithreading_enabled(False)
-                with slope.accumulate_in_place(), one_thread:
+                # One device: a second thread would run beside nothing, on a core with cold caches
+                with (
+                    torch.autograd.set_multithreading_enabled(False),
+                    slope.accumulate_in_place(),
+                ):
                     micro_loss.backward()
                 loss += micro_loss.item()
             grad_norm = clip_gradients(model, optimizer, args.grad_clip or math.inf)
