@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -13,49 +15,53 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Checker:
-    """Checks arguments of one op; raises RuntimeError ``slope::<op>: <argument> must ...``."""
+    """Checks arguments of one op; raises RuntimeError ``slope::<op>: <argument> must ...``.
+
+    What every call checks formats its message only to raise it: that takes longer than checking.
+    """
 
     def __init__(self, op: str) -> None:
         self.op = op
 
+    def fail(self, message: str) -> NoReturn:
+        raise RuntimeError(f"slope::{self.op}: {message}")
+
     def require(self, condition: bool, message: str) -> None:
         if not condition:
-            raise RuntimeError(f"slope::{self.op}: {message}")
+            self.fail(message)
 
     def floating(self, name: str, tensor: Tensor) -> None:
-        self.require(
-            tensor.dtype in FLOAT_DTYPES,
-            f"{name} must be float16, bfloat16, float32 or float64, got {dtype_name(tensor.dtype)}",
-        )
+        if tensor.dtype not in FLOAT_DTYPES:
+            self.fail(
+                f"{name} must be float16, bfloat16, float32 or float64, "
+                f"got {dtype_name(tensor.dtype)}"
+            )
 
     def matrix(self, name: str, tensor: Tensor) -> None:
-        self.require(
-            tensor.dim() == 2, f"{name} must have 2 dimensions, got shape {_shape(tensor)}"
-        )
+        if tensor.dim() != 2:
+            self.fail(f"{name} must have 2 dimensions, got shape {_shape(tensor)}")
 
     def same_dtype(self, name: str, tensor: Tensor, as_name: str, as_tensor: Tensor) -> None:
-        self.require(
-            tensor.dtype == as_tensor.dtype,
-            f"{name} must have the dtype of {as_name} ({dtype_name(as_tensor.dtype)}), "
-            f"got {dtype_name(tensor.dtype)}",
-        )
+        if tensor.dtype != as_tensor.dtype:
+            self.fail(
+                f"{name} must have the dtype of {as_name} ({dtype_name(as_tensor.dtype)}), "
+                f"got {dtype_name(tensor.dtype)}"
+            )
 
     def same_device(self, name: str, tensor: Tensor, as_name: str, as_tensor: Tensor) -> None:
-        self.require(
-            tensor.device == as_tensor.device,
-            f"{name} must be on the device of {as_name} ({as_tensor.device}), got {tensor.device}",
-        )
+        if tensor.device != as_tensor.device:
+            self.fail(
+                f"{name} must be on the device of {as_name} ({as_tensor.device}), "
+                f"got {tensor.device}"
+            )
 
     def shape(self, name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-        self.require(
-            tuple(tensor.shape) == expected,
-            f"{name} must be {meaning} = {list(expected)}, got {_shape(tensor)}",
-        )
+        if tuple(tensor.shape) != expected:
+            self.fail(f"{name} must be {meaning} = {list(expected)}, got {_shape(tensor)}")
 
     def columns(self, name: str, columns: int, axis: str) -> None:
-        self.require(
-            columns % 8 == 0, f"{name} must have {axis} a multiple of 8, got {axis} = {columns}"
-        )
+        if columns % 8 != 0:
+            self.fail(f"{name} must have {axis} a multiple of 8, got {axis} = {columns}")
 
     def bitmask(
         self, name: str, bitmask: Tensor, rows: int, columns: int, as_name: str, as_tensor: Tensor
@@ -65,17 +71,15 @@ class Checker:
         The bits themselves are read on the CPU only: on a GPU that would wait for the device.
         """
         self.bitmask_shape(name, bitmask, rows, columns, as_name, as_tensor)
-        if type(bitmask) is Tensor and bitmask.device.type == "cpu":
-            self.require(
-                has_two_of_four(bitmask), f"{name} must have exactly two bits set of every four"
-            )
+        is_readable = type(bitmask) is Tensor and bitmask.device.type == "cpu"
+        if is_readable and not has_two_of_four(bitmask):
+            self.fail(f"{name} must have exactly two bits set of every four")
 
     def bitmask_shape(
         self, name: str, bitmask: Tensor, rows: int, columns: int, as_name: str, as_tensor: Tensor
     ) -> None:
-        self.require(
-            bitmask.dtype == torch.uint8, f"{name} must be uint8, got {dtype_name(bitmask.dtype)}"
-        )
+        if bitmask.dtype != torch.uint8:
+            self.fail(f"{name} must be uint8, got {dtype_name(bitmask.dtype)}")
         self.shape(name, bitmask, (rows, columns // 8), f"[{rows}, {columns}/8]")
         self.same_device(name, bitmask, as_name, as_tensor)
 
@@ -109,9 +113,8 @@ class Checker:
     ) -> None:
         """Checks the metadata of a weight [rows, columns] beside ``values``."""
         if metadata is not None:
-            self.require(
-                metadata.dtype in (torch.uint8, torch.int32), f"{name} must be uint8 or int32"
-            )
+            if metadata.dtype not in (torch.uint8, torch.int32):
+                self.fail(f"{name} must be uint8 or int32, got {dtype_name(metadata.dtype)}")
             words = metadata.dtype == torch.int32
             device = values.device
             size = metadata_words(rows, columns) if words else metadata_bytes(rows, columns, device)
@@ -119,35 +122,31 @@ class Checker:
             self.same_device(name, metadata, "values", values)
 
     def core_multiples(self, name: str, rows: int, columns: int) -> None:
-        self.require(
-            fits_plan(rows, columns),
-            f"{name} must be of a weight with out and in in multiples of 16 for the sparse tensor "
-            f"cores, got out x in = {rows} x {columns}",
-        )
+        if not fits_plan(rows, columns):
+            self.fail(
+                f"{name} must be of a weight with out and in in multiples of 16 for the sparse "
+                f"tensor cores, got out x in = {rows} x {columns}"
+            )
 
     def backend(self, backend: str) -> None:
-        self.require(
-            backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}, got {backend}"
-        )
+        if backend not in BACKENDS:
+            self.fail(f"backend must be one of {', '.join(BACKENDS)}, got {backend}")
 
     def activation(self, activation: str, rows: int) -> None:
-        self.require(
-            activation in ACTIVATIONS,
-            f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}",
-        )
-        self.require(
-            activation != "swiglu" or rows % (2 * GATE_ROWS) == 0,
-            f"values must have out a multiple of {2 * GATE_ROWS} for activation swiglu, "
-            f"got out = {rows}",
-        )
+        if activation not in ACTIVATIONS:
+            self.fail(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
+        if activation == "swiglu" and rows % (2 * GATE_ROWS) != 0:
+            self.fail(
+                f"values must have out a multiple of {2 * GATE_ROWS} for activation swiglu, "
+                f"got out = {rows}"
+            )
 
     def tokens(self, name: str, x: Tensor, features: int, values: Tensor) -> None:
         """Checks an activation [..., features] that meets ``values``."""
-        self.require(x.dim() >= 1, f"{name} must have at least 1 dimension, got shape []")
-        self.require(
-            x.shape[-1] == features,
-            f"{name} must have a last dimension of {features}, got shape {_shape(x)}",
-        )
+        if x.dim() < 1:
+            self.fail(f"{name} must have at least 1 dimension, got shape []")
+        if x.shape[-1] != features:
+            self.fail(f"{name} must have a last dimension of {features}, got shape {_shape(x)}")
         self.same_dtype(name, x, "values", values)
         self.same_device(name, x, "values", values)
 

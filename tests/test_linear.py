@@ -635,6 +635,26 @@ def test_modes_without_a_gradient_are_refused_not_ignored():
         torch.func.jvp(lambda v: ops.decompress(v, layer.weight_bitmask), (values,), (values,))
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_tensors_that_outlive_a_transform(rank, device):
+    """torch.func's wrapper is still around them."""
+    layer, x = slope.SLoPeLinear(24, 16, device=device), torch.randn(3, 24, device=device)
+    if rank:
+        layer.add_adapter(rank)
+        torch.nn.init.normal_(layer.lora_B)
+    x.requires_grad_()
+    layer(x).square().sum().backward()
+    expected = [tensor.grad for tensor in (x, *layer.parameters())]
+    x.grad = None
+    layer.zero_grad()
+    outlived = []
+    torch.func.grad(lambda wrapped: (outlived.append(wrapped), wrapped.sum())[1])(x)
+    assert torch._C._functorch.is_functorch_wrapped_tensor(outlived[0])
+    layer(outlived[0]).square().sum().backward()
+    for tensor, gradient in zip((x, *layer.parameters()), expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient)
+
+
 # ---- torch.compile -------------------------------------------------------------------------------
 
 

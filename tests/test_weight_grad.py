@@ -3,6 +3,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import oracle
@@ -50,20 +51,25 @@ def test_expanded_gradient(device):
 
 @pytest.mark.parametrize("shape", [(16, 24), (4104, 2056)])  # several chunks on a GPU
 def test_operands_in_any_order(shape, device):
-    """Columns first, or leading dimensions that make no rows of one stride."""
+    """Columns first, leading dimensions that make no rows of one stride, or part of longer rows."""
     o = Operands(*shape, torch.float32, device)
     dy, x = o.randn(2, 4, shape[0]), o.randn(2, 4, shape[1])
     expected = ops.weight_grad(dy.flatten(0, 1), x.flatten(0, 1), o.bitmask)
+    parts = [F.pad(t, (3, 5))[..., 3:-5] for t in (dy, x)]
+    torch.testing.assert_close(ops.weight_grad(*parts, o.bitmask), expected)
     for order in (2, 0, 1), (1, 0, 2):
         back = [order.index(dim) for dim in range(3)]
         strided = [t.permute(order).contiguous().permute(back) for t in (dy, x)]
         torch.testing.assert_close(ops.weight_grad(*strided, o.bitmask), expected)
 
 
-def test_operands_that_want_a_gradient(device):
+@pytest.mark.parametrize("strided", [False, True])
+def test_operands_that_want_a_gradient(strided, device):
     """Under grad mode, as outside of backward; the result has no formula for one of its own."""
     o = Operands(16, 24, torch.float32, device)
     dy, x = o.randn(6, 16), o.randn(6, 24)
+    if strided:
+        dy, x = (t.t().contiguous().t() for t in (dy, x))
     expected = ops.weight_grad(dy, x, o.bitmask)
     grad = torch.zeros_like(expected)
     dy.requires_grad_(), x.requires_grad_()

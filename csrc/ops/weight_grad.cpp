@@ -22,9 +22,7 @@
 #include "ops/spmm.h"
 
 // CPU builds of torch lack this symbol. Weak, so that one library file loads on both kinds.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out,
-                                                                       AtenTensorHandle self,
-                                                                       AtenTensorHandle mat2);
+extern "C" __attribute__((weak)) decltype(aoti_torch_cuda_mm_out) aoti_torch_cuda_mm_out;
 
 namespace slope {
 namespace {
@@ -66,13 +64,10 @@ int64_t chunk_count(int64_t rows, int64_t columns, int64_t row_bytes, int proces
   return whole_fits && waves_of(1) < waves_of(best) ? 1 : best;
 }
 
-// [..., features] -> [tokens, features], of no autograd graph.
+// [..., features] -> [tokens, features].
 Tensor flat(const Tensor& tensor, int64_t tokens, int64_t features) {
-  if (tensor.is_contiguous()) {
-    return matrix_in(tensor, {tokens, features}, {features, 1});
-  }
-  const Tensor matrix = torch::stable::reshape(tensor, {tokens, features});
-  return matrix_in(matrix, {tokens, features}, {matrix.stride(0), matrix.stride(1)});
+  return tensor.is_contiguous() ? matrix_in(tensor, {tokens, features}, {features, 1})
+                                : torch::stable::reshape(tensor, {tokens, features});
 }
 
 // Where a gradient goes.
@@ -127,6 +122,8 @@ void check_operands(const char* op, const Tensor& dy, const Tensor& x, const Ten
 // The target <- dY^T X; neither is empty. The current device is that of dy.
 void write_gradient(const Target& target, const Tensor& dy, const Tensor& x,
                     const Tensor& bitmask) {
+  check(&aoti_torch_cuda_mm_out != nullptr, "slope::", target.op,
+        ": this build of torch has no aoti_torch_cuda_mm_out");
   const int64_t rows = dy.size(dy.dim() - 1);
   const int64_t columns = x.size(x.dim() - 1);
   const int64_t tokens = dy.numel() / rows;

@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
-from slope_ext._library import register, register_autocast, register_gradient
+from slope_ext._library import (
+    apply_of,
+    once_differentiable,
+    register,
+    register_autocast,
+    register_gradient,
+)
 from slope_ext.ops.spmm import (
     Activation,
     Backend,
@@ -304,7 +309,7 @@ class _LinearLowrank(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         return _forward(ctx, arguments, "none")
 
-    backward = staticmethod(_backward)  # type: ignore[assignment]
+    backward = staticmethod(_backward)
 
 
 class _WholeLinearLowrank(torch.autograd.Function):
@@ -314,11 +319,14 @@ class _WholeLinearLowrank(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         return _forward(ctx, arguments, arguments[-1])
 
-    backward = staticmethod(_backward)  # type: ignore[assignment]
+    backward = staticmethod(_backward)
+
+
+_apply_linear_lowrank = apply_of(_LinearLowrank)
 
 
 def _with_gradient(*arguments: Any) -> tuple[Tensor, Tensor]:
-    y, t = _LinearLowrank.apply(*arguments)  # type: ignore[no-untyped-call]
+    y, t = _apply_linear_lowrank(*arguments)
     return with_activation_gradient(y, arguments[-1]), t
 
 

@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slope_ext import _backward_copy, reference
 from slope_ext._check import Checker
 from slope_ext._library import (
     COMPOSED,
+    apply_of,
+    once_differentiable,
+    outlived_transform,
     refuse_forward_mode,
     register,
     register_autocast,
@@ -287,6 +289,7 @@ def call_directly(
         or type(x) is not Tensor
         or x.is_meta
         or torch._C._is_any_autocast_enabled()
+        or any(map(outlived_transform, differentiable))
     ):
         return op(*arguments)
     if wants_grad(*differentiable):
@@ -347,7 +350,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         return _forward(ctx, arguments, "none")
 
-    backward = staticmethod(_backward)  # type: ignore[assignment]
+    backward = staticmethod(_backward)
 
 
 class _WholeLinear(torch.autograd.Function):
@@ -360,7 +363,7 @@ class _WholeLinear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         return _forward(ctx, arguments, arguments[-1])
 
-    backward = staticmethod(_backward)  # type: ignore[assignment]
+    backward = staticmethod(_backward)
 
 
 class _ReLUGradient(torch.autograd.Function):
@@ -380,13 +383,19 @@ class _ReLUGradient(torch.autograd.Function):
         return before_activation(dy, *ctx.saved_tensors)
 
 
+_apply_relu_gradient = apply_of(_ReLUGradient)
+
+
 def with_activation_gradient(y: Tensor, activation: str) -> Tensor:
     """What an autograd.Function gave that left out the gradient of the activation, with it."""
-    return _ReLUGradient.apply(y) if activation == "relu" else y  # type: ignore[no-untyped-call]
+    return _apply_relu_gradient(y) if activation == "relu" else y
+
+
+_apply_linear = apply_of(_Linear)
 
 
 def _with_gradient(*arguments: Any) -> Tensor:
-    y = _Linear.apply(*arguments)  # type: ignore[no-untyped-call]
+    y = _apply_linear(*arguments)
     return with_activation_gradient(y, arguments[-1])
 
 
