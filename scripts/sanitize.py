@@ -25,7 +25,9 @@ initcheck  the kernels that select, pack and step, in  as above; a product's res
            where it adds to a gradient
 racecheck  every kernel, of test_native and selection  shared memory
            ours; of test_native each tile with a tail
-           and in segments, and products in two parts
+           and in segments, and products in two
+           parts; not chunks_on_two_streams, in which
+           all but cuBLAS's kernels are as elsewhere
 synccheck  our kernels                                 barriers
 ========== =========================================== ============================================
 
@@ -121,17 +123,18 @@ class Tool:
     tests: tuple[str, ...] = FAMILIES
     left_out: tuple[str, ...] = LEFT_OUT
     native: tuple[str, ...] = ("test",)  # which tests of the own product; "test": all
-    native_processes: int = 10  # that share them; the tests of another family have one
+    # That share the tests of a family; of one that is not named, one
+    processes: dict[str, int] = field(default_factory=lambda: {OWN_PRODUCT: 10}, hash=False)
     ours_alone: tuple[str, ...] = ()  # families in which other kernels are not looked at
     environment: dict[str, str] = field(default_factory=dict, hash=False)
 
     def jobs(self) -> list[Job]:
         """What is to be run, a process each."""
-        processes = {OWN_PRODUCT: self.native_processes}
+        shares = {family: self.processes.get(family, 1) for family in self.tests}
         return [
-            Job(self, family, f"{number}/{processes.get(family, 1)}")
-            for family in self.tests
-            for number in range(processes.get(family, 1))
+            Job(self, family, f"{number}/{count}")
+            for family, count in shares.items()
+            for number in range(count)
         ]
 
     def run(self, job: Job, log: Path, gpu: str) -> bool:
@@ -183,14 +186,15 @@ TOOLS = [
         tests=(*SELECTION, OWN_PRODUCT),
         left_out=LEFT_OUT_BY_MISJUDGING,
         native=(PACKS_WORDS,),
-        native_processes=1,
+        processes={},
         environment=PYTORCH_ALLOCATES_EACH,
     ),
     Tool(
         "racecheck",
         tests=(OWN_PRODUCT, *PRODUCTS, *SELECTION),
-        left_out=LEFT_OUT_BY_MISJUDGING,
+        left_out=(*LEFT_OUT_BY_MISJUDGING, "chunks_on_two_streams"),
         native=EACH_TILE_ONCE,
+        processes={OWN_PRODUCT: 10, "packed_layer": 4, "spmm": 2, "weight_grad": 2, "adamw": 3},
         # Not those with cuBLAS's and cuSPARSELt's kernels: left out, these read illegal addresses
         ours_alone=(OWN_PRODUCT, *SELECTION),
     ),

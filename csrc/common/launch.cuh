@@ -45,6 +45,7 @@ struct LaunchShape {
   dim3 grid;
   unsigned threads;
   bool starts_early = true;  // if its code has the wait
+  unsigned cluster = 1;      // blocks of a cluster, along x; alone, blocks are in none
 };
 
 // Launches kKernel on the current device, with kSharedBytes of dynamic shared memory.
@@ -78,17 +79,23 @@ template <auto kKernel, int kSharedBytes = 0, typename... Arguments>
     is_ready.fetch_or(bit, std::memory_order_release);
   }
 
-  cudaLaunchAttribute start{};
-  start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  start.val.programmaticStreamSerializationAllowed = 1;
-  const bool early = shape.starts_early && (has_wait.load(std::memory_order_relaxed) & bit) != 0;
+  cudaLaunchAttribute wanted[2] = {};
+  unsigned count = 0;
+  if (shape.starts_early && (has_wait.load(std::memory_order_relaxed) & bit) != 0) {
+    wanted[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    wanted[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    wanted[count].id = cudaLaunchAttributeClusterDimension;
+    wanted[count++].val.clusterDim = {shape.cluster, 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.threads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
-  config.attrs = &start;
-  config.numAttrs = early ? 1 : 0;
+  config.attrs = wanted;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 

@@ -40,8 +40,9 @@ constexpr std::array<Kernel, sizeof...(kIndices)> kernels_of(std::index_sequence
 constexpr auto kKernels = kernels_of(std::make_index_sequence<kSm90Tiles.size()>());
 
 constexpr int kElementBytes = 2;
-constexpr int kRemembered = 256;   // choices of a thread
-constexpr int kRasterRows = 3072;  // of W that blocks work on at a time
+constexpr int kRemembered = 256;        // choices of a thread
+constexpr int kRasterRows = 3072;       // of W that clusters work on at a time,
+constexpr int kRasterRowsAlone = 2560;  // or blocks that share no X
 
 // ---- tensor maps ---------------------------------------------------------------------------
 
@@ -356,7 +357,8 @@ cudaError_t launch_cut(const SpmmSm90Params& params, const Sm90Cut& cut, int64_t
   args.row_tiles = static_cast<int>(cut.row_tiles);
   args.token_tiles = static_cast<int>(cut.token_tiles);
   // Groups of equal height, but for what is left over
-  const int64_t most = kRasterRows / (tile.rows * tile.cluster);
+  const int64_t most =
+      (tile.cluster > 1 ? kRasterRows : kRasterRowsAlone) / (tile.rows * tile.cluster);
   const int64_t height = ceil_div(cut.row_tiles, ceil_div(cut.row_tiles, most));
   const int64_t last = cut.row_tiles - (ceil_div(cut.row_tiles, height) - 1) * height;
   args.group_tiles = make_divisor(static_cast<uint32_t>(height * cut.token_tiles));

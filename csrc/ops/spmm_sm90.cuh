@@ -703,7 +703,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
 // ---- kernel ------------------------------------------------------------------------------
 
 template <FloatKind kKind, typename T, Activation kActivation>
-__global__ void __cluster_dims__(T::kClusterBlocks) __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     spmm_sm90_kernel(const __grid_constant__ SpmmSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint8_t dynamic_shared[];
@@ -765,7 +765,7 @@ cudaError_t launch(const SpmmSm90Args& args, unsigned blocks, bool starts_early,
   const auto launch_as =
       [&]<Activation kActivation>(std::integral_constant<Activation, kActivation>) {
         return launch_kernel<&spmm_sm90_kernel<kKind, T, kActivation>, T::kSharedBytes>(
-            {blocks, kThreads, starts_early}, stream, args);
+            {blocks, kThreads, starts_early, T::kClusterBlocks}, stream, args);
       };
   switch (args.activation) {
     case Activation::kNone:
