@@ -7,9 +7,9 @@ A report is ours if the kernel is, or if the op library launched it; those make 
 So do those of racecheck in spmm_sm90, which are counted apart, "misjudged": initcheck and racecheck
 know neither what the TMA unit writes nor the barriers it signals, so somebody has to look. Reports
 in kernels of other libraries are counted only, where a tool looks at these. Where they are those of
-references and take most of the time, in test_native, in tests of selection and under synccheck, it
-is told to look at kernels whose names have "slope". Whether it then finds what they do is tried
-first: one is made to read beyond a tensor's end.
+references and take most of the time (``ours_alone``) it is told to look at kernels whose names have
+"slope". Whether memcheck then finds what they do is tried first: one is made to read beyond a
+tensor's end.
 
 Left out are tests of large shapes, of what the tools change (memory, threads, graphs, compiling,
 how far the host is ahead of the GPU), and those of several devices and of the plan cache: their
@@ -128,6 +128,9 @@ class Tool:
     ours_alone: tuple[str, ...] = ()  # families in which other kernels are not looked at
     environment: dict[str, str] = field(default_factory=dict, hash=False)
 
+    def __post_init__(self) -> None:
+        assert {*self.processes, *self.ours_alone} <= {*self.tests}, "a family that is not run"
+
     def jobs(self) -> list[Job]:
         """What is to be run, a process each."""
         shares = {family: self.processes.get(family, 1) for family in self.tests}
@@ -195,7 +198,7 @@ TOOLS = [
         left_out=(*LEFT_OUT_BY_MISJUDGING, "chunks_on_two_streams"),
         native=EACH_TILE_ONCE,
         processes={OWN_PRODUCT: 10, "packed_layer": 4, "spmm": 2, "weight_grad": 2, "adamw": 3},
-        # Not those with cuBLAS's and cuSPARSELt's kernels: left out, these read illegal addresses
+        # Not products by other libraries: not looked at, their kernels read illegal addresses
         ours_alone=(OWN_PRODUCT, *SELECTION),
     ),
     Tool("synccheck", ours_alone=FAMILIES),
