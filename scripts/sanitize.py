@@ -283,7 +283,8 @@ def main() -> int:
     jobs = [job for tool in tools for job in tool.jobs()]
     logs = {job: arguments.logs / f"{job.name}.txt" for job in jobs}
     gpus = visible_gpus()
-    if not looks_at_ours(arguments.logs / "planted.txt", gpus[0]):
+    filters = any(tool.ours_alone for tool in tools)
+    if filters and not looks_at_ours(arguments.logs / "planted.txt", gpus[0]):
         print("sanitize: what is planted in a kernel of ours was not found")
         return 1
     left = Counter(job.tool for job in jobs)
