@@ -217,9 +217,10 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
-def outlived_transform(tensor: Tensor | None) -> bool:
-    """Whether outside of torch.func's transforms a tensor is still wrapped by one."""
-    return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def outlived_transform(argument: Any) -> bool:
+    """Whether outside of torch.func's transforms an argument is a tensor that one wrapped."""
+    is_tensor = isinstance(argument, Tensor)
+    return is_tensor and torch._C._functorch.is_functorch_wrapped_tensor(argument)
 
 
 def register_write(name: str, *arguments: str) -> None:

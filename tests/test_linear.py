@@ -655,6 +655,24 @@ def test_tensors_that_outlive_a_transform(rank, device):
         torch.testing.assert_close(tensor.grad, gradient)
 
 
+@pytest.mark.parametrize("composes", [False, True])
+def test_masks_that_outlive_a_transform(composes, device, monkeypatch):
+    """Also where backward composes input_grad, as on CUDA."""
+    if composes:
+        monkeypatch.setattr("slope_ext.ops.spmm.composes", lambda dy: True)
+    layer, x = slope.SLoPeLinear(24, 16, device=device), torch.randn(3, 24, device=device)
+    buffers = layer.weight_bitmask, layer.weight_t_bitmask, torch.empty_like(layer.weight_t)
+    outlived = []
+    torch.func.grad(lambda x: (outlived.extend(b.clone() for b in buffers), x.sum())[1])(x)
+    assert all(map(torch._C._functorch.is_functorch_wrapped_tensor, outlived))
+    gradients = []
+    for bitmask, bitmask_t, values_t in (buffers, outlived):
+        inputs = x.clone().requires_grad_(), layer.weight
+        y = ops.linear(*inputs, bitmask, None, bitmask_t, values_t)
+        gradients.append(torch.autograd.grad(y.square().sum(), inputs))
+    torch.testing.assert_close(*gradients)
+
+
 # ---- torch.compile -------------------------------------------------------------------------------
 
 

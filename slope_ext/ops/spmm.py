@@ -293,6 +293,8 @@ def call_directly(
     ):
         return op(*arguments)
     if wants_grad(*differentiable):
+        if any(map(outlived_transform, arguments)):  # what backward would get
+            return op(*arguments)
         return with_gradient(*arguments)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return op(*arguments)

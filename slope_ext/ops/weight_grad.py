@@ -115,10 +115,10 @@ def _check(dy: Tensor, x: Tensor, bitmask: Tensor, op: str = "weight_grad") -> N
     check.same_dtype("x", x, "dy", dy)
     check.same_device("x", x, "dy", dy)
     check.require(dy.dim() >= 1, "dy must have at least 1 dimension, got shape []")
-    check.require(
-        x.dim() == dy.dim() and x.shape[:-1] == dy.shape[:-1],
-        f"x must have the leading dimensions of dy, {list(dy.shape[:-1])}, got {list(x.shape)}",
-    )
+    if x.dim() != dy.dim() or x.shape[:-1] != dy.shape[:-1]:
+        check.fail(
+            f"x must have the leading dimensions of dy, {list(dy.shape[:-1])}, got {list(x.shape)}"
+        )
     check.columns("x", x.shape[-1], "in")
     check.bitmask("bitmask", bitmask, dy.shape[-1], x.shape[-1], "dy", dy)
 
