@@ -12,8 +12,8 @@ exceed the cache twice in rows of launches, since a GPU at its power limit has o
 rested one; a single launch of each tells which are worth a row.
 
 Kernels of the own product are timed on a rested GPU and, where the operands exceed the cache twice,
-in rows too. They replace what would be taken untuned if they are clearly sooner over both and later
-in neither.
+in rows too. The soonest of them over both is timed anew, beside what would be taken untuned alone,
+and replaces that if it is clearly sooner over both and later in neither.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +53,21 @@ _ROW_FLOP = 1e12  # of the dense products of a row, which takes a millisecond or
 # Kernels of the own product. The model's times err by some percent; of a product that takes many
 # rounds of tiles, the last is too little to be worth the time
 _WITHIN, _MOST_KERNELS, _MOST_FLOP = 1.04, 8, 2e12  # 20480 x 5120 with 8192 tokens has 1.7e12
-_REST_SECONDS, _RESTED_TURNS = 3e-3, 9
+_REST_SECONDS = 3e-3
 _BACKLOG = 4  # reads of what exceeds the cache, 0.1 ms, in which the host enqueues the launches
-_SOONER = 0.985  # than untuned, to replace it: the best of eight medians is low by chance
+_LIKELY = 0.997  # than untuned, to be timed anew: the best of eight medians is low by chance
+_SOONER = 0.992  # then, to replace it
 _LATER = 1.005  # than untuned, rested or in rows, to be out of the question
+
+
+class _Turns(NamedTuple):
+    """Samples of each of the own product's kernels: rested, and at most so many rows."""
+
+    rested: int
+    rows: int
+
+
+_SEVERAL, _TWO = _Turns(9, _MORE_TURNS), _Turns(25, 40)
 
 
 @dataclass
@@ -238,8 +249,13 @@ def sweep_kernels(problem: Any) -> Kernels | None:
         if tried[0] is None:
             warnings.warn(f"slope_ext: the own product errs: {key}; please report it", stacklevel=2)
             return None
-        seconds = _time_kernels(job, [trial for trial in tried if trial is not None])
-    best = _soonest(seconds, usual)
+        trials = [trial for trial in tried if trial is not None]
+        seconds = _time_kernels(job, trials, _SEVERAL)
+        best = _soonest(seconds, usual, _LIKELY)
+        if best != usual:
+            two = [trial for trial in trials if trial.algorithm in (best, usual)]
+            seconds = _time_kernels(job, two, _TWO)
+            best = _soonest(seconds, usual, _SOONER)
     return Kernels(
         **key._asdict(),
         kernels=() if best == usual else _kernels_of(best, rows),
@@ -248,22 +264,26 @@ def sweep_kernels(problem: Any) -> Kernels | None:
     )
 
 
-def _time_kernels(job: _Sweep, trials: list[_Trial]) -> dict[Choice, tuple[float, ...]]:
+def _time_kernels(
+    job: _Sweep, trials: list[_Trial], turns: _Turns
+) -> dict[Choice, tuple[float, ...]]:
     """Seconds of a launch on a rested GPU and, of large operands, in rows."""
-    job.time(trials, _RESTED_TURNS, launches=1, rest=_REST_SECONDS)
+    for trial in trials:
+        trial.samples.clear()
+    job.time(trials, turns.rested, launches=1, rest=_REST_SECONDS)
     rested = {trial.algorithm: trial.seconds for trial in trials}
     if job.launches == 1:
         return {choice: (seconds,) for choice, seconds in rested.items()}
     for trial in trials:
         trial.samples.clear()
     row_seconds = job.launches * sum(rested.values())
-    job.time(trials, min(max(int(_SECONDS / row_seconds), _FEWEST_TURNS), _MORE_TURNS))
+    job.time(trials, min(max(int(_SECONDS / row_seconds), _FEWEST_TURNS), turns.rows))
     return {trial.algorithm: (rested[trial.algorithm], trial.seconds) for trial in trials}
 
 
-def _soonest(seconds: dict[Choice, tuple[float, ...]], usual: Choice) -> Choice:
+def _soonest(seconds: dict[Choice, tuple[float, ...]], usual: Choice, sooner: float) -> Choice:
     """The choice with the least mean over its times, the geometric, of those that take longer than
-    ``usual`` by none; ``usual`` if that is not clearly sooner."""
+    ``usual`` by none; ``usual`` if that mean is not below its own by this factor."""
 
     def mean(choice: Choice) -> float:
         return statistics.geometric_mean(seconds[choice])
@@ -273,7 +293,7 @@ def _soonest(seconds: dict[Choice, tuple[float, ...]], usual: Choice) -> Choice:
         return any(time > _LATER * untuned for time, untuned in pairs)
 
     best = min((choice for choice in seconds if not is_late(choice)), key=mean)
-    return best if mean(best) <= _SOONER * mean(usual) else usual
+    return best if mean(best) <= sooner * mean(usual) else usual
 
 
 def _kernels_of(choice: Choice, rows: int) -> Parts:
