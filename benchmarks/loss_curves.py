@@ -5,12 +5,14 @@
 
 A LLaMA of about 100M parameters, bf16 with fp32 masters, 200 steps of 8192 tokens of the text that
 corpus.py builds; transposed masks chosen anew every 100 steps, adapters from step 180 on. Runs of
-slope-pretrain --deterministic, side by side:
+slope-pretrain --deterministic, side by side, dealt out to the GPUs:
 
 kernels        as it is
 reference      SLOPE_EXT_FORCE_REFERENCE=1: plain PyTorch on the GPU
 resumed        kernels, stopped after 130 steps, with masks of step 100, and after 190, with
                adapters, and started again
+nudged         reference with a learning rate that is larger by a millionth, for how far apart
+               rounding alone brings runs of one method
 another seed   reference with other weights and another order of the text, for how far apart runs
                of one method are
 
@@ -22,6 +24,7 @@ more than two seeds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -38,10 +41,11 @@ import harness
 
 STEPS, EVERY = 200, 10
 BATCH, LENGTH = 8, 1024
+LEARNING_RATE = 1e-3
 OPTIONS = [
     *("--model", "llama-100m", "--device", "cuda", "--dtype", "bfloat16", "--no-autocast"),
     *("--master-weights", "--deterministic", "--eval-interval", str(STEPS)),
-    *("--steps", str(STEPS), "--warmup-steps", "20", "--lr", "1e-3"),
+    *("--steps", str(STEPS), "--warmup-steps", "20", "--lr", str(LEARNING_RATE)),
     *("--batch-size", str(BATCH), "--seq-len", str(LENGTH), "--mask-interval", "100"),
     *("--adapter-fraction", "0.1", "--adapter-rank", "16"),
 ]
@@ -59,13 +63,17 @@ RUNS = {
     "kernels": Run(),
     "reference": Run(is_reference=True),
     "resumed": Run(stops=(130, 190)),
+    "nudged": Run(("--lr", str(LEARNING_RATE * (1 + 1e-6))), is_reference=True),
     "another seed": Run(("--seed", "1"), is_reference=True),
 }
 
 
-def losses_of(run: Run, options: list[str], folder: Path) -> list[float]:
+def losses_of(run: Run, options: list[str], folder: Path, gpu: str) -> list[float]:
     """Losses of all steps of a run."""
-    environment = os.environ | {"SLOPE_EXT_FORCE_REFERENCE": str(int(run.is_reference))}
+    environment = os.environ | {
+        "SLOPE_EXT_FORCE_REFERENCE": str(int(run.is_reference)),
+        "CUDA_VISIBLE_DEVICES": gpu,
+    }
     command = [sys.executable, "-m", "slope_ext.recipes.pretrain", *OPTIONS, *options]
     command += [*run.options, "--output-dir", str(folder)]
     for stop in (*run.stops, None):
@@ -84,9 +92,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the records (default: results/<gpu>)")
     arguments = parser.parse_args()
     options = ["--data", arguments.data, "--tokenizer", arguments.tokenizer]
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(RUNS)) as pool:
         found = pool.map(
-            lambda name: losses_of(RUNS[name], options, Path(folder) / name.replace(" ", "-")), RUNS
+            lambda name, gpu: losses_of(
+                RUNS[name], options, Path(folder) / name.replace(" ", "-"), gpu
+            ),
+            RUNS,
+            itertools.cycle(gpus),
         )
         curves = dict(zip(RUNS, found, strict=True))
 

@@ -8,8 +8,9 @@ With --processes N, N of them share the tests and what they print comes when all
 A run that selects tests (-k, -m, paths) writes no record. "measured" is what tests gave to
 record_property.
 
-The record holds a hash of every source that a GPU test depends on: csrc/, slope_ext/, tests/, the
-build files. It is stale when those changed since the run.
+The record holds why tests were skipped, and a hash of all that a GPU test depends on: csrc/,
+slope_ext/ with the tables it ships, tests/, the build files. It is stale when those changed since
+the run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
 COUNTS = ("tests", "failures", "errors", "skipped")
 _PASSED, _FAILED, _NO_TESTS = 0, 1, 5  # exit codes of pytest
-SOURCES = ("csrc/**/*", "cmake/*", "CMakeLists.txt", "setup.py", "slope_ext/**/*.py", "tests/*.py")
+SOURCES = (
+    *("csrc/**/*", "cmake/*", "CMakeLists.txt", "setup.py"),
+    *("slope_ext/**/*.py", "slope_ext/tuned/*.json", "tests/*.py"),
+)
 
 
 def source_hash() -> str:
@@ -89,6 +94,7 @@ def run(processes: int, pytest_arguments: list[str]) -> int:
         code = max(codes - {_NO_TESTS}, default=_NO_TESTS)
         suites = [_suite(junit) for junit in junits]
         counts = {key: sum(int(suite.attrib[key]) for suite in suites) for key in COUNTS}
+        skips = [skip for suite in suites for skip in suite.iter("skipped")]
         measured = {
             p.attrib["name"]: p.attrib["value"]
             for suite in suites
@@ -102,6 +108,7 @@ def run(processes: int, pytest_arguments: list[str]) -> int:
         "passed": counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"],
         "failed": counts["failures"] + counts["errors"],
         "skipped": counts["skipped"],
+        "skipped_because": Counter(sorted(skip.attrib["message"] for skip in skips)),
         "measured": measured,
         "gpu": torch.cuda.get_device_name(),
         "gpus": torch.cuda.device_count(),

@@ -135,8 +135,8 @@ class Kernels:
     ``tokens`` is a multiple of 8; the product of as many, or of up to 7 fewer, is made so.
     ``kernels`` are one, or two that share the rows of W: its number of rows, then the rows, tokens,
     cluster and segments of its tile; none where what is taken untuned is the soonest. Times in
-    seconds, theirs and of what is taken untuned: of a launch in rows of them where the operands
-    exceed the L2 cache twice, else of one on a rested GPU.
+    seconds, theirs and of what is taken untuned: of a launch on a rested GPU or, where the operands
+    exceed the L2 cache twice, the geometric mean of that and of one in rows of them.
     """
 
     rows: int

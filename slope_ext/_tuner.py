@@ -5,15 +5,15 @@ Each is checked, then timed.
 
 Operands are random. An algorithm counts only if its product is that of a dense GEMM, to rounding;
 the fastest must also be right with bias, with an addend, and at both ends of the token counts that
-will share its entry. They take turns in shuffled order, so that clocks, temperature and what ran
-before hit all alike; algorithms clearly behind after the first turns are dropped. Small operands
-are timed in single launches, each after something else was read over the L2 cache; those that
-exceed the cache twice in rows of launches, since a GPU at its power limit has other winners than a
-rested one; a single launch of each tells which are worth a row.
+will share its entry. They take turns in shuffled order and in its reverse, so that clocks,
+temperature and what ran before hit all alike; algorithms clearly behind after the first turns are
+dropped. Small operands are timed in single launches, each after something else was read over the L2
+cache; those that exceed the cache twice in rows of launches, since a GPU at its power limit has
+other winners than a rested one; a single launch of each tells which are worth a row.
 
 Kernels of the own product are timed on a rested GPU and, where the operands exceed the cache twice,
-in rows too. The soonest of them over both is timed anew, beside what would be taken untuned alone,
-and replaces that if it is clearly sooner over both and later in neither.
+in rows too. The two soonest are timed anew, beside what would be taken untuned alone, and the
+sooner replaces that if it is clearly sooner over both and later in neither.
 """
 
 from __future__ import annotations
@@ -55,19 +55,26 @@ _ROW_FLOP = 1e12  # of the dense products of a row, which takes a millisecond or
 _WITHIN, _MOST_KERNELS, _MOST_FLOP = 1.04, 8, 2e12  # 20480 x 5120 with 8192 tokens has 1.7e12
 _REST_SECONDS = 3e-3
 _BACKLOG = 4  # reads of what exceeds the cache, 0.1 ms, in which the host enqueues the launches
-_LIKELY = 0.997  # than untuned, to be timed anew: the best of eight medians is low by chance
-_SOONER = 0.992  # then, to replace it
-_LATER = 1.005  # than untuned, rested or in rows, to be out of the question
 
 
-class _Turns(NamedTuple):
-    """Samples of each of the own product's kernels: rested, and at most so many rows."""
+class _Round(NamedTuple):
+    """How kernels of the own product are timed, and what one needs to be left after it.
 
-    rested: int
-    rows: int
+    In turns on a rested GPU and, of large operands, as many in rows, but no more than fit in some
+    ``seconds``. Then ``sooner`` than untuned by this factor over both, and ``later`` by no more
+    than that one in either.
+    """
+
+    turns: int
+    seconds: float
+    sooner: float
+    later: float
 
 
-_SEVERAL, _TWO = _Turns(9, _MORE_TURNS), _Turns(25, 40)
+# Medians of a few samples err by half a percent, and the best of eight is low by chance; so those
+# that are likely are timed again, where chance has two to choose from and errs by less
+_LIKELY, _AGAIN, _MOST_AGAIN = _Round(8, 0.3, 0.997, 1.01), _Round(24, 0.3, 0.992, 1.005), 2
+Times = dict[Choice, tuple[float, ...]]  # seconds of a launch: rested, and in rows
 
 
 @dataclass
@@ -201,8 +208,11 @@ class _Sweep:
         launches = launches or self.launches
         cold = torch.zeros(2 * self.l2_bytes // 4, dtype=torch.int32, device=self.device)
         order, shuffle = list(trials), random.Random(0).shuffle
-        for _ in range(turns):
-            shuffle(order)
+        for turn in range(turns):
+            if turn % 2 == 0:
+                shuffle(order)
+            else:
+                order.reverse()
             events = []
             for trial in order:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -249,51 +259,65 @@ def sweep_kernels(problem: Any) -> Kernels | None:
         if tried[0] is None:
             warnings.warn(f"slope_ext: the own product errs: {key}; please report it", stacklevel=2)
             return None
-        trials = [trial for trial in tried if trial is not None]
-        seconds = _time_kernels(job, trials, _SEVERAL)
-        best = _soonest(seconds, usual, _LIKELY)
-        if best != usual:
-            two = [trial for trial in trials if trial.algorithm in (best, usual)]
-            seconds = _time_kernels(job, two, _TWO)
-            best = _soonest(seconds, usual, _SOONER)
+        trials = {trial.algorithm: trial for trial in tried if trial is not None}
+
+        def time_(choices: list[Choice], round_: _Round) -> Times:
+            return _time_kernels(job, [trials[choice] for choice in choices], round_)
+
+        best, times = _elected(list(trials), time_)
     return Kernels(
         **key._asdict(),
         kernels=() if best == usual else _kernels_of(best, rows),
-        seconds=seconds[best][-1],
-        usual_seconds=seconds[usual][-1],
+        seconds=statistics.geometric_mean(times[best]),
+        usual_seconds=statistics.geometric_mean(times[usual]),
     )
 
 
-def _time_kernels(
-    job: _Sweep, trials: list[_Trial], turns: _Turns
-) -> dict[Choice, tuple[float, ...]]:
+def _time_kernels(job: _Sweep, trials: list[_Trial], round_: _Round) -> Times:
     """Seconds of a launch on a rested GPU and, of large operands, in rows."""
     for trial in trials:
         trial.samples.clear()
-    job.time(trials, turns.rested, launches=1, rest=_REST_SECONDS)
+    job.time(trials, round_.turns, launches=1, rest=_REST_SECONDS)
     rested = {trial.algorithm: trial.seconds for trial in trials}
     if job.launches == 1:
         return {choice: (seconds,) for choice, seconds in rested.items()}
     for trial in trials:
         trial.samples.clear()
-    row_seconds = job.launches * sum(rested.values())
-    job.time(trials, min(max(int(_SECONDS / row_seconds), _FEWEST_TURNS), turns.rows))
+    turns = int(round_.seconds / (job.launches * sum(rested.values())))
+    job.time(trials, min(max(turns, _FEWEST_TURNS), round_.turns))
     return {trial.algorithm: (rested[trial.algorithm], trial.seconds) for trial in trials}
 
 
-def _soonest(seconds: dict[Choice, tuple[float, ...]], usual: Choice, sooner: float) -> Choice:
-    """The choice with the least mean over its times, the geometric, of those that take longer than
-    ``usual`` by none; ``usual`` if that mean is not below its own by this factor."""
+def _elected(
+    choices: list[Choice], time_: Callable[[list[Choice], _Round], Times]
+) -> tuple[Choice, Times]:
+    """The kernels to take, and the times by which they are taken.
+
+    Args:
+        choices: the first is what is taken untuned.
+        time_: times some choices, as a round says.
+    """
+    usual = choices[0]
+    times = time_(choices, _LIKELY)
+    likely = _sooner(times, usual, _LIKELY)[:_MOST_AGAIN]
+    if not likely:
+        return usual, times
+    times = time_([usual, *likely], _AGAIN)
+    return next(iter(_sooner(times, usual, _AGAIN)), usual), times
+
+
+def _sooner(times: Times, usual: Choice, round_: _Round) -> list[Choice]:
+    """Those that a round leaves, the soonest first: by the geometric mean of a choice's times."""
 
     def mean(choice: Choice) -> float:
-        return statistics.geometric_mean(seconds[choice])
+        return statistics.geometric_mean(times[choice])
 
-    def is_late(choice: Choice) -> bool:
-        pairs = zip(seconds[choice], seconds[usual], strict=True)
-        return any(time > _LATER * untuned for time, untuned in pairs)
+    def is_left(choice: Choice) -> bool:
+        pairs = zip(times[choice], times[usual], strict=True)
+        is_late = any(time > round_.later * untuned for time, untuned in pairs)
+        return not is_late and mean(choice) <= round_.sooner * mean(usual)
 
-    best = min((choice for choice in seconds if not is_late(choice)), key=mean)
-    return best if mean(best) <= sooner * mean(usual) else usual
+    return sorted(filter(is_left, times), key=mean)
 
 
 def _kernels_of(choice: Choice, rows: int) -> Parts:

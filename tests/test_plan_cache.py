@@ -205,18 +205,51 @@ def test_a_table_of_a_format_before_is_read(tmp_path, number):
     assert _tuned_table.load(path) == {ENVIRONMENT: [entry(native_version=1)], GPU: [kernels()]}
 
 
-def test_kernels_replace_the_usual_where_clearly_sooner():
-    usual, other, third = Choice(0), Choice(1), Choice(2)
-    for times, best in (
-        ({usual: (1.0,), other: (0.995,)}, usual),
-        ({usual: (1.0,), other: (0.98,), third: (0.97,)}, third),
-        ({usual: (1.0, 5.0), other: (0.95, 5.01)}, other),
-        ({usual: (1.0, 5.0), other: (0.99, 5.0)}, usual),
-        ({usual: (1.0, 5.0), other: (0.90, 5.05), third: (0.95, 5.01)}, third),
-        ({usual: (1.0, 5.0), other: (1.02, 4.0)}, usual),
-        ({usual: (1.0, 5.0)}, usual),
-    ):
-        assert _tuner._soonest(times, usual, 0.992) == best
+USUAL, OTHER, THIRD, FOURTH = map(Choice, range(4))
+
+
+@pytest.mark.parametrize(
+    ("times", "left"),
+    [
+        ({USUAL: (1.0,), OTHER: (0.993,)}, []),
+        ({USUAL: (1.0,), OTHER: (0.98,), THIRD: (0.97,)}, [THIRD, OTHER]),
+        ({USUAL: (1.0, 5.0), OTHER: (0.95, 5.01)}, [OTHER]),
+        ({USUAL: (1.0, 5.0), OTHER: (0.99, 5.0)}, []),
+        ({USUAL: (1.0, 5.0), OTHER: (0.90, 5.05), THIRD: (0.95, 5.01)}, [THIRD]),
+        ({USUAL: (1.0, 5.0), OTHER: (1.02, 4.0)}, []),
+        ({USUAL: (1.0, 5.0)}, []),
+    ],
+)
+def test_kernels_are_left_where_clearly_sooner_and_never_later(times, left):
+    assert _tuner._sooner(times, USUAL, _tuner._AGAIN) == left
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "again", "best"),
+    [
+        ((1.0, 0.998, 0.998, 0.998), None, None, USUAL),
+        ((1.0, 0.996, 1.0, 1.0), (1.0, 0.99), [OTHER], OTHER),
+        ((1.0, 0.90, 1.0, 1.0), (1.0, 0.995), [OTHER], USUAL),  # by chance
+        ((1.0, 0.98, 0.97, 0.96), (1.0, 0.99, 0.98), [FOURTH, THIRD], THIRD),
+        ((1.0, 0.98, 0.99, 0.97), (1.0, 1.1, 0.995), [FOURTH, OTHER], USUAL),
+    ],
+)
+def test_the_soonest_kernels_are_timed_again(first, second, again, best):
+    choices, rounds = [USUAL, OTHER, THIRD, FOURTH], []
+
+    def time(timed, round_):
+        rounds.append((timed, round_))
+        seconds = first if len(rounds) == 1 else second
+        return {choice: (value,) for choice, value in zip(timed, seconds, strict=True)}
+
+    found, times = _tuner._elected(choices, time)
+    assert found == best
+    assert rounds[0] == (choices, _tuner._LIKELY)
+    assert rounds[1:] == ([] if again is None else [([USUAL, *again], _tuner._AGAIN)])
+    assert times == {c: (t,) for c, t in zip(rounds[-1][0], second or first, strict=True)}
+
+
+def test_kernels_as_the_table_has_them():
     assert _tuner._kernels_of(Choice(3), 64) == ((64, *TILES[3]),)
     split = Choice(TILES.index((256, 192, 2, 1)), 512, TILES.index((128, 64, 1, 2)))
     assert _tuner._kernels_of(split, 640) == SPLIT
@@ -469,7 +502,7 @@ class Job:
     def trial(self, algorithm):
         return None if algorithm == "wrong" else _tuner._Trial(algorithm, lambda: None)
 
-    def time(self, trials, turns, launches=None):
+    def time(self, trials, turns, launches=None, rest=0.0):
         self.timed.append(([t.algorithm for t in trials], turns, launches or self.launches))
         for trial in trials:
             trial.samples += [self.seconds[trial.algorithm]] * turns
@@ -487,6 +520,20 @@ def test_one_launch_of_a_long_product_tells_what_is_worth_a_row(launches):
         assert job.timed == [(["a", "b", "c"], 1, 1), (["a", "b"], 1, 5)]
         assert [t.far for t in trials] == [False, False, True]
         assert [t.samples for t in trials] == [[1.0], [1.29], [1.31]]
+
+
+@pytest.mark.parametrize(("launches", "rows"), [(1, 0), (2, 8), (50, 4), (1000, 3)])
+def test_a_round_of_kernels_counts_its_own_samples(launches, rows):
+    job = Job({"a": 1e-3, "b": 0.5e-3}, launches)
+    trials = [job.trial(name) for name in "ab"]
+    for trial in trials:
+        trial.samples.append(5.0)  # of the round before
+    times = _tuner._time_kernels(job, trials, _tuner._LIKELY)
+    expected = [(["a", "b"], 8, 1)]
+    if rows:
+        expected += [(["a", "b"], rows, launches)]
+    assert job.timed == expected
+    assert times == {name: (job.seconds[name],) * len(expected) for name in "ab"}
 
 
 def test_large_products_are_timed_in_rows():
@@ -974,9 +1021,9 @@ def test_what_ships_for_this_gpu_is_taken(monkeypatch):
         assert line.kernels == () or taken == Choice(*line.choice())
 
 
-def another(seconds, usual, _):
-    """In place of _tuner._soonest: never what would be taken untuned."""
-    return next(choice for choice in seconds if choice != usual)
+def another(choices, time_):
+    """In place of _tuner._elected: never what would be taken untuned."""
+    return choices[1], time_(choices[:2], _tuner._LIKELY)
 
 
 @pytest.mark.gpu
@@ -984,7 +1031,7 @@ def test_tuning_of_the_own_products_kernels_persists_and_is_used(monkeypatch, tm
     rows, columns, tokens = 4096, 1024, 1024
     layer, x = own_layer(rows, columns, tokens)
     monkeypatch.setattr(_tuner, "_WITHIN", 1.3)
-    monkeypatch.setattr(_tuner, "_soonest", another)
+    monkeypatch.setattr(_tuner, "_elected", another)
     untuned = chosen(tokens, rows, columns)
     assert plan_cache.tune(layer, [tokens, tokens - 1], backward=False) == [], "no plans"
     (line,) = plan_cache.tuned_kernels()
@@ -1038,19 +1085,15 @@ def test_wrong_kernels_never_win(monkeypatch):
         if not wrong or trial.algorithm in wrong:
             self.y[-1, -1] += 100
 
-    def times(_, trials, __):
-        now = [trial.algorithm for trial in trials]
-        timed.append(now)
-        return {choice: (2.0 if choice == usual else 1.0,) for choice in now}
+    def times(job, trials, round_):
+        timed.append([trial.algorithm for trial in trials])
+        return {choice: (2.0 if choice == usual else 1.0,) for choice in timed[-1]}
 
     monkeypatch.setattr(_tuner._Sweep, "run", spoil)
     monkeypatch.setattr(_tuner, "_time_kernels", times)
     plan_cache.tune(layer, 1024, backward=False)
-    several, two = timed
-    assert usual in several
-    assert spoiled not in several
-    assert usual in two
-    assert len(two) == 2, "the soonest anew"
+    assert len(timed) == 2, "the soonest again"
+    assert all(usual in choices and spoiled not in choices for choices in timed)
     before = plan_cache.tuned_kernels()
     monkeypatch.setattr(_tuner, "_time_kernels", None)  # nothing is timed
     for wrong[:] in ([usual], []):  # none in particular: all
