@@ -2,7 +2,8 @@
 """weight_grad against the dense product dY^T X alone, and followed by a compression.
 
 The first baseline shows what the compressed gradient costs on top of cuBLAS (target: a ratio of
-0.97 or more), the second what one gains over the plain two steps.
+0.97 or more), the second what one gains over the plain two steps. The bar shapes in both types and
+with several token counts, all other weights of the models in bf16 with 8192.
 
 Limit: the longer of the bytes that must move (dY, X, bitmask, values) over the copy bandwidth, and
 2 * out * in * tokens FLOP over the rate of an 8192^3 dense bf16 product; both are measured in the
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 import harness
-from model_shapes import BAR_SHAPES, Shape
+from model_shapes import BAR_SHAPES, Shape, users
 from slope_ext import ops
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -62,6 +63,8 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
         for shape in BAR_SHAPES
         for tokens in run.first(TOKENS, 2)
     ]
+    if not run.quick:
+        cases += [(shape, torch.bfloat16, 8192) for shape in users() if shape not in BAR_SHAPES]
     for shape, dtype, tokens in run.own(cases):
         yield from bench_shape(shape, dtype, tokens, run)
 

@@ -73,7 +73,7 @@ class _Round(NamedTuple):
 
 # Medians of a few samples err by half a percent, and the best of eight is low by chance; so those
 # that are likely are timed again, where chance has two to choose from and errs by less
-_LIKELY, _AGAIN, _MOST_AGAIN = _Round(8, 0.3, 0.997, 1.01), _Round(24, 0.3, 0.992, 1.005), 2
+_LIKELY, _AGAIN, _MOST_AGAIN = _Round(8, 0.2, 0.997, 1.01), _Round(20, 0.2, 0.992, 1.005), 2
 Times = dict[Choice, tuple[float, ...]]  # seconds of a launch: rested, and in rows
 
 

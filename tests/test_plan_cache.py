@@ -522,7 +522,7 @@ def test_one_launch_of_a_long_product_tells_what_is_worth_a_row(launches):
         assert [t.samples for t in trials] == [[1.0], [1.29], [1.31]]
 
 
-@pytest.mark.parametrize(("launches", "rows"), [(1, 0), (2, 8), (50, 4), (1000, 3)])
+@pytest.mark.parametrize(("launches", "rows"), [(1, 0), (2, 8), (25, 5), (1000, 3)])
 def test_a_round_of_kernels_counts_its_own_samples(launches, rows):
     job = Job({"a": 1e-3, "b": 0.5e-3}, launches)
     trials = [job.trial(name) for name in "ab"]
