@@ -32,8 +32,9 @@ synccheck  our kernels                                 barriers
 ========== =========================================== ============================================
 
 Every tool goes over every file of tests in a process of its own, over the longest in several; they
-run side by side, dealt out to the GPUs that CUDA_VISIBLE_DEVICES names. A tool's record is written
-when it is through; memcheck of all takes some minutes of a GPU that does nothing else.
+run side by side, dealt out to the GPUs that CUDA_VISIBLE_DEVICES names. One that hangs is killed,
+which fails its tool. A tool's record is written when it is through; memcheck of all takes some
+minutes of a GPU that does nothing else.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -80,6 +82,7 @@ LEFT_OUT = (
 )
 # test_packed_operand_multiplies of test_pack: what they run are cuSPARSELt's kernels
 LEFT_OUT_BY_MISJUDGING = (*LEFT_OUT, "multiplies")
+MOST_SECONDS = 1200.0  # of a process, ten times what the longest takes
 PYTORCH_ALLOCATES_EACH = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
@@ -163,11 +166,17 @@ def under(
     command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no"]
     command += ["--print-limit", "0", *options, sys.executable, *python]
     env = os.environ | environment | {"CUDA_VISIBLE_DEVICES": gpu}
-    with log.open("wb") as out:
-        ended = subprocess.run(
-            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, check=False
-        )
-    return ended.returncode
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        try:
+            return process.wait(MOST_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the tool and what runs under it
+            return process.wait()
 
 
 def looks_at_ours(log: Path, gpu: str) -> bool:

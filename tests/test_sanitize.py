@@ -3,7 +3,10 @@
 
 import importlib
 import json
+import os
+import signal
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -129,3 +132,18 @@ def test_what_cannot_be_trusted_is_not_recorded(text, tmp_path, monkeypatch, cap
     assert not sanitize.recorded(memcheck, {"pack": output(), "spmm": text}, [])
     assert "failed: ['spmm']" in capsys.readouterr().out
     assert not sanitize.REPORT.exists()
+
+
+def test_what_hangs_is_killed_with_its_children(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\necho begun\nwait\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sanitize, "MOST_SECONDS", 1.0)
+    log = tmp_path / "log"
+    assert sanitize.under("racecheck", (), ["-c", ""], log, "0", {}) == -signal.SIGKILL
+    assert log.read_text() == "begun\n"
+    state = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
