@@ -8,7 +8,8 @@ A table stands between ``<!-- records: GPU/FILE DTYPE -->`` and ``<!-- /records 
 GPU/FILE.json lies under benchmarks/results; it shows the records of that dtype. More words
 ``field=value`` or ``field=value,value`` narrow them down further, e.g. ``tokens=8192,16384``, and
 ``field~expression`` takes what a regular expression finds something in. With ``columns=tokens`` it
-is one of ratios alone, a line for each case and a column for each token count.
+is one of ratios alone, a line for each case and a column for each token count. Between
+``<!-- targets: GPU -->`` and ``<!-- /targets -->`` stands the table of targets.py.
 
 The charts are docs/images/CHART-GPU.svg. A chart ends in a comment with a digest of the records it
 was drawn from, which is what --check compares; a chart that has no records is skipped.
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import targets
 from model_shapes import BAR_SHAPES
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +39,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
 BLOCK = re.compile(
     r"(<!-- records: (\S+) (\w+)((?: \w+[=~]\S+)*) -->\n).*?(<!-- /records -->)", re.DOTALL
 )
+
+TARGETS = re.compile(r"(<!-- targets: (\S+) -->\n).*?(<!-- /targets -->)", re.DOTALL)
 
 RawRecord = dict[str, Any]
 
@@ -127,7 +131,11 @@ def render(text: str) -> str:
             return start + ratios_by(columns[0].removeprefix("columns="), records) + end
         return start + table(records) + end
 
-    return BLOCK.sub(replace, text)
+    def replace_targets(match: re.Match[str]) -> str:
+        start, folder, end = match.groups()
+        return start + targets.table(RESULTS / folder) + end
+
+    return TARGETS.sub(replace_targets, BLOCK.sub(replace, text))
 
 
 def _fits(r: RawRecord, word: str) -> bool:

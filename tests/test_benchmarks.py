@@ -23,6 +23,7 @@ def load(name):
 
 
 harness, plot, model_shapes = load("harness"), load("plot"), load("model_shapes")
+targets = load("targets")
 
 
 @pytest.fixture
@@ -284,3 +285,60 @@ def test_charts_are_deterministic(tree, record):
     assert all(speedup.wants(r) for r in lines)
     assert not speedup.wants(lines[0] | {"baseline": "others"})
     assert "4096x4096" in plot.svg(speedup, lines)
+
+
+# ---- targets -------------------------------------------------------------------------------------
+
+
+def saved(tmp_path, *records):
+    """The records that targets read."""
+    harness.save(records, "op", tmp_path)
+    return targets.Records(tmp_path)
+
+
+def test_a_target_names_the_cases_that_miss_it(record, tmp_path):
+    cases = {"64x32;a": 1.5, "32x64;a": 1.05, "32x32;a": 1.0499, "64x64;b": 0.1}
+    records = saved(tmp_path, *(replace(record, case=c, ratio=r) for c, r in cases.items()))
+    values = targets.ratios("op", case="(.*);a", baseline="theirs")
+    wanted = {"64x32": 1.6, "32x64": 1.05, "32x32": 1.04}
+    assert targets.Target("it", wanted, values).line(records) == (
+        "| it | at least 1.040 to 1.600x | 1.050 to 1.500x | 2 of 3 | 64x32 1.500 of 1.600 |"
+    )
+    assert targets.Target("it", 1.05, values, at_most=True).line(records) == (
+        "| it | at most 1.050x | 1.050 to 1.500x | 2 of 3 | 64x32 1.500 |"
+    )
+    with pytest.raises(SystemExit, match="no records for the target 'none'"):
+        targets.Target("none", 1.0, targets.ratios("op", baseline="nobody")).line(records)
+
+
+def test_what_comes_on_top_and_what_is_compared(record, tmp_path):
+    step = replace(record, bench="train_step", tokens=8192)
+    times = {"M": 100.0, "M;recompute": 103.0, "M;r=8": 105.0, "M;r=64": 120.0}
+    records = [
+        replace(step, case=f"{case.replace('M', 'M;layers=1;slope')};compiled", value=value)
+        for case, value in times.items()
+    ]
+    harness.save(records, "training", tmp_path)
+    read = targets.Records(tmp_path)
+    assert targets.adapters(read) == pytest.approx({"M;layers=1": 5.0})
+    assert targets.recomputing(read) == pytest.approx({"M;layers=1": 3.0})
+    read = saved(tmp_path, replace(record, ratio=0.8), replace(record, tokens=8, value=2e3))
+    assert targets.more("op", tokens=0)(read) == pytest.approx({"64x32": 25.0})
+    assert targets.each_token_count("op", 1e3, tokens=8)(read) == {"64x32, 8 tokens": 2.0}
+
+
+def test_fusing_is_held_against_the_fastest_that_does_not(record, tmp_path):
+    lowrank = replace(record, bench="linear_lowrank", tokens=8192)
+    baselines = {"plan": 1.5, "own, then addmm_": 1.04, "without adapter": 0.9}
+    records = [replace(lowrank, baseline=b, ratio=r) for b, r in baselines.items()]
+    harness.save(records, "spmm_native", tmp_path)
+    assert targets.lowrank_against_the_best(targets.Records(tmp_path)) == {"64x32": 1.04}
+
+
+def test_the_committed_records_have_every_target():
+    text = (BENCHMARKS.parent / "docs" / "performance.md").read_text()
+    assert "<!-- targets: h200 -->" in text
+    lines = targets.table(BENCHMARKS / "results" / "h200").splitlines()
+    assert len(lines) == 2 + len(targets.TARGETS)
+    assert len({line.split(" | ")[0] for line in lines}) == len(lines), "each has a name"
+    assert all(line in text for line in lines)
