@@ -93,7 +93,7 @@ def main() -> int:
     arguments = parser.parse_args()
     options = ["--data", arguments.data, "--tokenizer", arguments.tokenizer]
     every = ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(RUNS)) as pool:
         found = pool.map(
             lambda name, gpu: losses_of(

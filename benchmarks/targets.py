@@ -17,27 +17,35 @@ from model_shapes import BAR_SHAPES, adapter_rank
 
 RawRecord = dict[str, Any]
 Values = dict[str, float]  # by case
-# Weights of which a kernel takes long enough for its share of the copy bandwidth to be its own
-LARGE = ("4096x4096", "8192x8192", "14336x4096", "20480x5120")
 DIGITS = {"x": 3, "": 3, "%": 2, "us": 1, "ms": 1, "s": 2, "MiB": 0}  # by unit
 WEIGHTS = tuple(f"{rows}x{columns}" for rows, columns in BAR_SHAPES)
 
 
 class Records:
-    """The records of a GPU, in bf16."""
+    """The records of a GPU, in bf16; remembers those that were asked for."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.read: list[RawRecord] = []
 
-    def of(
-        self, file: str, case: str = "", baseline: str | None = None, **fields: Any
-    ) -> Iterator[tuple[str, RawRecord]]:
-        """Those whose ``case`` is matched whole, with what its group is, or else the case."""
-        for r in json.loads((self._folder / f"{file}.json").read_text()):
-            match = re.fullmatch(case or ".*", r["case"])
-            fits = r["dtype"] == "bfloat16" and baseline in (None, r["baseline"])
-            if match and fits and all(r[name] == value for name, value in fields.items()):
-                yield (match[1] if match.groups() else r["case"]), r
+    def of(self, file: str, case: str = ".*", **fields: Any) -> list[tuple[str, RawRecord]]:
+        """Those whose ``case`` is matched whole, with what its group is, or else the case.
+
+        Token counts follow where there are several. ``fields``: a value, or a tuple of them.
+        """
+        found = [
+            (match, r)
+            for r in json.loads((self._folder / f"{file}.json").read_text())
+            if (match := re.fullmatch(case, r["case"]))
+            and r["dtype"] == "bfloat16"
+            and all(r[name] in (v if isinstance(v, tuple) else (v,)) for name, v in fields.items())
+        ]
+        several = len({r["tokens"] for _, r in found}) > 1
+        self.read += [r for _, r in found]
+        return [
+            ((match[1] if match.groups() else match[0]) + f", {r['tokens']} tokens" * several, r)
+            for match, r in found
+        ]
 
 
 @dataclass(frozen=True)
@@ -87,200 +95,227 @@ class Target:
         return f"{' to '.join(ends)}{unit}"
 
 
-# ---- how records are read ------------------------------------------------------------------------
+# ---- figures of a record -------------------------------------------------------------------------
 
 
-def ratios(file: str, **wanted: Any) -> Callable[[Records], Values]:
-    """Times as fast as the baseline."""
-    return lambda records: {name: r["ratio"] for name, r in records.of(file, **wanted)}
+def speedup(r: RawRecord) -> float:
+    """Times as fast, or as small, as the baseline; not of the ratio's three digits."""
+    return float(r["baseline_value"] / r["value"])
 
 
-def times(file: str, **wanted: Any) -> Callable[[Records], Values]:
-    """Microseconds."""
-    return lambda records: {name: r["value"] for name, r in records.of(file, **wanted)}
+def share(r: RawRecord) -> float:
+    """Of the baseline's time or bytes."""
+    return 1 / speedup(r)
 
 
-def each_token_count(
-    file: str, scale: float | None = None, **wanted: Any
-) -> Callable[[Records], Values]:
-    """Ratios or, of a unit that ``scale`` microseconds are, times, where token counts differ."""
-    return lambda records: {
-        f"{name}, {r['tokens']} tokens": r["ratio"] if scale is None else r["value"] / scale
-        for name, r in records.of(file, **wanted)
-    }
+def on_top(r: RawRecord) -> float:
+    """Per cent more than the baseline."""
+    return 100 * (share(r) - 1)
 
 
-def of_limit(file: str, weights: tuple[str, ...], **wanted: Any) -> Callable[[Records], Values]:
+def of_limit(r: RawRecord) -> float:
     """Per cent of the limit."""
-    return lambda records: {
-        name: 100 * r["limit_fraction"] for name, r in records.of(file, **wanted) if name in weights
-    }
+    return float(100 * r["limit"] / r["value"])
 
 
-def more(file: str, **wanted: Any) -> Callable[[Records], Values]:
-    """Per cent of the baseline's time that come on top of it."""
-    return lambda records: {
-        name: 100 * (1 / r["ratio"] - 1) for name, r in records.of(file, **wanted)
-    }
+def in_units(microseconds: float) -> Callable[[RawRecord], float]:
+    """The time, in a unit of so many microseconds."""
+    return lambda r: r["value"] / microseconds
 
 
-def both_regimes(tokens: int) -> Callable[[Records], Values]:
-    """The own product against the best plan, rested and in 50 ms of work."""
-    return ratios("spmm_native", **PLAN, case="(.*;(?:burst|sustained))", tokens=tokens)
+def each(figure: Callable[[RawRecord], float], file: str, **wanted: Any) -> Any:
+    """Of each record that ``Records.of`` finds, a figure."""
+
+    def values(records: Records) -> Values:
+        return _by_case((case, figure(r)) for case, r in records.of(file, **wanted))
+
+    return values
 
 
-def shares(part: str, kind: str) -> Callable[[Records], Values]:
-    """The part of the dense training state that is needed, fp32 moments."""
-    return lambda records: {
-        name: 1 / r["ratio"]
-        for name, r in records.of("memory", f"(.*);{part};{kind};moments=float32;state")
-    }
+def _by_case(pairs: Iterator[tuple[str, float]]) -> Values:
+    values: Values = {}
+    for case, value in pairs:
+        if values.setdefault(case, value) != value:
+            raise SystemExit(f"two figures of one case: {case}")
+    return values
+
+
+# ---- figures of several records ------------------------------------------------------------------
 
 
 def tails_of_one_in_64(records: Records) -> Values:
     """What a tail of 1.56 % of the columns costs."""
-    costs = more("spmm_native", bench="spmm_native_fused", tokens=8192, case="(.*;r=.*)")(records)
-    ranks = {f"{rows}x{columns};r={adapter_rank(columns)}" for rows, columns in BAR_SHAPES}
-    return {case: cost for case, cost in costs.items() if case in ranks}
+    ranks = [f"{rows}x{columns};r={adapter_rank(columns)}" for rows, columns in BAR_SHAPES]
+    case = f"({'|'.join(ranks)})"
+    return _by_case((name, on_top(r)) for name, r in records.of("spmm_native", case, **FUSED))
 
 
 def lowrank_against_the_best(records: Records) -> Values:
     """linear_lowrank, T = X A^T included, against the fastest way that does not fuse."""
     found: Values = {}
-    for case, r in records.of("spmm_native", bench="linear_lowrank", tokens=8192):
+    for case, r in records.of("spmm_native", bench="linear_lowrank"):
         if r["baseline"] != "without adapter":
-            found[case] = min(found.get(case, r["ratio"]), r["ratio"])
+            found[case] = min(found.get(case, speedup(r)), speedup(r))
     return found
+
+
+def steps(method: str, models: str, tokens: int = 8192) -> Callable[[Records], Values]:
+    """Against the fastest dense step of any method, in whatever turns."""
+
+    def values(records: Records) -> Values:
+        found = dict(records.of("training", f"(?:{models});.*", bench="train_step", tokens=tokens))
+        best: Values = {}
+        for case, r in found.items():
+            label = ";".join(case.split(";")[:2])
+            best[label] = min(best.get(label, r["baseline_value"]), r["baseline_value"])
+        cases = {label: f"{label};slope;{method}" for label in best}
+        return {
+            label: best[label] / found[case]["value"]
+            for label, case in cases.items()
+            if case in found
+        }
+
+    return values
 
 
 def adapters(records: Records) -> Values:
     """What adapters of 1.56 % of the hidden size cost of a compiled step."""
-    steps = dict(records.of("training", bench="train_step", tokens=8192))
-    found: dict[str, tuple[int, float]] = {}  # by model: the least rank, and what it costs
-    for case, r in steps.items():
+    found = dict(records.of("training", bench="train_step", tokens=8192))
+    costs: dict[str, tuple[int, float]] = {}  # by model: the least rank, and what it costs
+    for case, r in found.items():
         if match := re.fullmatch(r"(.*);slope;r=(\d+);compiled", case):
-            model, rank = match[1], int(match[2])
-            cost = 100 * (r["value"] / steps[f"{model};slope;compiled"]["value"] - 1)
-            found[model] = min(found.get(model, (rank, cost)), (rank, cost))
-    return {model: cost for model, (_, cost) in found.items()}
+            label, rank = match[1], int(match[2])
+            cost = 100 * (r["value"] / found[f"{label};slope;compiled"]["value"] - 1)
+            costs[label] = min(costs.get(label, (rank, cost)), (rank, cost))
+    return {label: cost for label, (_, cost) in costs.items()}
 
 
 def recomputing(records: Records) -> Values:
     """What it costs of a compiled step that backward makes the backward copy."""
-    steps = dict(records.of("training", bench="train_step", tokens=8192))
+    found = dict(records.of("training", bench="train_step", tokens=8192))
+    pairs = [(case, case.replace("recompute;", "")) for case in found if "recompute" in case]
     return {
         case.removesuffix(";slope;recompute;compiled"): 100
-        * (r["value"] / steps[case.replace("recompute;", "")]["value"] - 1)
-        for case, r in steps.items()
-        if case.endswith(";slope;recompute;compiled")
+        * (found[case]["value"] / found[cached]["value"] - 1)
+        for case, cached in pairs
     }
 
 
-def peaks(records: Records) -> Values:
-    """MiB that a compiled step needs less at most, beyond those that the state does."""
-    saved: dict[str, Values] = {"peak, accumulating": {}, "state": {}}
-    for kind, of_kind in saved.items():
-        case = f"(.*);slope;compiled;{kind}, requested"
-        for name, r in records.of("training", case, bench="train_memory", tokens=8192):
-            of_kind[name] = r["baseline_value"] - r["value"]
-    peak, state = saved.values()
-    return {name: peak[name] - state[name] for name in peak if name in state}
+def peaks(kind: str, method: str) -> Callable[[Records], Values]:
+    """MiB that a step needs less at most, beyond those that the state does."""
+
+    def saved(records: Records, what: str) -> Values:
+        case = f"(.*);slope;{method};{what}, requested"
+        found = records.of("training", case, bench="train_memory", tokens=8192)
+        return {label: r["baseline_value"] - r["value"] for label, r in found}
+
+    def values(records: Records) -> Values:
+        peak, state = saved(records, kind), saved(records, "state")
+        return {label: peak[label] - state[label] for label in state}
+
+    return values
 
 
 # ---- what was aimed at ---------------------------------------------------------------------------
 
 FORWARD = {"bench": "linear_forward", "baseline": "F.linear", "case": f"({'|'.join(WEIGHTS)})"}
+AUTO = {"4096x4096": 1.45, "14336x4096": 1.5, "9216x9216": 1.58, "20480x5120": 1.58}
 PLAN = {"bench": "spmm_native", "baseline": "best cuSPARSELt plan"}
+BOTH = {**PLAN, "case": "(.*;(?:burst|sustained))"}
 FUSED = {"bench": "spmm_native_fused", "baseline": "without"}
-STEP = {"bench": "train_step", "tokens": 8192}
-WIDE = dict.fromkeys(("20480x5120", "5120x20480", "9216x9216"), 1.55)
-LONG = {"14336x4096": 1.43, "4096x14336": 1.43}
-BURSTS = (1.05, 1.04, 1.02, 1.02, 1.02, 1.05)
+FIRST = dict(zip(WEIGHTS, (1.36, 1.43, 1.43, 1.55, 1.55, 1.55), strict=True))
+BURSTS = dict(zip(WEIGHTS, (1.05, 1.04, 1.02, 1.02, 1.02, 1.05), strict=True))
+FROM_4096_UP = "((?:4096|8192|14336|20480)x.*)"
+STATE = "(.*);{};moments=float32;state"
 
 TARGETS = [
-    Target("`linear`, 8192 tokens, against cuBLAS", {"4096x4096": 1.36, **LONG, **WIDE},
-           ratios("spmm", **FORWARD, tokens=8192)),
-    Target("by the own product and plans, whichever `backend=\"auto\"` takes",
-           {"4096x4096": 1.45, "14336x4096": 1.5, "9216x9216": 1.58, "20480x5120": 1.58},
-           ratios("spmm", **FORWARD | {"case": "(4096x4096|14336x4096|9216x9216|20480x5120)"},
-                  tokens=8192)),
-    Target("`linear`, 2048 tokens, against cuBLAS", 1.29, ratios("spmm", **FORWARD, tokens=2048)),
-    Target("`linear`, 8 to 16384 tokens, against the best of a sweep of cuSPARSELt's algorithms",
-           0.97, each_token_count("spmm", bench="linear_forward_vs_best_id")),
-    Target("own product against the best plan, 8192 tokens, bursts",
-           dict(zip(WEIGHTS, BURSTS, strict=True)),
-           ratios("spmm_native", **PLAN, case="(.*);burst", tokens=8192)),
-    Target("own product against the best plan, 8192 tokens, in 50 ms of work", 1.0,
-           ratios("spmm_native", **PLAN, case="(.*);sustained", tokens=8192)),
-    Target("own product against the best plan, 2048 tokens, both", 1.03, both_regimes(2048)),
-    Target("own product against the best plan, 1024 tokens, both", 1.0, both_regimes(1024)),
-    Target("own product against the best plan, 512 tokens, both", 1.0, both_regimes(512)),
-    Target("low-rank tail of rank 64 on top, 8192 tokens", 2.5,
-           more("spmm_native", **FUSED, case="(.*);r=64", tokens=8192), "%", at_most=True),
-    Target("low-rank tail of rank 64 on top, 2048 tokens", 2.5,
-           more("spmm_native", **FUSED, case="(.*);r=64", tokens=2048), "%", at_most=True),
-    Target("low-rank tail of 1.56 % of the columns on top, 8192 tokens", 5.0, tails_of_one_in_64,
-           "%", at_most=True),
-    Target("low-rank layer against the best way that does not fuse, 8192 tokens", 1.05,
+    Target("`linear` against cuBLAS, 8192 tokens", FIRST,
+           each(speedup, "spmm", **FORWARD, tokens=8192)),
+    Target("`linear` of backend \"auto\" against cuBLAS, 8192 tokens", AUTO,
+           each(speedup, "spmm", **FORWARD | {"case": f"({'|'.join(AUTO)})"}, tokens=8192)),
+    Target("`linear` against cuBLAS, 2048 tokens", 1.29,
+           each(speedup, "spmm", **FORWARD, tokens=2048)),
+    Target("`linear` against the best of a sweep of cuSPARSELt's algorithms", 0.97,
+           each(speedup, "spmm", bench="linear_forward_vs_best_id")),
+    Target("own product against the best plan, 8192 tokens, bursts", BURSTS,
+           each(speedup, "spmm_native", **PLAN, case="(.*);burst", tokens=8192)),
+    Target("own product against the best plan, 8192 tokens, 50 ms of work", 1.0,
+           each(speedup, "spmm_native", **PLAN, case="(.*);sustained", tokens=8192)),
+    Target("own product against the best plan, 2048 tokens, both", 1.03,
+           each(speedup, "spmm_native", **BOTH, tokens=2048)),
+    Target("own product against the best plan, 512 and 1024 tokens, both", 1.0,
+           each(speedup, "spmm_native", **BOTH, tokens=(512, 1024))),
+    Target("low-rank tail of rank 64 on top", 2.5,
+           each(on_top, "spmm_native", **FUSED, case="(.*);r=64"), "%", at_most=True),
+    Target("low-rank tail of 1.56 % of the columns on top", 5.0, tails_of_one_in_64, "%",
+           at_most=True),
+    Target("low-rank layer against the best way that does not fuse", 1.05,
            lowrank_against_the_best),
-    Target("bias and ReLU on top, 8192 tokens", 2.0,
-           more("spmm_native", **FUSED, case="(.*);bias, relu", tokens=8192), "%", at_most=True),
-    Target("SwiGLU on top, 8192 tokens", 2.0,
-           more("spmm_native", **FUSED, case="(.*);swiglu", tokens=8192), "%", at_most=True),
+    Target("bias and ReLU on top", 2.0,
+           each(on_top, "spmm_native", **FUSED, case="(.*);bias, relu"), "%", at_most=True),
+    Target("SwiGLU on top", 2.0,
+           each(on_top, "spmm_native", **FUSED, case="(.*);swiglu"), "%", at_most=True),
     Target("host time of a warm `torch.ops.slope.linear`", 15.0,
-           times("host_overhead", bench="host_overhead", baseline="F.linear",
-                 case=".*;op;(inference_mode|no_grad)"), "us", at_most=True),
-    Target("`prune_compress`, of the copy bandwidth", 75.0,
-           of_limit("prune", LARGE, bench="prune_compress"), "%"),
-    Target("`prune_compress_transposed`, of the copy bandwidth", 70.0,
-           of_limit("prune", LARGE, bench="prune_compress_transposed"), "%"),
-    Target("`prune_compress`, one way and both, against torch's tile packer", 1.7,
-           lambda records: {f"{r['bench']} {case}": r["ratio"] for case, r
+           each(in_units(1.0), "host_overhead", case=".*;op;(.*)"), "us", at_most=True),
+    Target("`prune_compress`, of the copy bandwidth, 4096x4096 and up", 75.0,
+           each(of_limit, "prune", case=FROM_4096_UP, bench="prune_compress"), "%"),
+    Target("`prune_compress_transposed`, of the copy bandwidth, 4096x4096 and up", 70.0,
+           each(of_limit, "prune", case=FROM_4096_UP, bench="prune_compress_transposed"), "%"),
+    Target("`prune_compress` and `prune_compress_transposed` against torch's tile packer", 1.7,
+           lambda records: {f"{r['bench']} {case}": speedup(r) for case, r
                             in records.of("prune", baseline="torch tile packer")}),
-    Target("`transpose_values`, of the copy bandwidth", 75.0,
-           of_limit("transpose", LARGE, bench="transpose_values"), "%"),
+    Target("`transpose_values`, of the copy bandwidth", 75.0, each(of_limit, "transpose"), "%"),
     Target("`weight_grad` on top of the dense product, 8192 tokens", 3.0,
-           more("weight_grad", baseline="dense dY^T X", tokens=8192), "%", at_most=True),
-    Target("`pack` against a copy of what it writes", 0.5, ratios("pack", baseline="copy")),
+           each(on_top, "weight_grad", baseline="dense dY^T X", tokens=8192), "%", at_most=True),
+    Target("`pack`, times as long as a copy of what it writes", 2.0,
+           each(share, "pack", baseline="copy"), at_most=True),
     Target("first call of a shape, nothing tuned", 50.0,
-           each_token_count("first_call", 1e3, case="(.*;(?:auto|plan))"), "ms", at_most=True),
-    Target("first call of a shape that is tuned first", 1.5,
-           each_token_count("first_call", 1e6, case="(.*;(?:tune|all))"), "s", at_most=True),
-    Target("compiled training step, OPT-66B", 1.3,
-           ratios("training", **STEP, case="(OPT-66B;.*);slope;compiled")),
-    Target("compiled training step, OPT-30B", 1.28,
-           ratios("training", **STEP, case="(OPT-30B;.*);slope;compiled")),
-    Target("compiled training step, OPT-13B", 1.25,
-           ratios("training", **STEP, case="(OPT-13B;.*);slope;compiled")),
-    Target("compiled training step, LLaMA-3-8B and Mistral-7B", 1.18,
-           ratios("training", **STEP, case="((?:LLaMA-3-8B|Mistral-7B);.*);slope;compiled")),
-    Target("eager step of OPT-2.7B, 8192 tokens", 1.0,
-           ratios("training", **STEP, case="(OPT-2.7B;.*);slope;eager")),
-    Target("eager step of OPT-2.7B, 2048 tokens", 1.0,
-           ratios("training", bench="train_step", tokens=2048, case="(OPT-2.7B;.*);slope;eager")),
-    Target("adapters of 1.56 % on top of a step", 5.0, adapters, "%", at_most=True),
-    Target("`backward_copy=\"recompute\"` on top of a step", 6.0, recomputing, "%", at_most=True),
-    Target("fused AdamW, of the copy bandwidth", 80.0,
-           lambda records: {case: 100 * r["limit_fraction"] for case, r in records.of("adamw")},
-           "%"),
+           each(in_units(1e3), "first_call", case="(.*;(?:auto|plan))"), "ms", at_most=True),
+    Target("first call of a shape by a plan that is tuned first", 1.5,
+           each(in_units(1e6), "first_call", case="(.*);tune"), "s", at_most=True),
+    Target("compiled step against the fastest dense one, OPT-66B", 1.3,
+           steps("compiled", "OPT-66B")),
+    Target("compiled step against the fastest dense one, OPT-30B", 1.28,
+           steps("compiled", "OPT-30B")),
+    Target("compiled step against the fastest dense one, OPT-13B", 1.25,
+           steps("compiled", "OPT-13B")),
+    Target("compiled step against the fastest dense one, LLaMA-3-8B and Mistral-7B", 1.18,
+           steps("compiled", "LLaMA-3-8B|Mistral-7B")),
+    Target("eager step against the fastest dense one, OPT-2.7B, 8192 tokens", 1.0,
+           steps("eager", "OPT-2.7B")),
+    Target("eager step against the fastest dense one, OPT-2.7B, 2048 tokens", 1.0,
+           steps("eager", "OPT-2.7B", 2048)),
+    Target("adapters of 1.56 % on top of a compiled step", 5.0, adapters, "%", at_most=True),
+    Target("`backward_copy=\"recompute\"` on top of a compiled step", 6.0, recomputing, "%",
+           at_most=True),
+    Target("fused AdamW, of the copy bandwidth", 80.0, each(of_limit, "adamw"), "%"),
     Target("fused AdamW against torch's on the dense twin", 1.9,
-           ratios("adamw", baseline="torch fused AdamW, dense")),
-    Target("training state of the linears, of dense", 0.63, shares("linears", "cached"), "",
-           at_most=True),
-    Target("training state of the linears, copy recomputed", 0.55, shares("linears", "recompute"),
-           "", at_most=True),
-    Target("training state of whole models, of dense", 0.7, shares("whole", "cached"), "",
-           at_most=True),
-    Target("training state of whole models, copy recomputed", 0.63, shares("whole", "recompute"),
-           "", at_most=True),
-    Target("peak of a compiled step that accumulates: saved beyond the state saved", 0.0, peaks,
-           "MiB"),
+           each(speedup, "adamw", baseline="torch fused AdamW, dense")),
+    Target("training state of the linears, of dense", 0.63,
+           each(share, "memory", case=STATE.format("linears;cached")), "", at_most=True),
+    Target("training state of the linears, copy recomputed, of dense", 0.55,
+           each(share, "memory", case=STATE.format("linears;recompute")), "", at_most=True),
+    Target("training state of whole models, of dense", 0.7,
+           each(share, "memory", case=STATE.format("whole;cached")), "", at_most=True),
+    Target("training state of whole models, copy recomputed, of dense", 0.63,
+           each(share, "memory", case=STATE.format("whole;recompute")), "", at_most=True),
+    *(Target(f"{how} step {kind}: peak saved beyond the state saved", 0.0,
+             peaks(f"peak{', accumulating' * (kind == 'that accumulates')}", method), "MiB")
+      for kind in ("that accumulates", "from no gradients")
+      for how, method in (("compiled", "compiled"), ("eager", "eager"),
+                          ("recomputing, compiled", "recompute;compiled"))),
 ]  # fmt: skip
 
 
 def table(folder: Path) -> str:
-    """A Markdown table of all targets, from the records in a folder."""
+    """A Markdown table of all targets, from the records in a folder, and which those are."""
     records = Records(folder)
     head = ["what", "wanted", "measured", "cases that reach it", "those that do not"]
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---:|---|"]
-    return "\n".join([*lines, *(target.line(records) for target in TARGETS)]) + "\n"
+    lines += [target.line(records) for target in TARGETS]
+    cards, dates, commits = (
+        sorted({r[name] for r in records.read}) for name in ("gpu", "date", "commit")
+    )
+    card = next(name for name in cards if name != "none")  # that of what was only counted
+    where = f"bfloat16, {card}, {dates[0]} to {dates[-1]}, commits {', '.join(commits)}"
+    return "\n".join(lines) + f"\n\n{where}; training state is counted.\n"

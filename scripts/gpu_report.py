@@ -108,7 +108,7 @@ def run(processes: int, pytest_arguments: list[str]) -> int:
         "passed": counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"],
         "failed": counts["failures"] + counts["errors"],
         "skipped": counts["skipped"],
-        "skipped_because": Counter(sorted(skip.attrib["message"] for skip in skips)),
+        "skipped_because": Counter(sorted(s.attrib["message"] or s.attrib["type"] for s in skips)),
         "measured": measured,
         "gpu": torch.cuda.get_device_name(),
         "gpus": torch.cuda.device_count(),

@@ -40,6 +40,7 @@ minutes of a GPU that does nothing else.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -82,7 +83,7 @@ LEFT_OUT = (
 )
 # test_packed_operand_multiplies of test_pack: what they run are cuSPARSELt's kernels
 LEFT_OUT_BY_MISJUDGING = (*LEFT_OUT, "multiplies")
-MOST_SECONDS = 1200.0  # of a process, ten times what the longest takes
+MOST_SECONDS = 1200.0  # of a process; all of them together take seven minutes of a GPU
 PYTORCH_ALLOCATES_EACH = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
@@ -172,11 +173,24 @@ def under(
             command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         ) as process,
     ):
+        running.add(process)
         try:
             return process.wait(MOST_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the tool and what runs under it
+            kill(process)
+            print(f"sanitize: killed after {MOST_SECONDS:.0f} s: {log.stem}", flush=True)
             return process.wait()
+        finally:
+            running.discard(process)
+
+
+running: set[subprocess.Popen[bytes]] = set()
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a tool and what runs under it, which are a process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def looks_at_ours(log: Path, gpu: str) -> bool:
@@ -304,14 +318,20 @@ def main() -> int:
             pool.submit(job.tool.run, job, logs[job], gpus[place % len(gpus)]): job
             for place, job in enumerate(jobs)
         }
-        for run in as_completed(runs):
-            tool, name = runs[run].tool, runs[run].name
-            if not run.result():
-                failed[tool].append(name)
-            left[tool] -= 1
-            if left[tool] == 0:
-                texts = {job.name: logs[job].read_text(errors="replace") for job in tool.jobs()}
-                good.append(recorded(tool, texts, failed[tool]))
+        try:
+            for run in as_completed(runs):
+                tool, name = runs[run].tool, runs[run].name
+                if not run.result():
+                    failed[tool].append(name)
+                left[tool] -= 1
+                if left[tool] == 0:
+                    texts = {job.name: logs[job].read_text(errors="replace") for job in tool.jobs()}
+                    good.append(recorded(tool, texts, failed[tool]))
+        except BaseException:  # Ctrl-C: it does not reach their groups
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                kill(process)
+            raise
     return int(not all(good))
 
 

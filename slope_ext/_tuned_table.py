@@ -136,7 +136,8 @@ class Kernels:
     ``kernels`` are one, or two that share the rows of W: its number of rows, then the rows, tokens,
     cluster and segments of its tile; none where what is taken untuned is the soonest. Times in
     seconds, theirs and of what is taken untuned: of a launch on a rested GPU or, where the operands
-    exceed the L2 cache twice, the geometric mean of that and of one in rows of them.
+    exceed the L2 cache twice, the geometric mean of that and of one in rows of them (in lines made
+    before those of two rounds: of one in rows).
     """
 
     rows: int

@@ -13,7 +13,7 @@ other winners than a rested one; a single launch of each tells which are worth a
 
 Kernels of the own product are timed on a rested GPU and, where the operands exceed the cache twice,
 in rows too. The two soonest are timed anew, beside what would be taken untuned alone, and the
-sooner replaces that if it is clearly sooner over both and later in neither.
+sooner replaces that if it is clearly sooner over both and not clearly later in either.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class _Round(NamedTuple):
     """How kernels of the own product are timed, and what one needs to be left after it.
 
     In turns on a rested GPU and, of large operands, as many in rows, but no more than fit in some
-    ``seconds``. Then ``sooner`` than untuned by this factor over both, and ``later`` by no more
-    than that one in either.
+    ``seconds``, three at least. Then ``sooner`` than untuned by this factor over both, and
+    ``later`` by no more than that one in either.
     """
 
     turns: int
@@ -73,7 +73,9 @@ class _Round(NamedTuple):
 
 # Medians of a few samples err by half a percent, and the best of eight is low by chance; so those
 # that are likely are timed again, where chance has two to choose from and errs by less
-_LIKELY, _AGAIN, _MOST_AGAIN = _Round(8, 0.2, 0.997, 1.01), _Round(20, 0.2, 0.992, 1.005), 2
+_LIKELY = _Round(turns=8, seconds=0.2, sooner=0.997, later=1.01)
+_AGAIN = _Round(turns=20, seconds=0.2, sooner=0.992, later=1.005)
+_MOST_AGAIN = 2
 Times = dict[Choice, tuple[float, ...]]  # seconds of a launch: rested, and in rows
 
 
@@ -261,10 +263,10 @@ def sweep_kernels(problem: Any) -> Kernels | None:
             return None
         trials = {trial.algorithm: trial for trial in tried if trial is not None}
 
-        def time_(choices: list[Choice], round_: _Round) -> Times:
-            return _time_kernels(job, [trials[choice] for choice in choices], round_)
+        def time_them(choices: list[Choice], how: _Round) -> Times:
+            return _time_kernels(job, [trials[choice] for choice in choices], how)
 
-        best, times = _elected(list(trials), time_)
+        best, times = _elected(list(trials), time_them)
     return Kernels(
         **key._asdict(),
         kernels=() if best == usual else _kernels_of(best, rows),
@@ -273,40 +275,40 @@ def sweep_kernels(problem: Any) -> Kernels | None:
     )
 
 
-def _time_kernels(job: _Sweep, trials: list[_Trial], round_: _Round) -> Times:
+def _time_kernels(job: _Sweep, trials: list[_Trial], how: _Round) -> Times:
     """Seconds of a launch on a rested GPU and, of large operands, in rows."""
     for trial in trials:
         trial.samples.clear()
-    job.time(trials, round_.turns, launches=1, rest=_REST_SECONDS)
+    job.time(trials, how.turns, launches=1, rest=_REST_SECONDS)
     rested = {trial.algorithm: trial.seconds for trial in trials}
     if job.launches == 1:
         return {choice: (seconds,) for choice, seconds in rested.items()}
     for trial in trials:
         trial.samples.clear()
-    turns = int(round_.seconds / (job.launches * sum(rested.values())))
-    job.time(trials, min(max(turns, _FEWEST_TURNS), round_.turns))
+    turns = int(how.seconds / (job.launches * sum(rested.values())))
+    job.time(trials, min(max(turns, _FEWEST_TURNS), how.turns))
     return {trial.algorithm: (rested[trial.algorithm], trial.seconds) for trial in trials}
 
 
 def _elected(
-    choices: list[Choice], time_: Callable[[list[Choice], _Round], Times]
+    choices: list[Choice], time_them: Callable[[list[Choice], _Round], Times]
 ) -> tuple[Choice, Times]:
     """The kernels to take, and the times by which they are taken.
 
     Args:
         choices: the first is what is taken untuned.
-        time_: times some choices, as a round says.
+        time_them: times some choices, as a round says.
     """
     usual = choices[0]
-    times = time_(choices, _LIKELY)
+    times = time_them(choices, _LIKELY)
     likely = _sooner(times, usual, _LIKELY)[:_MOST_AGAIN]
     if not likely:
         return usual, times
-    times = time_([usual, *likely], _AGAIN)
+    times = time_them([usual, *likely], _AGAIN)
     return next(iter(_sooner(times, usual, _AGAIN)), usual), times
 
 
-def _sooner(times: Times, usual: Choice, round_: _Round) -> list[Choice]:
+def _sooner(times: Times, usual: Choice, after: _Round) -> list[Choice]:
     """Those that a round leaves, the soonest first: by the geometric mean of a choice's times."""
 
     def mean(choice: Choice) -> float:
@@ -314,8 +316,8 @@ def _sooner(times: Times, usual: Choice, round_: _Round) -> list[Choice]:
 
     def is_left(choice: Choice) -> bool:
         pairs = zip(times[choice], times[usual], strict=True)
-        is_late = any(time > round_.later * untuned for time, untuned in pairs)
-        return not is_late and mean(choice) <= round_.sooner * mean(usual)
+        is_late = any(time > after.later * untuned for time, untuned in pairs)
+        return not is_late and mean(choice) <= after.sooner * mean(usual)
 
     return sorted(filter(is_left, times), key=mean)
 

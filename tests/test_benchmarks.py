@@ -290,16 +290,21 @@ def test_charts_are_deterministic(tree, record):
 # ---- targets -------------------------------------------------------------------------------------
 
 
-def saved(tmp_path, *records):
+def of(record, ours, theirs=1.0, **changes):
+    """A record of other values."""
+    return replace(record, value=ours, baseline_value=theirs, ratio=0.0, **changes)
+
+
+def saved(tmp_path, file, *records):
     """The records that targets read."""
-    harness.save(records, "op", tmp_path)
+    harness.save(records, file, tmp_path)
     return targets.Records(tmp_path)
 
 
 def test_a_target_names_the_cases_that_miss_it(record, tmp_path):
-    cases = {"64x32;a": 1.5, "32x64;a": 1.05, "32x32;a": 1.0499, "64x64;b": 0.1}
-    records = saved(tmp_path, *(replace(record, case=c, ratio=r) for c, r in cases.items()))
-    values = targets.ratios("op", case="(.*);a", baseline="theirs")
+    times = {"64x32;a": 1.5, "32x64;a": 1.05, "32x32;a": 1.0499, "64x64;b": 0.1}
+    records = saved(tmp_path, "op", *(of(record, 1.0, t, case=c) for c, t in times.items()))
+    values = targets.each(targets.speedup, "op", case="(.*);a", baseline="theirs")
     wanted = {"64x32": 1.6, "32x64": 1.05, "32x32": 1.04}
     assert targets.Target("it", wanted, values).line(records) == (
         "| it | at least 1.040 to 1.600x | 1.050 to 1.500x | 2 of 3 | 64x32 1.500 of 1.600 |"
@@ -307,38 +312,65 @@ def test_a_target_names_the_cases_that_miss_it(record, tmp_path):
     assert targets.Target("it", 1.05, values, at_most=True).line(records) == (
         "| it | at most 1.050x | 1.050 to 1.500x | 2 of 3 | 64x32 1.500 |"
     )
+    assert [r["case"] for r in records.read] == 2 * list(times)[:3]
+    none = targets.Target("none", 1.0, targets.each(targets.speedup, "op", baseline="nobody"))
     with pytest.raises(SystemExit, match="no records for the target 'none'"):
-        targets.Target("none", 1.0, targets.ratios("op", baseline="nobody")).line(records)
+        none.line(records)
 
 
-def test_what_comes_on_top_and_what_is_compared(record, tmp_path):
-    step = replace(record, bench="train_step", tokens=8192)
-    times = {"M": 100.0, "M;recompute": 103.0, "M;r=8": 105.0, "M;r=64": 120.0}
-    records = [
-        replace(step, case=f"{case.replace('M', 'M;layers=1;slope')};compiled", value=value)
-        for case, value in times.items()
-    ]
-    harness.save(records, "training", tmp_path)
-    read = targets.Records(tmp_path)
+def test_figures_are_of_whole_values(record, tmp_path):
+    r = asdict(of(record, 3.0, 2.0, limit=1.5, limit_fraction=0.0))
+    assert targets.speedup(r) == pytest.approx(2 / 3)
+    assert targets.on_top(r) == pytest.approx(50.0)
+    assert targets.of_limit(r) == pytest.approx(50.0)
+    assert targets.in_units(2.0)(r) == 1.5
+    both = [of(record, 4.0, tokens=8), of(record, 5.0, tokens=64)]
+    values = targets.each(targets.in_units(1.0), "op")
+    assert values(saved(tmp_path, "op", *both)) == {"64x32, 8 tokens": 4, "64x32, 64 tokens": 5}
+    assert values(saved(tmp_path, "op", both[0], both[0])) == {"64x32": 4}
+    with pytest.raises(SystemExit, match="two figures of one case: 64x32"):
+        values(saved(tmp_path, "op", both[0], replace(both[1], tokens=8)))
+
+
+def test_steps_are_held_against_the_fastest_dense_one_of_all_turns(record, tmp_path):
+    step = replace(record, bench="train_step", tokens=8192, dtype="bfloat16")
+    times = {
+        "dense;compiled": (130, 126), "dense;captured": (125, 124), "slope;compiled": (100, 126),
+        "slope;recompute;compiled": (103, 126), "slope;r=8;compiled": (105, 126),
+        "slope;r=64;compiled": (120, 126),
+    }  # fmt: skip
+    records = [of(step, *t, case=f"M;layers=1;{c}") for c, t in times.items()]
+    read = saved(tmp_path, "training", *records, of(step, 9, 9, case="N;layers=1;dense;compiled"))
+    assert targets.steps("compiled", "M|N")(read) == pytest.approx({"M;layers=1": 1.24})
     assert targets.adapters(read) == pytest.approx({"M;layers=1": 5.0})
     assert targets.recomputing(read) == pytest.approx({"M;layers=1": 3.0})
-    read = saved(tmp_path, replace(record, ratio=0.8), replace(record, tokens=8, value=2e3))
-    assert targets.more("op", tokens=0)(read) == pytest.approx({"64x32": 25.0})
-    assert targets.each_token_count("op", 1e3, tokens=8)(read) == {"64x32, 8 tokens": 2.0}
 
 
-def test_fusing_is_held_against_the_fastest_that_does_not(record, tmp_path):
+def test_what_a_peak_saves_is_held_against_what_the_state_does(record, tmp_path):
+    memory = replace(record, bench="train_memory", tokens=8192, dtype="bfloat16")
+    bytes_ = {"state": (60, 100), "peak": (170, 200), "peak, accumulating": (150, 200)}
+    records = [
+        of(memory, *b, case=f"M;slope;compiled;{kind}, requested") for kind, b in bytes_.items()
+    ]
+    read = saved(tmp_path, "training", *records)
+    assert targets.peaks("peak", "compiled")(read) == {"M": -10}
+    assert targets.peaks("peak, accumulating", "compiled")(read) == {"M": 10}
+
+
+def test_low_rank_layers_and_tails(record, tmp_path):
+    fused = replace(record, bench="spmm_native_fused", baseline="without", tokens=8192)
+    tails = [of(fused, t, 100, case=f"9216x9216;{c}") for c, t in (("r=64", 101), ("r=144", 103))]
     lowrank = replace(record, bench="linear_lowrank", tokens=8192)
-    baselines = {"plan": 1.5, "own, then addmm_": 1.04, "without adapter": 0.9}
-    records = [replace(lowrank, baseline=b, ratio=r) for b, r in baselines.items()]
-    harness.save(records, "spmm_native", tmp_path)
-    assert targets.lowrank_against_the_best(targets.Records(tmp_path)) == {"64x32": 1.04}
+    theirs = {"plan": 1.5, "own, then addmm_": 1.04, "without adapter": 0.9}
+    layers = [of(lowrank, 1.0, t, baseline=b) for b, t in theirs.items()]
+    read = saved(tmp_path, "spmm_native", *tails, *layers)
+    assert targets.tails_of_one_in_64(read) == pytest.approx({"9216x9216;r=144": 3.0})
+    assert targets.lowrank_against_the_best(read) == {"64x32": 1.04}
 
 
 def test_the_committed_records_have_every_target():
     text = (BENCHMARKS.parent / "docs" / "performance.md").read_text()
-    assert "<!-- targets: h200 -->" in text
-    lines = targets.table(BENCHMARKS / "results" / "h200").splitlines()
-    assert len(lines) == 2 + len(targets.TARGETS)
-    assert len({line.split(" | ")[0] for line in lines}) == len(lines), "each has a name"
-    assert all(line in text for line in lines)
+    shown = text.partition("<!-- targets: h200 -->")[2].partition("<!-- /targets -->")[0]
+    lines = [line for line in shown.splitlines() if line.startswith("| ")][1:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {t.what}" for t in targets.TARGETS]
+    assert len({t.what for t in targets.TARGETS}) == len(targets.TARGETS), "each has a name"

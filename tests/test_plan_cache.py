@@ -496,16 +496,20 @@ def test_fp16_sweeps_try_what_is_known_to_be_good(monkeypatch):
 class Job:
     """What a sweep does on the GPU, of algorithms that take so long."""
 
+    slower = 1.0  # in rows, by this factor
+
     def __init__(self, seconds, launches):
-        self.seconds, self.launches, self.timed = seconds, launches, []
+        self.seconds, self.launches, self.timed, self.rests = seconds, launches, [], []
 
     def trial(self, algorithm):
         return None if algorithm == "wrong" else _tuner._Trial(algorithm, lambda: None)
 
     def time(self, trials, turns, launches=None, rest=0.0):
         self.timed.append(([t.algorithm for t in trials], turns, launches or self.launches))
+        self.rests.append(rest)
+        slower = 1 if rest or launches else self.slower  # in rows
         for trial in trials:
-            trial.samples += [self.seconds[trial.algorithm]] * turns
+            trial.samples += [slower * self.seconds[trial.algorithm]] * turns
 
 
 @pytest.mark.parametrize("launches", [1, 5])
@@ -525,15 +529,43 @@ def test_one_launch_of_a_long_product_tells_what_is_worth_a_row(launches):
 @pytest.mark.parametrize(("launches", "rows"), [(1, 0), (2, 8), (25, 5), (1000, 3)])
 def test_a_round_of_kernels_counts_its_own_samples(launches, rows):
     job = Job({"a": 1e-3, "b": 0.5e-3}, launches)
+    job.slower = 2.0
     trials = [job.trial(name) for name in "ab"]
     for trial in trials:
-        trial.samples.append(5.0)  # of the round before
+        trial.samples += 50 * [5.0]  # of the round before
     times = _tuner._time_kernels(job, trials, _tuner._LIKELY)
     expected = [(["a", "b"], 8, 1)]
     if rows:
         expected += [(["a", "b"], rows, launches)]
     assert job.timed == expected
-    assert times == {name: (job.seconds[name],) * len(expected) for name in "ab"}
+    assert job.rests == [_tuner._REST_SECONDS, 0.0][: len(expected)]
+    assert times == {name: (job.seconds[name], 2 * job.seconds[name])[: len(expected)]
+                     for name in "ab"}  # fmt: skip
+
+
+def test_turns_alternate_so_that_none_is_mostly_first(monkeypatch):
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            pass
+
+        synchronize = record
+
+        def elapsed_time(self, _):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    job = object.__new__(_tuner._Sweep)
+    job.device, job.l2_bytes, job.launches = torch.device("cpu"), 64, 2
+    order = []
+    trials = [_tuner._Trial(name, lambda name=name: order.append(name)) for name in "abc"]
+    job.time(trials, turns=20, launches=1)
+    turns = ["".join(order[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(turn == before[::-1] for before, turn in zip(turns[::2], turns[1::2], strict=True))
+    assert len(set(turns)) > 2, "shuffled"
+    assert trials[0].samples == 20 * [3e-3]
 
 
 def test_large_products_are_timed_in_rows():

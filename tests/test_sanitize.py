@@ -134,7 +134,14 @@ def test_what_cannot_be_trusted_is_not_recorded(text, tmp_path, monkeypatch, cap
     assert not sanitize.REPORT.exists()
 
 
-def test_what_hangs_is_killed_with_its_children(tmp_path, monkeypatch):
+def is_alive(child):
+    try:
+        return Path(f"/proc/{child}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_hangs_is_killed_with_its_children(tmp_path, monkeypatch, capsys):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\necho begun\nwait\n")
     tool.chmod(0o755)
@@ -143,7 +150,8 @@ def test_what_hangs_is_killed_with_its_children(tmp_path, monkeypatch):
     log = tmp_path / "log"
     assert sanitize.under("racecheck", (), ["-c", ""], log, "0", {}) == -signal.SIGKILL
     assert log.read_text() == "begun\n"
-    state = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
-    deadline = time.monotonic() + 10
-    while state.exists() and state.read_text().split()[2] != "Z":
+    assert capsys.readouterr().out == "sanitize: killed after 1 s: log\n"
+    child, deadline = (tmp_path / "child").read_text().strip(), time.monotonic() + 10
+    while is_alive(child):
         assert time.monotonic() < deadline
+    assert not sanitize.running
