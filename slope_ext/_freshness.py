@@ -73,12 +73,18 @@ def _state(
 ) -> list[Any]:
     state: list[Any] = [version(derived)]
     for source, storage in zip(sources, storages, strict=True):
-        state += (storage._cdata, source.storage_offset(), version(source))
+        state += place(source, storage)
         if source.is_floating_point():
             part_of_more = storage.nbytes() != source.numel() * source.element_size()
             unseen = part_of_more or _step_was_captured
             state.append(_NEVER_EQUAL() if unseen else _optimizer_steps)
     return state
+
+
+def place(tensor: Tensor, storage: torch.UntypedStorage | None = None) -> tuple[Any, ...]:
+    """Where a tensor lies and its version: equal between two looks only if nobody wrote."""
+    storage = tensor.untyped_storage() if storage is None else storage
+    return storage._cdata, tensor.storage_offset(), version(tensor)
 
 
 def version(tensor: Tensor) -> Any:

@@ -71,9 +71,9 @@ class AdamW(torch.optim.Optimizer):
         mask_interval: steps between two choices of the transposed masks (100 in the paper,
             arXiv 2405.16325 section 3.1); 0 never chooses them again. What a GradScaler skips
             counts too.
-        master_weights: keep fp32 copies of fp16 and bf16 parameters and update those; a weight that
-            is set by hand later, or loaded without this optimizer's state, is overwritten from its
-            copy.
+        master_weights: keep fp32 copies of fp16 and bf16 parameters and update those. A weight that
+            is set by hand or loaded later is taken over where it is not what its copy rounds to
+            (again not by a graph's replays, nor if written through ``.data``).
         half_moments: keep the moments of bf16 parameters in their dtype, as torch does; not with
             master_weights, nor for fp16 ones, whose second moments would be rounded to zero.
         maximize: ascend instead of descend.
@@ -114,12 +114,14 @@ class AdamW(torch.optim.Optimizer):
             "maximize": maximize,
         }
         self._clipping: _Clipping | None = None
+        self._stepped: dict[Tensor, Any] = {}  # places of what has a master, when it was stepped
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A checkpoint of torch.optim.AdamW lacks this class's options.
         super().__setstate__(state)
         self._clipping = None
+        self._stepped = {}
         for group in self.param_groups:
             group.pop(_DECOUPLED, None)  # of torch's Adam; here it is so
             for name, value in self.defaults.items():
@@ -285,6 +287,10 @@ class AdamW(torch.optim.Optimizer):
         if not params:
             return
         states = [self._state_of(param, group) for param in params]
+        mastered = [(p, s["master"]) for p, s in zip(params, states, strict=True) if "master" in s]
+        for param, master in mastered:
+            if self._stepped.get(param) != _freshness.place(param):
+                _take_over(param, master)
         group["mask_step"] += 1
         interval = group["mask_interval"]
         choose = interval > 0 and group["mask_step"] % interval == 0
@@ -299,6 +305,7 @@ class AdamW(torch.optim.Optimizer):
             buckets[(*key, copied is not None)].append((param, copied))
         for bucket in buckets.values():
             self._update(bucket, group, grad_scale, found_inf)
+        self._stepped |= {param: _freshness.place(param) for param, _ in mastered}
         # Those too that had no gradient in this very step: experts that no token went to
         for layer in layers_of(group["params"]) if choose else ():
             layer.update_transposed_mask()
@@ -415,6 +422,7 @@ class AdamW(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        self._stepped = {}
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if "mask_step" not in saved_group:  # of torch.optim.AdamW
                 states = [state_dict["state"].get(i, {}) for i in saved_group["params"]]
@@ -533,6 +541,11 @@ def _require_plain(params: Iterable[Tensor]) -> None:
                 f"AdamW: params must be plain tensors, got a {type(param).__name__}; "
                 "torch's optimizers take these"
             )
+
+
+def _take_over(param: Tensor, master: Tensor) -> None:
+    """Writes a parameter into its master but where that rounds to it, and has more digits."""
+    torch.where(master.to(param.dtype) == param, master, param, out=master)
 
 
 def _refuse_capture(param: Tensor) -> None:

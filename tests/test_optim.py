@@ -357,6 +357,83 @@ def test_masters_can_be_turned_on_later():
     assert torch.equal(optimizer.state[layer.weight]["master"].bfloat16(), layer.weight)
 
 
+def still(net, optimizer):
+    """A step that moves nothing."""
+    for param in net.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+
+
+def with_masters(device, dtype=torch.bfloat16, **options):
+    """A net after some steps, whose masters have digits that its parameters lack."""
+    net = Net(device, dtype)
+    optimizer = slope.optim.AdamW(net.parameters(), master_weights=True, **OPTIONS | options)
+    train(net, optimizer, 3, seed=1)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    masters = {p: optimizer.state[p]["master"].clone() for p in net.parameters()}
+    assert any((master != param).any() for param, master in masters.items())
+    return net, optimizer, masters
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_are_loaded_or_set_are_taken_over(dtype, device):
+    net, optimizer, _ = with_masters(device, dtype)
+    other = Net(device, dtype).state_dict()
+    net.load_state_dict(other)  # without the optimizer's state
+    still(net, optimizer)
+    for name, param in net.named_parameters():
+        assert torch.equal(param, other[name]), name
+        assert torch.equal(optimizer.state[param]["master"].to(dtype), other[name]), name
+    weight = net.up.weight
+    with torch.no_grad():
+        weight.clamp_(max=0.01)
+    weight.data = weight.data.clone()
+    bounded = weight.detach().clone()
+    assert (bounded == bounded.max()).sum() > 1
+    still(net, optimizer)
+    assert torch.equal(weight, bounded)
+
+
+def test_what_was_not_written_keeps_its_digits(device):
+    net, optimizer, masters = with_masters(device)
+    weight = net.up.weight
+    with torch.no_grad():
+        weight[0] += 1.0
+    still(net, optimizer)
+    master = optimizer.state[weight]["master"]
+    assert torch.equal(master[0], weight[0].float())
+    assert torch.equal(master[1:], masters[weight][1:])
+    assert (master[1:] != weight[1:]).any()
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_masters_of_a_checkpoint_keep_their_digits(model_first, device):
+    net, optimizer, masters = with_masters(device)
+    states = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    other, optimizer_of_other, _ = with_masters(device, lr=0.1)
+    loads = [
+        lambda: other.load_state_dict(states[0]),
+        lambda: optimizer_of_other.load_state_dict(states[1]),
+    ]
+    for load in loads if model_first else loads[::-1]:
+        load()
+    still(other, optimizer_of_other)
+    for param, theirs in zip(other.parameters(), net.parameters(), strict=True):
+        assert torch.equal(optimizer_of_other.state[param]["master"], masters[theirs])
+
+
+def test_steps_in_a_row_look_at_no_master(monkeypatch, device):
+    net, optimizer, _ = with_masters(device)
+    taken = []
+    monkeypatch.setattr(slope.optim, "_take_over", lambda param, _: taken.append(param))
+    train(net, optimizer, 3, seed=1)
+    assert not taken
+    twin, optimizer_of_twin = copy.deepcopy((net, optimizer))
+    train(twin, optimizer_of_twin, 2, seed=1)
+    assert len(taken) == len(list(twin.parameters())), "once, of a copy"
+
+
 def test_sparse_gradients_are_refused():
     linear, embedding = nn.Linear(4, 4), nn.Embedding(8, 4, sparse=True)
     optimizer = slope.optim.AdamW([*linear.parameters(), *embedding.parameters()])
