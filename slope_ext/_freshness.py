@@ -69,22 +69,19 @@ class _Stamp(NamedTuple):
 
 
 def _state(
-    derived: Tensor, sources: tuple[Tensor, ...], storages: list[torch.UntypedStorage]
+    derived: Tensor,
+    sources: tuple[Tensor, ...],
+    storages: list[torch.UntypedStorage],
+    trained: bool,
 ) -> list[Any]:
     state: list[Any] = [version(derived)]
     for source, storage in zip(sources, storages, strict=True):
-        state += place(source, storage)
-        if source.is_floating_point():
+        state += (storage._cdata, source.storage_offset(), version(source))
+        if trained and source.is_floating_point():
             part_of_more = storage.nbytes() != source.numel() * source.element_size()
             unseen = part_of_more or _step_was_captured
             state.append(_NEVER_EQUAL() if unseen else _optimizer_steps)
     return state
-
-
-def place(tensor: Tensor, storage: torch.UntypedStorage | None = None) -> tuple[Any, ...]:
-    """Where a tensor lies and its version: equal between two looks only if nobody wrote."""
-    storage = tensor.untyped_storage() if storage is None else storage
-    return storage._cdata, tensor.storage_offset(), version(tensor)
 
 
 def version(tensor: Tensor) -> Any:
@@ -92,11 +89,16 @@ def version(tensor: Tensor) -> Any:
     return _NEVER_EQUAL() if tensor.is_inference() else tensor._version
 
 
-def mark_fresh(derived: Tensor, *sources: Tensor) -> None:
-    """Records that ``derived`` was computed from the present state of ``sources``."""
+def mark_fresh(derived: Tensor, *sources: Tensor, trained: bool = True) -> None:
+    """Records that ``derived`` was computed from the present state of ``sources``.
+
+    ``trained``: of sources in floating point count optimizer steps too, which may write unseen.
+    """
     storages = [source.untyped_storage() for source in sources]
-    stamp = _Stamp(_state(derived, sources, storages), list(map(StorageWeakRef, storages)))
-    setattr(derived.untyped_storage(), _ATTRIBUTE, stamp)
+    state = _state(derived, sources, storages, trained)
+    setattr(
+        derived.untyped_storage(), _ATTRIBUTE, _Stamp(state, list(map(StorageWeakRef, storages)))
+    )
 
 
 def mark_stale(derived: Tensor) -> None:
@@ -104,11 +106,11 @@ def mark_stale(derived: Tensor) -> None:
     setattr(derived.untyped_storage(), _ATTRIBUTE, None)
 
 
-def is_fresh(derived: Tensor, *sources: Tensor) -> bool:
+def is_fresh(derived: Tensor, *sources: Tensor, trained: bool = True) -> bool:
     """Whether neither ``sources`` nor ``derived`` changed since :func:`mark_fresh`."""
     stamp: _Stamp | None = getattr(derived.untyped_storage(), _ATTRIBUTE, None)
     storages = [source.untyped_storage() for source in sources]
-    return stamp is not None and stamp.state == _state(derived, sources, storages)
+    return stamp is not None and stamp.state == _state(derived, sources, storages, trained)
 
 
 def is_followed(derived: Tensor) -> bool:

@@ -29,6 +29,7 @@ _DECOUPLED = "decoupled_weight_decay"
 
 
 _SCALARS = ("lr", "eps", "weight_decay")
+_PIECE = 1 << 24  # elements of a master that are compared at once
 _ROUNDING = 1e-12  # a scheduler that ends at 0 may end so far below
 
 
@@ -59,7 +60,7 @@ class AdamW(torch.optim.Optimizer):
     :func:`slope_ext.update_transposed_masks` on all ranks. A write through ``weight.data`` after
     ``step()`` (clamping, say) is invisible to torch and needs
     ``SLoPeLinear.mark_backward_copy_stale()``; under ``torch.no_grad()`` without ``.data`` it does
-    not.
+    not. With ``master_weights`` such a write is lost.
 
     Args:
         params: parameters or parameter groups, sparse and dense ones in any mix.
@@ -71,9 +72,12 @@ class AdamW(torch.optim.Optimizer):
         mask_interval: steps between two choices of the transposed masks (100 in the paper,
             arXiv 2405.16325 section 3.1); 0 never chooses them again. What a GradScaler skips
             counts too.
-        master_weights: keep fp32 copies of fp16 and bf16 parameters and update those. A weight that
-            is set by hand or loaded later is taken over where it is not what its copy rounds to
-            (again not by a graph's replays, nor if written through ``.data``).
+        master_weights: keep fp32 copies of fp16 and bf16 parameters and update those. What is
+            written to a weight or loaded between steps is taken over where it is not what its copy
+            rounds to: weights win over copies, whichever was loaded last. Not seen are writes
+            through ``.data`` or through a larger buffer that ``.data`` was set to a part of, and
+            what is written between a graph's replays; step once after loading, before a capture,
+            else every replay looks.
         half_moments: keep the moments of bf16 parameters in their dtype, as torch does; not with
             master_weights, nor for fp16 ones, whose second moments would be rounded to zero.
         maximize: ascend instead of descend.
@@ -114,14 +118,12 @@ class AdamW(torch.optim.Optimizer):
             "maximize": maximize,
         }
         self._clipping: _Clipping | None = None
-        self._stepped: dict[Tensor, Any] = {}  # places of what has a master, when it was stepped
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A checkpoint of torch.optim.AdamW lacks this class's options.
         super().__setstate__(state)
         self._clipping = None
-        self._stepped = {}
         for group in self.param_groups:
             group.pop(_DECOUPLED, None)  # of torch's Adam; here it is so
             for name, value in self.defaults.items():
@@ -288,9 +290,13 @@ class AdamW(torch.optim.Optimizer):
             return
         states = [self._state_of(param, group) for param in params]
         mastered = [(p, s["master"]) for p, s in zip(params, states, strict=True) if "master" in s]
-        for param, master in mastered:
-            if self._stepped.get(param) != _freshness.place(param):
-                _take_over(param, master)
+        written_to = [
+            (param, master)
+            for param, master in mastered
+            if not _freshness.is_fresh(master, param, trained=False)
+        ]
+        for param, master in written_to:
+            _take_over(param, master)
         group["mask_step"] += 1
         interval = group["mask_interval"]
         choose = interval > 0 and group["mask_step"] % interval == 0
@@ -305,7 +311,11 @@ class AdamW(torch.optim.Optimizer):
             buckets[(*key, copied is not None)].append((param, copied))
         for bucket in buckets.values():
             self._update(bucket, group, grad_scale, found_inf)
-        self._stepped |= {param: _freshness.place(param) for param, _ in mastered}
+        for param, master in mastered:
+            _freshness.mark_fresh(master, param, trained=False)
+        for param, master in written_to:
+            if _streams.is_capturing(param):  # what a capture records has not run
+                _freshness.mark_stale(master)
         # Those too that had no gradient in this very step: experts that no token went to
         for layer in layers_of(group["params"]) if choose else ():
             layer.update_transposed_mask()
@@ -422,7 +432,6 @@ class AdamW(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        self._stepped = {}
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if "mask_step" not in saved_group:  # of torch.optim.AdamW
                 states = [state_dict["state"].get(i, {}) for i in saved_group["params"]]
@@ -544,8 +553,19 @@ def _require_plain(params: Iterable[Tensor]) -> None:
 
 
 def _take_over(param: Tensor, master: Tensor) -> None:
-    """Writes a parameter into its master but where that rounds to it, and has more digits."""
-    torch.where(master.to(param.dtype) == param, master, param, out=master)
+    """Writes a parameter into its master but where that rounds to it, and has more digits.
+
+    Rounds to either type of 16 bits, since a model may have been cast from one to the other.
+    """
+    if param.shape != master.shape or param.device != master.device:
+        return  # the step says so
+    pieces = [(param, master)]
+    if param.is_contiguous() and master.is_contiguous():
+        flat = (param.detach().view(-1), master.view(-1))
+        pieces = list(zip(*(tensor.split(_PIECE) for tensor in flat), strict=True))
+    for new, old in pieces:
+        is_rounded = (old.to(torch.bfloat16) == new) | (old.to(torch.float16) == new)
+        torch.where(is_rounded, old, new, out=old)
 
 
 def _refuse_capture(param: Tensor) -> None:

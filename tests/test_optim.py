@@ -388,11 +388,77 @@ def test_weights_that_are_loaded_or_set_are_taken_over(dtype, device):
     weight = net.up.weight
     with torch.no_grad():
         weight.clamp_(max=0.01)
-    weight.data = weight.data.clone()
     bounded = weight.detach().clone()
     assert (bounded == bounded.max()).sum() > 1
     still(net, optimizer)
     assert torch.equal(weight, bounded)
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_weights_that_are_rebound_are_taken_over(times, device):
+    net, optimizer, _ = with_masters(device)
+    weight = net.up.weight
+    for _ in range(20):  # memory that is free again is taken again
+        for _ in range(times):
+            weight.data = weight.data * 1.5
+        rebound = weight.detach().clone()
+        still(net, optimizer)
+        assert torch.equal(weight, rebound)
+
+
+def test_weights_win_over_masters_that_are_loaded_alone(device):
+    net, optimizer, _ = with_masters(device)
+    _, optimizer_of_other, _ = with_masters(device, lr=0.1)
+    theirs, before = optimizer_of_other.state_dict(), copy.deepcopy(net.state_dict())
+    optimizer.load_state_dict(theirs)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    still(net, optimizer)
+    assert_same_state(net, before)
+    for index, state in optimizer.state_dict()["state"].items():  # in place
+        state["master"].copy_(theirs["state"][index]["master"] + 1)
+    still(net, optimizer)
+    assert_same_state(net, before)
+
+
+def assert_same_state(net, state):
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+
+
+def test_masters_keep_their_digits_in_a_model_of_the_other_type(device):
+    net, optimizer, masters = with_masters(device, torch.bfloat16)
+    before = [masters[param] for param in net.parameters()]
+    net.half()
+    still(net, optimizer)
+    kept = [optimizer.state[param]["master"] for param in net.parameters()]
+    assert all(map(torch.equal, before, kept))
+
+
+def test_a_weight_of_another_shape_is_refused_before_its_master_changes():
+    net, optimizer, masters = with_masters("cpu")
+    weight = net.down.weight
+    weight.data = weight.data[:1].clone()
+    weight.grad = torch.zeros_like(weight)
+    with pytest.raises(RuntimeError, match="adamw_"):
+        optimizer.step()
+    assert torch.equal(optimizer.state[weight]["master"], masters[weight])
+
+
+@pytest.mark.gpu
+def test_a_captured_step_takes_over_what_was_written_before():
+    net, optimizer, _ = with_masters("cuda")
+    still(net, optimizer)
+    with torch.no_grad():
+        for param in net.parameters():
+            param.mul_(0.5)
+    written = [param.detach().clone() for param in net.parameters()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for param in net.parameters():
+        assert not _freshness.is_fresh(optimizer.state[param]["master"], param, trained=False)
+    graph.replay()
+    assert all(map(torch.equal, net.parameters(), written))
 
 
 def test_what_was_not_written_keeps_its_digits(device):
