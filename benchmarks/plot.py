@@ -280,15 +280,17 @@ def draw_losses(panels: Any, records: list[RawRecord]) -> None:
     """Loss against tokens; and how far each run is from the references."""
     losses, apart = panels
     wide: dict[str, Any] = {"linewidth": 4, "alpha": 0.3}
-    for run in ("reference", "kernels", "resumed"):
+    for run in ("reference", "kernels", "resumed", "nudged"):
         curve = [r for r in records if r["case"].endswith(f";{run}")]
+        if not curve:
+            continue
         tokens = [r["tokens"] / 1e6 for r in curve]
-        if run != "resumed":
+        if run in ("reference", "kernels"):
             style = wide if run == "reference" else {}
             losses.plot(tokens, [r["value"] for r in curve], label=run, **style)
         if run != "reference":
             difference = [100 * (r["value"] / r["baseline_value"] - 1) for r in curve]
-            style = wide if run == "kernels" else {"linestyle": "--"}
+            style = wide if run == "kernels" else {"linestyle": "--" if run == "resumed" else ":"}
             apart.plot(tokens, difference, label=run, **style)
     for axes in panels:
         axes.set_xlabel("million tokens")
