@@ -38,6 +38,7 @@ from typing import NamedTuple
 import torch
 
 import harness
+from slope_ext.env_report import visible_gpus
 
 STEPS, EVERY = 200, 10
 BATCH, LENGTH = 8, 1024
@@ -92,15 +93,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the records (default: results/<gpu>)")
     arguments = parser.parse_args()
     options = ["--data", arguments.data, "--tokenizer", arguments.tokenizer]
-    every = ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(RUNS)) as pool:
         found = pool.map(
             lambda name, gpu: losses_of(
                 RUNS[name], options, Path(folder) / name.replace(" ", "-"), gpu
             ),
             RUNS,
-            itertools.cycle(gpus),
+            itertools.cycle(visible_gpus()),
         )
         curves = dict(zip(RUNS, found, strict=True))
 

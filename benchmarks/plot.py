@@ -31,6 +31,7 @@ from typing import Any
 
 import targets
 from model_shapes import BAR_SHAPES
+from targets import RawRecord
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,10 +40,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
 BLOCK = re.compile(
     r"(<!-- records: (\S+) (\w+)((?: \w+[=~]\S+)*) -->\n).*?(<!-- /records -->)", re.DOTALL
 )
-
 TARGETS = re.compile(r"(<!-- targets: (\S+) -->\n).*?(<!-- /targets -->)", re.DOTALL)
-
-RawRecord = dict[str, Any]
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ plot.py writes the table between ``<!-- targets: GPU -->`` and ``<!-- /targets -
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ class Records:
     """The records of a GPU, in bf16; remembers those that were asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._all = functools.cache(lambda file: json.loads((folder / f"{file}.json").read_text()))
         self.read: list[RawRecord] = []
 
     def of(self, file: str, case: str = ".*", **fields: Any) -> list[tuple[str, RawRecord]]:
@@ -35,7 +36,7 @@ class Records:
         """
         found = [
             (match, r)
-            for r in json.loads((self._folder / f"{file}.json").read_text())
+            for r in self._all(file)
             if (match := re.fullmatch(case, r["case"]))
             and r["dtype"] == "bfloat16"
             and all(r[name] in (v if isinstance(v, tuple) else (v,)) for name, v in fields.items())
@@ -108,9 +109,13 @@ def share(r: RawRecord) -> float:
     return 1 / speedup(r)
 
 
+def per_cent_more(ours: float, theirs: float) -> float:
+    return 100 * (ours / theirs - 1)
+
+
 def on_top(r: RawRecord) -> float:
     """Per cent more than the baseline."""
-    return 100 * (share(r) - 1)
+    return per_cent_more(r["value"], r["baseline_value"])
 
 
 def of_limit(r: RawRecord) -> float:
@@ -123,7 +128,9 @@ def in_units(microseconds: float) -> Callable[[RawRecord], float]:
     return lambda r: r["value"] / microseconds
 
 
-def each(figure: Callable[[RawRecord], float], file: str, **wanted: Any) -> Any:
+def each(
+    figure: Callable[[RawRecord], float], file: str, **wanted: Any
+) -> Callable[[Records], Values]:
     """Of each record that ``Records.of`` finds, a figure."""
 
     def values(records: Records) -> Values:
@@ -185,7 +192,7 @@ def adapters(records: Records) -> Values:
     for case, r in found.items():
         if match := re.fullmatch(r"(.*);slope;r=(\d+);compiled", case):
             label, rank = match[1], int(match[2])
-            cost = 100 * (r["value"] / found[f"{label};slope;compiled"]["value"] - 1)
+            cost = per_cent_more(r["value"], found[f"{label};slope;compiled"]["value"])
             costs[label] = min(costs.get(label, (rank, cost)), (rank, cost))
     return {label: cost for label, (_, cost) in costs.items()}
 
@@ -195,8 +202,9 @@ def recomputing(records: Records) -> Values:
     found = dict(records.of("training", bench="train_step", tokens=8192))
     pairs = [(case, case.replace("recompute;", "")) for case in found if "recompute" in case]
     return {
-        case.removesuffix(";slope;recompute;compiled"): 100
-        * (found[case]["value"] / found[cached]["value"] - 1)
+        case.removesuffix(";slope;recompute;compiled"): per_cent_more(
+            found[case]["value"], found[cached]["value"]
+        )
         for case, cached in pairs
     }
 

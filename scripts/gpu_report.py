@@ -48,14 +48,6 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each."""
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-
-
 def run(processes: int, pytest_arguments: list[str]) -> int:
     """Runs the gpu tests, shared by so many processes; returns an exit code of pytest, the worst.
 
@@ -63,7 +55,7 @@ def run(processes: int, pytest_arguments: list[str]) -> int:
     """
     import torch
 
-    from slope_ext.env_report import build_info
+    from slope_ext.env_report import build_info, visible_gpus
 
     if not torch.cuda.is_available():
         print("gpu_report: torch sees no CUDA device", file=sys.stderr)

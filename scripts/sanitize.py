@@ -56,7 +56,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_report import ROOT, source_hash, visible_gpus
+from gpu_report import ROOT, source_hash
+
+from slope_ext.env_report import visible_gpus
 
 REPORT = ROOT / "tests" / "sanitizer_report.json"
 # Families, the longest first
@@ -180,6 +182,9 @@ def under(
             kill(process)
             print(f"sanitize: killed after {MOST_SECONDS:.0f} s: {log.stem}", flush=True)
             return process.wait()
+        except BaseException:  # Ctrl-C: it does not reach that group
+            kill(process)
+            raise
         finally:
             running.discard(process)
 
@@ -327,7 +332,7 @@ def main() -> int:
                 if left[tool] == 0:
                     texts = {job.name: logs[job].read_text(errors="replace") for job in tool.jobs()}
                     good.append(recorded(tool, texts, failed[tool]))
-        except BaseException:  # Ctrl-C: it does not reach their groups
+        except BaseException:  # nor do the threads that wait see it
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 kill(process)

@@ -277,17 +277,19 @@ def sweep_kernels(problem: Any) -> Kernels | None:
 
 def _time_kernels(job: _Sweep, trials: list[_Trial], how: _Round) -> Times:
     """Seconds of a launch on a rested GPU and, of large operands, in rows."""
-    for trial in trials:
-        trial.samples.clear()
-    job.time(trials, how.turns, launches=1, rest=_REST_SECONDS)
-    rested = {trial.algorithm: trial.seconds for trial in trials}
+
+    def anew(turns: int, **options: Any) -> dict[Choice, float]:
+        for trial in trials:
+            trial.samples.clear()
+        job.time(trials, turns, **options)
+        return {trial.algorithm: trial.seconds for trial in trials}
+
+    rested = anew(how.turns, launches=1, rest=_REST_SECONDS)
     if job.launches == 1:
         return {choice: (seconds,) for choice, seconds in rested.items()}
-    for trial in trials:
-        trial.samples.clear()
     turns = int(how.seconds / (job.launches * sum(rested.values())))
-    job.time(trials, min(max(turns, _FEWEST_TURNS), how.turns))
-    return {trial.algorithm: (rested[trial.algorithm], trial.seconds) for trial in trials}
+    in_rows = anew(min(max(turns, _FEWEST_TURNS), how.turns))
+    return {choice: (seconds, in_rows[choice]) for choice, seconds in rested.items()}
 
 
 def _elected(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 import platform
 import sys
 from pathlib import Path
@@ -48,6 +49,12 @@ def build_info() -> dict[str, str]:
     from slope_ext import _C
 
     return dict(_C.build_info())
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def _archs(info: dict[str, str]) -> str:
