@@ -50,6 +50,16 @@ std::vector<Sm90Choice> spmm_sm90_candidates(int64_t tokens, int64_t rows, int64
   return found;
 }
 
+// Whether a kernel that makes all rows starts early, and the microseconds that it takes.
+std::tuple<bool, double> spmm_sm90_cut(int tile, int64_t tokens, int64_t rows, int64_t columns,
+                                       int processors, const Sm90Clusters& clusters) {
+  if (tile < 0 || tile >= static_cast<int>(slope::kSm90Tiles.size())) {
+    throw py::index_error("spmm_sm90_cut: tile is no index into SPMM_SM90_TILES");
+  }
+  const slope::Sm90Cut cut = slope::sm90_cut(tile, {rows, columns, tokens}, {processors, clusters});
+  return {cut.starts_early, cut.time};
+}
+
 void bind_choice(py::module_& m) {
   py::list tiles;
   for (const slope::Sm90Tile& tile : slope::kSm90Tiles) {
@@ -66,6 +76,11 @@ void bind_choice(py::module_& m) {
         py::arg("factor"),
         "What spmm_sm90_choice names, then what else takes less than `factor` times as long as "
         "that by the same model of times, the sooner the earlier.");
+  m.def("spmm_sm90_cut", &spmm_sm90_cut, py::arg("tile"), py::arg("tokens"), py::arg("rows"),
+        py::arg("columns"), py::kw_only(), py::arg("processors"), py::arg("clusters"),
+        "Of one kernel with this tile, an index into SPMM_SM90_TILES: whether it may start while "
+        "the kernel before it ends, and the microseconds that it takes by the same model, inf "
+        "where it is not to be chosen. Raises IndexError.");
 }
 
 }  // namespace

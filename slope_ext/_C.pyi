@@ -65,3 +65,6 @@ def spmm_sm90_candidates(
 def spmm_sm90_choice(
     tokens: int, rows: int, columns: int, *, processors: int, clusters: list[int]
 ) -> tuple[int, int, int]: ...
+def spmm_sm90_cut(
+    tile: int, tokens: int, rows: int, columns: int, *, processors: int, clusters: list[int]
+) -> tuple[bool, float]: ...

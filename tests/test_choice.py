@@ -120,3 +120,45 @@ def test_tiles_that_a_device_has_no_room_for_are_not_taken():
     assert first_rows > 0
     assert tile not in segments
     assert rest not in segments
+
+
+def cut(tile, tokens, rows, columns):
+    index = TILES.index(tile)
+    return _C.spmm_sm90_cut(index, tokens, rows, columns, processors=H200, clusters=room())
+
+
+@pytest.mark.parametrize(
+    ("tile", "tokens", "rows", "columns", "starts_early"),
+    [
+        ((128, 256, 1, 1), 8192, 20480, 5120, False),  # would scatter after a refresh
+        ((128, 256, 1, 1), 2048, 4096, 4096, False),
+        ((128, 128, 1, 1), 384, 5120, 20480, False),
+        ((128, 256, 2, 1), 8192, 20480, 5120, True),  # clusters stay together
+        ((256, 192, 2, 1), 8192, 9216, 9216, True),
+        ((128, 256, 1, 1), 2048, 4096, 1024, True),  # ends before it matters
+        ((128, 64, 1, 1), 64, 14336, 4096, True),
+        ((128, 128, 1, 1), 128, 28672, 8192, True),  # all blocks read the same X
+        ((128, 256, 1, 2), 512, 4096, 4096, True),  # 128 of 132 multiprocessors
+        ((128, 128, 1, 1), 512, 2560, 2560, False),  # 80 would crowd
+        ((128, 128, 1, 1), 256, 2560, 2560, True),  # 40 find idle ones
+    ],
+)
+def test_products_start_early_where_it_does_no_harm(tile, tokens, rows, columns, starts_early):
+    assert cut(tile, tokens, rows, columns)[0] is starts_early
+
+
+def test_a_late_start_costs_what_crowds_alone():
+    """Where blocks would scatter, products measure as long started late as early."""
+    tile = (128, 256, 1, 1)
+    early, round_ = cut(tile, 1024, 4096, 4096)
+    assert early
+    assert cut(tile, 1024, 2560, 4096) == (False, pytest.approx(round_ + 1.4)), "80 blocks crowd"
+    late, rounds = cut(tile, 2048, 4096, 4096)
+    assert not late
+    assert rounds == pytest.approx(2 * round_ + 2.0), "and what a further tile adds"
+
+
+def test_a_tile_that_there_is_not_is_refused():
+    for index in (-1, len(TILES)):
+        with pytest.raises(IndexError, match="spmm_sm90_cut: tile"):
+            _C.spmm_sm90_cut(index, 8, 64, 64, processors=H200, clusters=room())

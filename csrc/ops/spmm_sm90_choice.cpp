@@ -12,19 +12,37 @@ namespace slope {
 namespace {
 
 constexpr int kTiles = static_cast<int>(kSm90Tiles.size());
-constexpr double kLateStartUs = 1.4;  // of a kernel that waits for the one before it to end
+constexpr double kLateStartUs = 1.4;   // of a kernel of few blocks that waits for the one before
+constexpr double kScatteredUs = 50.0;  // from this on a late start costs nothing that measures
 // Of a product in two kernels, by a fit to 119 in rows of launches and 21 in bursts too
 constexpr double kSplitUs = 4.0;      // for having two
 constexpr double kSplitGain = 0.04;   // of one kernel's time, at least: the times err by as much
 constexpr int kNarrowTokens = 128;    // of tiles whose stages take longer in the second kernel,
 constexpr double kNarrowRest = 0.35;  // by this part for each further segment
 
-// Blocks that start early come first to multiprocessors that the kernel before leaves idle: of two
-// kernels with few blocks all, of two with many almost none. In between, from half to three
-// quarters of the multiprocessors, some do, and then the blocks crowd in one part of the GPU and
-// share the way to L2: up to 35 % longer, measured in rows of one product.
-bool may_start_early(int64_t blocks, int processors) {
-  return 2 * blocks <= processors || 4 * blocks >= 3 * int64_t{processors};
+// Blocks that start early come to multiprocessors as the kernel before leaves them. Where that does
+// harm:
+//
+// They crowd. First come those that are idle: of two kernels with few blocks all, of two with many
+// almost none. In between, from half to three quarters of the multiprocessors, some are, and then
+// the blocks crowd in one part of the GPU and share the way to L2: up to 35 % longer, measured in
+// rows of one product.
+bool would_crowd(int64_t blocks, int processors) {
+  return 2 * blocks > processors && 4 * blocks < 3 * int64_t{processors};
+}
+
+// They scatter. A kernel of many small blocks, as that which refreshes the backward copy, leaves
+// multiprocessors one by one, in any order. Neighbouring blocks, which read the same rows of X,
+// then lie far apart; blocks of a cluster do not. Started late, the first is beside the second:
+//
+//   multiprocessors of blocks 0, 1, 2, ...    late     124 125 126 127 ... 131   6   7  22  23
+//                                             early     78  83  77  69   5  33 129  97  63  41
+//
+// After that kernel, 14336 x 4096 by 128 x 256 without clusters took 237 us instead of 208 with
+// 2048 tokens, 962 instead of 828 with 8192. A short product ends before it matters, and blocks of
+// one tile of tokens all read the same X, wherever they lie.
+bool would_scatter(const Sm90Tile& tile, const Sm90Cut& cut) {
+  return tile.cluster == 1 && tile.segments == 1 && cut.token_tiles > 1 && cut.time > kScatteredUs;
 }
 
 // Whether whole rounds of these tiles may be the first of two kernels. 128 x 128 takes longer in
@@ -96,7 +114,7 @@ Sm90Cut sm90_cut(int index, const Sm90Product& product, const Sm90Room& room, bo
   const bool in_segments = tile.segments > 1;
   const auto rounds = static_cast<double>(ceil_div(tiles, at_once));
   cut.clusters = in_segments ? tiles : std::min(tiles, at_once);
-  cut.starts_early = may_start_early(cut.clusters * tile.cluster * tile.segments, room.processors);
+  cut.starts_early = !would_crowd(cut.clusters * tile.cluster * tile.segments, room.processors);
   if (in_segments && rounds > 1.0) {
     return cut;
   }
@@ -110,6 +128,7 @@ Sm90Cut sm90_cut(int index, const Sm90Product& product, const Sm90Room& room, bo
       tile.stage_us * (is_narrow_rest ? 1.0 + kNarrowRest * (tile.segments - 1) : 1.0);
   cut.time = rounds * stages * stage_us + (rounds - 1) * tile.next_us + tile.sum_us +
              (cut.starts_early ? 0.0 : kLateStartUs);
+  cut.starts_early = cut.starts_early && !would_scatter(tile, cut);
   return cut;
 }
 
