@@ -11,8 +11,9 @@ kernels        as it is
 reference      SLOPE_EXT_FORCE_REFERENCE=1: plain PyTorch on the GPU
 resumed        kernels, stopped after 130 steps, with masks of step 100, and after 190, with
                adapters, and started again
-nudged         reference with a learning rate that is larger by a millionth, for how far apart
-               rounding alone brings runs of one method
+nudged kernels, nudged reference
+               both with a learning rate that is larger by a millionth, for how far apart rounding
+               alone brings runs of one method
 another seed   reference with other weights and another order of the text, for how far apart runs
                of one method are
 
@@ -60,11 +61,13 @@ class Run(NamedTuple):
     stops: tuple[int, ...] = ()
 
 
+NUDGED = ("--lr", str(LEARNING_RATE * (1 + 1e-6)))
 RUNS = {
     "kernels": Run(),
     "reference": Run(is_reference=True),
     "resumed": Run(stops=(130, 190)),
-    "nudged": Run(("--lr", str(LEARNING_RATE * (1 + 1e-6))), is_reference=True),
+    "nudged kernels": Run(NUDGED),
+    "nudged reference": Run(NUDGED, is_reference=True),
     "another seed": Run(("--seed", "1"), is_reference=True),
 }
 

@@ -278,7 +278,7 @@ def draw_losses(panels: Any, records: list[RawRecord]) -> None:
     """Loss against tokens; and how far each run is from the references."""
     losses, apart = panels
     wide: dict[str, Any] = {"linewidth": 4, "alpha": 0.3}
-    for run in ("reference", "kernels", "resumed", "nudged"):
+    for run in ("reference", "kernels", "resumed", "nudged kernels", "nudged reference"):
         curve = [r for r in records if r["case"].endswith(f";{run}")]
         if not curve:
             continue
