@@ -66,6 +66,7 @@ register_optimizer_step_post_hook(_after_step)
 class _Stamp(NamedTuple):
     state: list[Any]
     held: list[StorageWeakRef]  # storages of the sources
+    dtypes: tuple[torch.dtype, ...]  # theirs
 
 
 def _state(
@@ -96,9 +97,9 @@ def mark_fresh(derived: Tensor, *sources: Tensor, trained: bool = True) -> None:
     """
     storages = [source.untyped_storage() for source in sources]
     state = _state(derived, sources, storages, trained)
-    setattr(
-        derived.untyped_storage(), _ATTRIBUTE, _Stamp(state, list(map(StorageWeakRef, storages)))
-    )
+    held = list(map(StorageWeakRef, storages))
+    stamp = _Stamp(state, held, tuple(source.dtype for source in sources))
+    setattr(derived.untyped_storage(), _ATTRIBUTE, stamp)
 
 
 def mark_stale(derived: Tensor) -> None:
@@ -111,6 +112,12 @@ def is_fresh(derived: Tensor, *sources: Tensor, trained: bool = True) -> bool:
     stamp: _Stamp | None = getattr(derived.untyped_storage(), _ATTRIBUTE, None)
     storages = [source.untyped_storage() for source in sources]
     return stamp is not None and stamp.state == _state(derived, sources, storages, trained)
+
+
+def marked_dtypes(derived: Tensor) -> tuple[torch.dtype, ...]:
+    """Of the sources of ``derived`` at :func:`mark_fresh`; () where it was never, or is stale."""
+    stamp: _Stamp | None = getattr(derived.untyped_storage(), _ATTRIBUTE, None)
+    return () if stamp is None else stamp.dtypes
 
 
 def is_followed(derived: Tensor) -> bool:

@@ -555,7 +555,8 @@ def _require_plain(params: Iterable[Tensor]) -> None:
 def _take_over(param: Tensor, master: Tensor) -> None:
     """Writes a parameter into its master but where that rounds to it, and has more digits.
 
-    Rounds to either type of 16 bits, since a model may have been cast from one to the other.
+    Rounds as the last step did, since the model may have been cast to the other type of 16 bits
+    since then; a master that was loaded, as either type does.
     """
     if param.shape != master.shape or param.device != master.device:
         return  # the step says so
@@ -563,8 +564,9 @@ def _take_over(param: Tensor, master: Tensor) -> None:
     if param.is_contiguous() and master.is_contiguous():
         flat = (param.detach().view(-1), master.view(-1))
         pieces = list(zip(*(tensor.split(_PIECE) for tensor in flat), strict=True))
+    dtypes = _freshness.marked_dtypes(master) or (torch.bfloat16, torch.float16)
     for new, old in pieces:
-        is_rounded = (old.to(torch.bfloat16) == new) | (old.to(torch.float16) == new)
+        is_rounded = torch.stack([old.to(dtype) == new for dtype in dtypes]).any(0)
         torch.where(is_rounded, old, new, out=old)
 
 

@@ -394,6 +394,18 @@ def test_weights_that_are_loaded_or_set_are_taken_over(dtype, device):
     assert torch.equal(weight, bounded)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_rounds_to_the_other_type_of_16_bits_alone_is_taken_over(dtype, device):
+    net, optimizer, masters = with_masters(device, dtype)
+    other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+    with torch.no_grad():
+        for param, master in masters.items():
+            param.copy_(master.to(other))
+    written = [param.detach().clone() for param in net.parameters()]
+    still(net, optimizer)
+    assert all(map(torch.equal, net.parameters(), written))
+
+
 @pytest.mark.parametrize("times", [1, 4])
 def test_weights_that_are_rebound_are_taken_over(times, device):
     net, optimizer, _ = with_masters(device)
