@@ -281,6 +281,8 @@ TARGETS = [
            each(in_units(1e3), "first_call", case="(.*;(?:auto|plan))"), "ms", at_most=True),
     Target("first call of a shape by a plan that is tuned first", 1.5,
            each(in_units(1e6), "first_call", case="(.*);tune"), "s", at_most=True),
+    Target("first call of a shape by a layer of backend \"auto\" that is tuned first", 1.5,
+           each(in_units(1e6), "first_call", case="(.*);all"), "s", at_most=True),
     Target("compiled step against the fastest dense one, OPT-66B", 1.3,
            steps("compiled", "OPT-66B")),
     Target("compiled step against the fastest dense one, OPT-30B", 1.28,
