@@ -212,10 +212,10 @@ def linear_lowrank(
     backend: str = "reference",
     activation: str = "none",
 ) -> tuple[Tensor, Tensor]:
-    """Y = activation(X W^T + scale T B^T + b) with T = X A^T; returns (Y, T)."""
-    t = F.linear(x, lora_A)
+    """Y = activation(X W^T + T B^T + b) with T = scale X A^T; returns (Y, T)."""
+    t = scale * F.linear(x, lora_A)
     y = F.linear(x, decompress(values, bitmask), bias)
-    return _activate(y + scale * F.linear(t, lora_B), activation), t
+    return _activate(y + F.linear(t, lora_B), activation), t
 
 
 def input_grad_lowrank(
@@ -230,10 +230,10 @@ def input_grad_lowrank(
     metadata_t: Tensor | None = None,
     backend: str = "reference",
 ) -> tuple[Tensor, Tensor]:
-    """dX = dY W^{R,C} + scale dT A with dT = dY B; returns (dX, dT)."""
-    dt = dy @ lora_B
+    """dX = dY W^{R,C} + dT A with dT = scale dY B; returns (dX, dT)."""
+    dt = scale * (dy @ lora_B)
     dx = input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, backend)
-    return dx + scale * (dt @ lora_A), dt
+    return dx + dt @ lora_A, dt
 
 
 # ---- optimizer -----------------------------------------------------------------------------------

@@ -104,6 +104,12 @@ inline Tensor matrix_in(const Tensor& tensor, std::array<int64_t, 2> sizes,
   return Tensor(handle);
 }
 
+// [..., features] -> [tokens, features].
+inline Tensor flat(const Tensor& tensor, int64_t tokens, int64_t features) {
+  return tensor.is_contiguous() ? matrix_in(tensor, {tokens, features}, {features, 1})
+                                : torch::stable::reshape(tensor, {tokens, features});
+}
+
 // A contiguous tensor whose data starts at a multiple of 16 bytes: itself, or a copy.
 inline Tensor contiguous_16b(const Tensor& tensor) {
   Tensor result = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

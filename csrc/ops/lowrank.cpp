@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// linear_lowrank on CUDA: Y = X W^T + scale T B^T + b with T = X A^T.
+// linear_lowrank on CUDA: Y = X W^T + T B^T + b with T = scale X A^T.
 //
 // T is a dense product. The own kernel multiplies T B^T on the sums of the sparse product; a plan
 // adds to a dense T B^T in its epilogue, so that Y is written twice and read once.
@@ -9,19 +9,29 @@
 #include "common/round_up.h"
 #include "ops/spmm.h"
 
+// CPU builds of torch lack this symbol. Weak, so that one library file loads on both kinds.
+extern "C" __attribute__((weak)) decltype(aoti_torch_cuda_addmm_out) aoti_torch_cuda_addmm_out;
+
 namespace slope {
 namespace {
 
-// scale * t in the dtype of t, rounded once: t itself where scale is 1. The factor is fp32 whatever
-// t is: rounded to bf16, 0.3 would be 0.3008.
-Tensor scaled(const Tensor& t, double scale) {
+// scale X A^T [..., rank]. The product's fp32 sums are scaled and then rounded, once.
+Tensor scaled_linear(const char* op, const Tensor& x, const Tensor& lora_A, double scale) {
   if (scale == 1.0) {
-    return t;
+    const OptionalTensor none;
+    return call_op("aten::linear", "", x, lora_A, none);
   }
-  Tensor factor = torch::stable::new_empty(t, {1}, ScalarType::Float);
-  torch::stable::fill_(factor, scale);
-  const Tensor result = torch::stable::new_empty(t, t.sizes());
-  return call_op("aten::mul", "out", t, factor, result);
+  check(&aoti_torch_cuda_addmm_out != nullptr, "slope::", op,
+        ": this build of torch has no aoti_torch_cuda_addmm_out");
+  const int64_t rank = lora_A.size(0), columns = lora_A.size(1);
+  const int64_t tokens = columns == 0 ? 0 : x.numel() / columns;
+  const Tensor t = empty_like_device(x, shape_with(x, rank), x.scalar_type());
+  const Tensor rows = matrix_in(t, {tokens, rank}, {rank, 1});
+  const Tensor columns_of_A = torch::stable::transpose(lora_A, 0, 1);
+  SLOPE_TORCH_CHECK(aoti_torch_cuda_addmm_out(rows.get(), rows.get(),
+                                              flat(x, tokens, columns).get(), columns_of_A.get(),
+                                              /*beta=*/0.0, /*alpha=*/scale));
+  return t;
 }
 
 // Columns of zeros up to a multiple of 8, which the tail of the own kernel wants.
@@ -56,26 +66,23 @@ std::tuple<Tensor, Tensor> linear_lowrank(
   const torch::stable::accelerator::DeviceGuard guard(values.get_device());
 
   const OptionalTensor none;
-  const Tensor t = call_op("aten::linear", "", x, lora_A, none);
+  const Tensor t = scaled_linear(kOp, x, lora_A, scale);
   switch (choose_backend(kOp, x, weight, backend)) {
     case Backend::kNative:
       if (rank == 0) {
         return {native_linear(kOp, x, weight, bias, none, none, applied), t};
       }
-      return {native_linear(kOp, x, weight, bias, pad_rank(scaled(t, scale)), pad_rank(lora_B),
-                            applied),
-              t};
+      return {native_linear(kOp, x, weight, bias, pad_rank(t), pad_rank(lora_B), applied), t};
     case Backend::kPlan: {
-      const Tensor low_rank = call_op("aten::linear", "", scaled(t, scale), lora_B, none);
+      const Tensor low_rank = call_op("aten::linear", "", t, lora_B, none);
       return {activated(plan_linear(kOp, x, weight, bias, contiguous_16b(low_rank)), applied), t};
     }
     case Backend::kDense:
       break;
   }
   const Tensor low_rank = call_op("aten::linear", "", t, lora_B, none);
-  return {
-      activated(torch::stable::subtract(dense_linear(x, weight, bias), low_rank, -scale), applied),
-      t};
+  return {activated(torch::stable::subtract(dense_linear(x, weight, bias), low_rank, -1.0), applied),
+          t};
 }
 
 }  // namespace

@@ -64,12 +64,6 @@ int64_t chunk_count(int64_t rows, int64_t columns, int64_t row_bytes, int proces
   return whole_fits && waves_of(1) < waves_of(best) ? 1 : best;
 }
 
-// [..., features] -> [tokens, features].
-Tensor flat(const Tensor& tensor, int64_t tokens, int64_t features) {
-  return tensor.is_contiguous() ? matrix_in(tensor, {tokens, features}, {features, 1})
-                                : torch::stable::reshape(tensor, {tokens, features});
-}
-
 // Where a gradient goes.
 struct Target {
   const char* op;

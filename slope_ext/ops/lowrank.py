@@ -53,8 +53,8 @@ def linear_lowrank(
 ) -> Tensor:
     """Y = activation(X W^T + scale (X A^T) B^T + b) (arXiv 2405.16325, equation 11).
 
-    Backward: that of :func:`slope_ext.ops.linear`, and with T = X A^T
-    dB = scale dY^T T, dA = scale (dY B)^T X, dX += scale (dY B) A.
+    Backward: that of :func:`slope_ext.ops.linear`, and with T = scale X A^T and dT = scale dY B
+    dB = dY^T T, dA = dT^T X, dX += dT A.
 
     Args:
         x: fp16, bf16, fp32 or fp64 [..., in].
@@ -97,7 +97,7 @@ def input_grad_lowrank(
     metadata_t: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """dX = dY W^{R,C} + scale dT A with dT = dY B, in one product on CUDA.
+    """dX = dY W^{R,C} + dT A with dT = scale dY B, in one product on CUDA.
 
     Args:
         dy: [..., out].
@@ -106,7 +106,7 @@ def input_grad_lowrank(
         lora_A, lora_B, scale: as in :func:`linear_lowrank`.
 
     Returns:
-        dx: [..., in]; and dt [..., rank], which dA = scale dT^T X is made of.
+        dx: [..., in]; and dt [..., rank], which dA = dT^T X is made of.
 
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device; the message names it.
@@ -262,10 +262,6 @@ def _trusted_input_grad(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.slope.input_grad_lowrank.default(dy, *rest)  # type: ignore[no-any-return]
 
 
-def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    return tensor if scale == 1.0 else scale * tensor
-
-
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
@@ -281,15 +277,13 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 
     def make_dx_and_dt() -> tuple[Tensor | None, Tensor | None]:
         if not x_needs:
-            return None, dy @ lora_B if a_needs else None
+            return None, ctx.scale * (dy @ lora_B) if a_needs else None
         weight = (values, bitmask, bitmask_t, lora_A, lora_B)
         return _trusted_input_grad(dy, *weight, ctx.scale, values_t, metadata_t, ctx.backend)
 
     dw, (dx, dt) = weight_and_input_grad(values_t, make_dw, make_dx_and_dt)
-    da = None
-    if a_needs and dt is not None:
-        da = _scaled(rows_of(dt), ctx.scale).t() @ rows_of(x)
-    db = flat_dy.t() @ _scaled(rows_of(t), ctx.scale) if b_needs else None
+    da = rows_of(dt).t() @ rows_of(x) if a_needs and dt is not None else None
+    db = flat_dy.t() @ rows_of(t) if b_needs else None
     dbias = flat_dy.sum(0) if bias_needs else None
     return dx, dw, None, da, db, None, dbias, None, None, None, None, None, None
 
