@@ -8,13 +8,15 @@ spmm_native_fused
                 the own kernel with a bias; with a low-rank tail, T = X A^T given; with ReLU,
                 in the kernel and as a pass after it; with the pass that adds a residual, of which
                 an epilogue could save all but reading that; with bias and ReLU; all against the own
-                kernel alone.
+                kernel alone. Tails of rank 64 and 256 with few tokens too.
                 Gate and up-projection of LLaMA-3-8B's MLP with SwiGLU in the kernel; their product
                 alone; two products and a pass of SwiGLU that torch.compile makes, 2:4 and dense.
                 Its q-, k- and v-projection as one product; as three, 2:4 and dense
 linear_lowrank  linear_lowrank on the own kernel, rank 64 or 1.56 % of in; the same on a plan, whose
                 epilogue adds the dense low-rank product; a plan, and the own kernel, with
                 addmm_ of the low-rank product after it; the own kernel without an adapter
+linear_lowrank_scaled
+                linear_lowrank on the own kernel with a scale that is not 1, against one that is
 input_grad_lowrank
                 the same of backward, dT = dY B included; input_grad, and addmm_ of the low-rank
                 product after it; input_grad alone
@@ -46,15 +48,30 @@ from slope_ext import SLoPeLinear, plan_cache
 from slope_ext._spmm_sm90 import TILES, Choice, candidates, spmm_sm90
 
 TOKENS = [*MOST, 64, 128, 512, 1024, 16384]
+TAIL_TOKENS = [8, 64, 512]
+TAIL_RANKS = [64, 256]
 REGIMES = {"burst": harness.BURST, "sustained": harness.SUSTAINED}
 
 
-def lowrank(xs: list[Tensor], operands: list[Any], a: Tensor, b: Tensor) -> harness.Case:
+def lowrank(
+    xs: list[Tensor], operands: list[Any], a: Tensor, b: Tensor, scale: float = 1.0
+) -> harness.Case:
     """linear_lowrank of buffer set i, with one adapter for all."""
 
     def case(i: int) -> Any:
         values, bitmask, *rest = operands[i]
-        return torch.ops.slope.linear_lowrank(xs[i], values, bitmask, a, b, 1.0, *rest)
+        return torch.ops.slope.linear_lowrank(xs[i], values, bitmask, a, b, scale, *rest)
+
+    return case
+
+
+def own_product(layers: list[SLoPeLinear], xs: list[Tensor], **options: Any) -> harness.Case:
+    """The own kernel alone on buffer set i; options as spmm_sm90 takes them."""
+
+    def case(i: int) -> Tensor:
+        layer, y = layers[i], xs[i].new_empty(len(xs[i]), layers[i].out_features)
+        assert layer.weight_metadata is not None
+        return spmm_sm90(xs[i], layer.weight, layer.weight_metadata, y, **options)
 
     return case
 
@@ -193,26 +210,18 @@ def bench_shape(
     t = {rank: torch.randn(tokens, rank, device="cuda").to(dtype) for rank in ranks}
     b = {rank: torch.randn(shape[0], rank, device="cuda").to(dtype) for rank in ranks}
 
-    def fused(**options: Any) -> harness.Case:
-        def case(i: int) -> Tensor:
-            layer, y = own[i], xs[i].new_empty(tokens, shape[0])
-            assert layer.weight_metadata is not None
-            return spmm_sm90(xs[i], layer.weight, layer.weight_metadata, y, **options)
-
-        return case
-
-    product = fused()
+    product = own_product(own, xs)
     residuals = [torch.randn(tokens, shape[0], device="cuda").to(dtype) for _ in range(sets)]
     timings = harness.time_cases(
         {
             "plain": product,
-            "bias": fused(bias=bias),
-            "relu": fused(activation="relu"),
-            "bias, relu": fused(bias=bias, activation="relu"),
+            "bias": own_product(own, xs, bias=bias),
+            "relu": own_product(own, xs, activation="relu"),
+            "bias, relu": own_product(own, xs, bias=bias, activation="relu"),
             "relu pass": lambda i: product(i).relu_(),
             "residual pass": lambda i: product(i).add_(residuals[i]),
         }
-        | {f"r={rank}": fused(tail=(t[rank], b[rank])) for rank in ranks},
+        | {f"r={rank}": own_product(own, xs, tail=(t[rank], b[rank])) for rank in ranks},
         sets,
     )
     notes = ("bias", "relu", "bias, relu", "relu pass", "residual pass")
@@ -231,15 +240,41 @@ def bench_shape(
                 "plan, then addmm_": unfused(xs, operands["plan"], a, b[rank]),
                 "own, then addmm_": unfused(xs, operands["own"], a, b[rank]),
                 "without adapter": cases["ours"],
+                "scaled": lowrank(xs, operands["own"], a, b[rank], scale=0.3),
             },
             sets,
         )
         flops = 2 * rank * sum(shape) * tokens
+        pair = {"ours": timings.pop("scaled"), "scale 1": timings["ours"]}
+        yield from records(pair, "linear_lowrank_scaled", f";r={rank}", flops)
         yield from records(timings, "linear_lowrank", f";r={rank}", flops)
 
         timings = harness.time_cases(backward_cases(dys, own, a, b[rank]), sets)
         yield from records(timings, "input_grad_lowrank", f";r={rank}", flops)
         yield from bench_lowrank_products(shape, tokens, a, b[rank], run)
+
+
+def bench_tails(shape: Shape, tokens: int, run: harness.Run) -> Iterator[harness.Record]:
+    """Records of spmm_native_fused: low-rank tails where a product may be in segments."""
+    dtype = torch.bfloat16
+    moved, limit = sparse_limit(shape, dtype, tokens, run)
+    sets = harness.buffer_sets(int(moved))
+    layers = make_layers(shape, dtype, sets, "native")
+    xs = [torch.randn(tokens, shape[1], device="cuda").to(dtype) for _ in range(sets)]
+    cases = {"plain": own_product(layers, xs)}
+    for rank in TAIL_RANKS:
+        t, b = (torch.randn(rows, rank, device="cuda").to(dtype) for rows in (tokens, shape[0]))
+        cases[f"r={rank}"] = own_product(layers, xs, tail=(t, b))
+    timings = harness.time_cases(cases, sets)
+    for rank in TAIL_RANKS:
+        yield from harness.baseline_records(
+            {"ours": timings[f"r={rank}"], "without": timings["plain"]},
+            bench="spmm_native_fused",
+            case=f"{shape[0]}x{shape[1]};r={rank}",
+            dtype=dtype,
+            tokens=tokens,
+            limit=limit + 2 * rank * shape[0] * tokens / run.matmul_rate,
+        )
 
 
 # ---- layers in one -------------------------------------------------------------------------------
@@ -348,12 +383,7 @@ def bench_two_kernels(shape: Shape, tokens: int, run: harness.Run) -> Iterator[h
     xs = [torch.randn(tokens, shape[1], device="cuda").to(dtype) for _ in range(sets)]
 
     def by(choice: Choice) -> harness.Case:
-        def case(i: int) -> Tensor:
-            layer, y = layers[i], xs[i].new_empty(tokens, shape[0])
-            assert layer.weight_metadata is not None
-            return spmm_sm90(xs[i], layer.weight, layer.weight_metadata, y, choice=choice)
-
-        return case
+        return own_product(layers, xs, choice=choice)
 
     one = {str(tile): by(Choice(index)) for index, tile in enumerate(TILES)}
     at_first = harness.time_cases(one, sets, rounds=harness.MIN_ROUNDS)
@@ -383,6 +413,9 @@ def bench(run: harness.Run) -> Iterator[harness.Record]:
     ]
     for shape, dtype, tokens in run.own(cases):
         yield from bench_shape(shape, dtype, tokens, run)
+    tails = (("tails", shape, tokens) for shape in BAR_SHAPES for tokens in TAIL_TOKENS)
+    for _, shape, tokens in run.own([] if run.quick else tails):
+        yield from bench_tails(shape, tokens, run)
     for _, tokens in run.own(("swiglu", tokens) for tokens in SWIGLU_TOKENS):
         yield from bench_swiglu(tokens, run)
     for _, tokens in run.own(("qkv", tokens) for tokens in QKV_TOKENS):

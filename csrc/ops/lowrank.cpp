@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor> linear_lowrank(
       break;
   }
   const Tensor low_rank = call_op("aten::linear", "", t, lora_B, none);
-  return {activated(torch::stable::subtract(dense_linear(x, weight, bias), low_rank, -1.0), applied),
-          t};
+  const Tensor y = torch::stable::subtract(dense_linear(x, weight, bias), low_rank, -1.0);
+  return {activated(y, applied), t};
 }
 
 }  // namespace

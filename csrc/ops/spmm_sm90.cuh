@@ -164,18 +164,21 @@ __device__ __forceinline__ int segment_of() {
 }
 
 // The stages of a block: along W's columns from first() to end(), of which segments have whole
-// quads, the last ones fewer or none; and of the tail, which is the last segment's.
+// quads, the last ones fewer or none; and of the tail from tail_first() to tail_end(), of which the
+// last ones have no fewer.
 template <int kSegments>
 class Stages {
  public:
   __device__ __forceinline__ explicit Stages(const SpmmSm90Args& args)
       : first_(stage_of(args, segment_of<kSegments>())),
         end_(stage_of(args, segment_of<kSegments>() + 1)),
-        tail_(segment_of<kSegments>() == kSegments - 1 ? args.tail_tiles : 0) {}
+        tail_first_(args.tail_tiles * segment_of<kSegments>() / kSegments),
+        tail_end_(args.tail_tiles * (segment_of<kSegments>() + 1) / kSegments) {}
 
   __device__ __forceinline__ int first() const { return first_; }
   __device__ __forceinline__ int end() const { return end_; }
-  __device__ __forceinline__ int tail() const { return tail_; }
+  __device__ __forceinline__ int tail_first() const { return tail_first_; }
+  __device__ __forceinline__ int tail_end() const { return tail_end_; }
   __device__ __forceinline__ int quads() const { return (end_ + kQuad - 1) / kQuad; }
 
  private:
@@ -184,7 +187,7 @@ class Stages {
     return min(static_cast<int>(quad) * kQuad, args.k_tiles);
   }
 
-  int first_, end_, tail_;
+  int first_, end_, tail_first_, tail_end_;
 };
 
 // Without segments they are arguments: the sums leave no registers to keep them in.
@@ -195,7 +198,8 @@ class Stages<1> {
 
   __device__ __forceinline__ int first() const { return 0; }
   __device__ __forceinline__ int end() const { return args_.k_tiles; }
-  __device__ __forceinline__ int tail() const { return args_.tail_tiles; }
+  __device__ __forceinline__ int tail_first() const { return 0; }
+  __device__ __forceinline__ int tail_end() const { return args_.tail_tiles; }
   __device__ __forceinline__ int quads() const { return args_.quads; }
 
  private:
@@ -317,7 +321,7 @@ __device__ __forceinline__ void produce(const SpmmSm90Args& args, uint32_t share
       ring.advance();
     }
     const Loads<T, true> tail_loads(args, place);
-    for (int k_tile = 0; k_tile < stages.tail(); ++k_tile) {
+    for (int k_tile = stages.tail_first(); k_tile < stages.tail_end(); ++k_tile) {
       ptx::barrier_wait(ring.empty(ring.stage), ring.round ^ 1);
       tail_loads.load(args, ring, k_tile * kSm90TailTileColumns, k_tile * kSm90TailTileColumns);
       ring.advance();
@@ -652,7 +656,7 @@ __device__ __forceinline__ void consume(const SpmmSm90Args& args, uint32_t share
     // Tail
     const auto multiply_tail = [&]<int kTransposed>(std::integral_constant<int, kTransposed>) {
 #pragma unroll 1
-      for (int tail_tile = 0; tail_tile < stages.tail(); ++tail_tile) {
+      for (int tail_tile = stages.tail_first(); tail_tile < stages.tail_end(); ++tail_tile) {
         constexpr int kRowBytes = kTransposed != 0 ? kTransposedRowBytes : kTailRowBytes;
         constexpr uint64_t kWeightStep = kTransposed != 0 ? kTransposedTailStep : kTailStep;
         ptx::barrier_wait(ring.full(ring.stage), ring.round);
