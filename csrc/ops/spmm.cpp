@@ -28,8 +28,9 @@ void warn_dense_product(const Tensor& values) {
            "with out in multiples of 8 and in in multiples of 32, else cuSPARSELt >= 0.8 and both "
            "in multiples of 16; a weight with values "
         << ShapeOf{values}
-        << " is decompressed and multiplied densely in every call: results are right, speed "
-           "and memory are not (backend=\"reference\" says that this is wanted)";
+        << " is decompressed and multiplied densely in every call, backward with in and out in "
+           "each other's place: results are right, speed and memory are not "
+           "(backend=\"reference\" says that this is wanted)";
     aoti_torch_warn("linear", "spmm.cpp", __LINE__, message.str().c_str());
   }
 }

@@ -64,9 +64,9 @@ def linear(
             where it lies right behind ``values`` in memory, as in what :func:`slope_ext.ops.pack`
             returns, and its storage goes on for 2048 bytes; else both are packed in every call.
         metadata_t: that of ``values_t`` and ``bitmask_t``; a cache, as ``values_t`` is.
-        backend: "native" (the own kernel) or "cusparselt", an error where that cannot be;
-            "reference", a dense product of the decompressed weight; "auto", the one that
-            ``metadata`` is for, else the first of them that takes the weight.
+        backend: on CUDA "native" (the own kernel) or "cusparselt", an error where that cannot be;
+            "reference", as always on a CPU, a dense product of the decompressed weight; "auto", the
+            one that ``metadata`` is for, else the first of them that takes the weight.
         activation: "none"; "relu", which costs the own kernel nothing; or "swiglu" (arXiv
             2002.05202), silu(gate) * up with the rows of W in turns, eight of the gate's, eight of
             the up-projection's (out a multiple of 16). "swiglu" is part of the product only where
