@@ -521,6 +521,39 @@ def test_nan_of_a_tail_and_of_a_bias(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+def test_nan_and_infinity_of_a_transposed_tail(dtype):
+    """lora_A's in backward reach their column of dX, dY's all of their token."""
+    skip_unless_it_runs()
+    o = Operands(192, 256, dtype, CUDA)
+    ops.transpose_values(o.values, o.bitmask, o.bitmask_t, o.values_t)
+    dy, a, b = o.randn(40, 192), o.randn(16, 256), o.randn(192, 16)
+    a[3, 40], a[5, 200], b[17, 2] = float("nan"), float("inf"), float("nan")
+    weight = (o.values, o.bitmask, o.bitmask_t)
+    dx, dt = ops.input_grad_lowrank(dy, *weight, a, b, 1.0, o.values_t, backend="native")
+    assert dt[:, 2].isnan().all()
+    assert dx.isnan().all(), "by way of dT"
+    b[17, 2] = 1.0
+    dx, _ = ops.input_grad_lowrank(dy, *weight, a, b, 1.0, o.values_t, backend="native")
+    assert dx[:, 40].isnan().all()
+    assert not dx[:, 200].isfinite().any()
+    others = [column for column in range(256) if column not in (40, 200)]
+    assert dx[:, others].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_sums_that_fp16_does_not_hold_are_infinite():
+    skip_unless_it_runs()
+    o = Operands(64, 256, torch.float16, CUDA)
+    o.values.fill_(8.0)
+    x = torch.full((9, 256), 600.0, dtype=torch.float16, device=CUDA)
+    x[4] = 4.0
+    y = ops.linear(x, o.values, o.bitmask, backend="native")
+    assert torch.equal(y[4], torch.full_like(y[4], 128 * 8.0 * 4.0))
+    assert (y[[i for i in range(9) if i != 4]] == float("inf")).all()
+
+
+@pytest.mark.gpu
 def test_strided_and_unaligned_operands():
     skip_unless_it_runs()
     o = Operands(64, 96, torch.bfloat16, CUDA)
@@ -656,6 +689,39 @@ def test_captured_step_replays(rank):
     torch.testing.assert_close(y, expected, rtol=0, atol=0)
     for captured, eager in zip(gradients, torch.autograd.grad(expected, leaves, dy), strict=True):
         torch.testing.assert_close(captured, eager, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["none", "relu", "swiglu"])
+@pytest.mark.parametrize(
+    "tile", [(128, 256, 1, 1), (128, 256, 2, 1), (256, 192, 2, 1), (128, 256, 1, 2)], ids=str
+)
+def test_captured_products_of_several_rounds(tile, activation):
+    """After the kernel that refreshes what they read, which lets them start early."""
+    skip_unless_it_runs()
+    rows, tokens = (4096, 512) if tile[3] > 1 else (4096, 2048)
+    o = Operands(1024, rows, torch.bfloat16, CUDA, bias=False)
+    transposed = Operands(rows, 1024, torch.bfloat16, CUDA, bias=False)
+    transposed.bitmask.copy_(o.bitmask_t)
+    words = with_words(transposed)
+    x, y = o.randn(tokens, 1024), o.randn(tokens, rows // (1 + (activation == "swiglu")))
+    options = {"activation": activation, "choice": Choice(TILES.index(tile))}
+    fresh = torch.empty_like(o.values_t)
+
+    def step():
+        ops.transpose_values(o.values, o.bitmask, o.bitmask_t, fresh)
+        spmm_sm90(x, fresh, words, y, **options)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    o.values.mul_(-0.5)
+    graph.replay()
+    captured = y.clone()
+    step()
+    assert torch.equal(captured, y)
+    assert captured.isfinite().all()
 
 
 @pytest.mark.gpu

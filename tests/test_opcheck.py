@@ -30,6 +30,11 @@ def samples(device, dtype=torch.float32):
     metadata = metadata_bytes(*o.dense.shape, torch.device(device))
     words = torch.zeros(metadata_words(*o.dense.shape), dtype=torch.int32, device=device)
 
+    ops.pack_metadata(o.bitmask, words)
+    own = {"metadata": words}  # that of the own kernel; on a CPU nobody reads it
+    if dtype == torch.bfloat16:
+        own["backend"] = "native"
+
     def adamw(sparse):
         zeros = [torch.zeros_like(o.values) for _ in range(3)]
         lists = [[o.bitmask], [o.bitmask_t], [fresh.clone()]] if sparse else [[], [], []]
@@ -61,6 +66,7 @@ def samples(device, dtype=torch.float32):
             ((x, *trained), {"bias": bias}),
             ((x_grad, *trained, bias, *copy[:1], fresh), {"activation": "relu"}),
             ((x, *weight, o.bias), {"activation": "swiglu"}),
+            ((x, *weight, o.bias), own),
         ],
         "input_grad": [((dy, *weight, o.bitmask_t), {}), ((dy, *weight, o.bitmask_t, fresh), {})],
         "weight_grad": [((dy, x, o.bitmask), {})],
@@ -70,6 +76,7 @@ def samples(device, dtype=torch.float32):
             ((x_grad, *trained, *factors, 0.5, bias, *copy[:1], fresh), {}),
             ((x_grad, *trained, *factors, 0.5, bias, *copy[:1]), {"activation": "relu"}),
             ((x, *weight, o.lora_A, o.lora_B), {"activation": "swiglu"}),
+            ((x, *weight, o.lora_A, o.lora_B, 0.5), own),
         ],
         "input_grad_lowrank": [
             ((dy, *weight, o.bitmask_t, o.lora_A, o.lora_B, 0.5), {}),
