@@ -127,19 +127,32 @@ class LazyAdapters:
         return switching
 
     def activate(self) -> None:
-        """Adds the adapters now. Layers that have one (loaded from a checkpoint) keep it."""
+        """Adds the adapters now. Layers that have one (loaded from a checkpoint) keep it.
+
+        It leaves the group of the optimizer that it is in for that of the others.
+        """
         # Not kept from __init__: load_state_dict of an optimizer makes new groups.
         group = self.optimizer.param_groups[self._group_index]
         known = {id(factor) for factor in group["params"]}
+        added: dict[int, str] = {}
         for name, layer in named_sparse_layers(self.model):
             if not layer.has_adapter:
                 layer.add_adapter(self.rank, self.scale)
             for factor in ("lora_A", "lora_B"):
                 parameter = layer.get_parameter(factor)
                 if id(parameter) not in known:
+                    added[id(parameter)] = qualified_name(name, factor)
                     group["params"].append(parameter)
-                    if _NAMES in group:
-                        group[_NAMES].append(qualified_name(name, factor))
+        if _NAMES in group:
+            group[_NAMES] += added.values()
+        for other in self.optimizer.param_groups:
+            if other is not group:
+                kept = [
+                    i for i, parameter in enumerate(other["params"]) if id(parameter) not in added
+                ]
+                for listed in ("params", _NAMES):
+                    if listed in other:
+                        other[listed] = [other[listed][i] for i in kept]
         self.active = True
 
     def _before_optimizer_loads(

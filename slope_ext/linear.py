@@ -570,6 +570,8 @@ class SLoPeLinear(SparseLayer, nn.Linear):
                 f"{prefix}weight_bitmask must have exactly two bits set of every four"
             )
             return
+        # Tensors that a weak reference is to are not swapped (torch.__future__)
+        self._prepared = self._home = None
         super()._load_from_state_dict(
             state_dict,
             prefix,

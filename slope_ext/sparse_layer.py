@@ -192,15 +192,33 @@ class SparseLayer(nn.Module):
             destination[prefix + "lora_scale"] = torch.tensor(self.lora_scale, dtype=torch.float64)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         lora_A = state_dict.get(prefix + "lora_A")
-        if lora_A is not None and not self.has_adapter:
+        if lora_A is not None and lora_A.dim() == 2 and not self.has_adapter:
             self._create_adapter(lora_A.shape[0])
+            nn.init.zeros_(self.lora_B)  # of no effect where the state has none
         scale = state_dict.pop(prefix + "lora_scale", None)
         if scale is not None:
             self.lora_scale = float(scale)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        elif lora_A is not None:
+            missing_keys.append(prefix + "lora_scale")
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
 
 def update_transposed_masks(model: nn.Module) -> None:

@@ -297,3 +297,48 @@ def test_switch_warns_of_a_captured_step(monkeypatch):
         layer.remove_adapter()
         adapters.steps, adapters.active = 0, False
         optimizer.param_groups[-1]["params"].clear()
+
+
+def test_part_of_an_adapter_is_not_loaded_unseen():
+    """A scale that is missing is told; a B that is missing is zero, not what memory held."""
+    model, other = (nn.Sequential(slope.SLoPeLinear(16, 16)) for _ in range(2))
+    model[0].add_adapter(4, scale=3.0)
+    state = model.state_dict()
+    del state["0.lora_scale"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"0\.lora_scale"'):
+        other.load_state_dict(state)
+    other = nn.Sequential(slope.SLoPeLinear(16, 16))
+    state = model.state_dict()
+    del state["0.lora_B"]
+    assert other.load_state_dict(state, strict=False).missing_keys == ["0.lora_B"]
+    assert not other[0].lora_B.any()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_adapters_that_the_optimizer_has_are_not_stepped_twice(named):
+    model = nn.Sequential(slope.SLoPeLinear(16, 16))
+    model[0].add_adapter(4)
+    params = model.named_parameters() if named else model.parameters()
+    optimizer = slope.optim.AdamW(params, lr=0.1, weight_decay=0.0)
+    before = model[0].lora_A.detach().clone()
+    nn.init.ones_(model[0].lora_B)
+    slope.LazyAdapters(model, optimizer, rank=4, total_steps=1).step()
+    model(torch.ones(2, 16)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close((model[0].lora_A - before).abs(), torch.full_like(before, 0.1))
+    first, last = optimizer.param_groups
+    assert [len(group["params"]) for group in (first, last)] == [2, 2]
+    if named:
+        assert last["param_names"] == ["0.lora_A", "0.lora_B"]
+        assert first["param_names"] == ["0.weight", "0.bias"]
+
+
+def test_loading_by_swapping_tensors():
+    model, other = (nn.Sequential(slope.SLoPeLinear(16, 16)) for _ in range(2))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        other.load_state_dict(model.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    x = torch.randn(3, 16)
+    assert torch.equal(other(x), model(x))

@@ -652,7 +652,10 @@ def test_resume_with_changed_text_is_refused(
 
 
 def test_what_cannot_start_deletes_nothing(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = arguments(inputs, tmp_path, "--steps", 4, "--save-interval", 2)
     assert main(options) == 0
@@ -670,6 +673,11 @@ def test_what_cannot_start_deletes_nothing(
         assert main([*options, "--resume", "never", "--vocab-size", "280", option, str(value)]) == 2
         assert option in capsys.readouterr().err
         assert contents() == before
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        assert main([*options, "--resume", "never", "--tensorboard"]) == 2
+    assert "--tensorboard: needs" in capsys.readouterr().err
+    assert contents() == before
     assert main([*options, "--resume", "never", "--stop-after", "1"]) == 0
     assert newest(tmp_path).name == "step-000001"
     assert not (tmp_path / "summary.json").exists()

@@ -226,9 +226,13 @@ def load_tokenizer(path: str) -> Tokenizer:
     if not file.is_file():
         raise UsageError(f"--tokenizer {path}: no such file")
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise UsageError(f"--tokenizer {path}: not a tokenizer.json ({error})") from error
+    # What a file has of these is meant for batches of sentences; documents are read whole
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

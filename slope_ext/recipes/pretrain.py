@@ -432,7 +432,10 @@ def _pretrain(args: argparse.Namespace, output: Path, processes: Processes) -> i
     if checkpoint is not None and state is not None:
         run.restore(checkpoint, state)
         print(f"resuming after step {run.step} from {checkpoint}")
-    # Nothing of an earlier run goes before this one can start.
+    # Nothing of an earlier run goes before this one can start: the log may not
+    log = RunLog(
+        output / "log.jsonl", run.step, output / "tensorboard" if args.tensorboard else None
+    )
     corpus.keep()
     summary_file.unlink(missing_ok=True)
     if args.resume == "never":
@@ -443,9 +446,6 @@ def _pretrain(args: argparse.Namespace, output: Path, processes: Processes) -> i
         f"{args.model}, {args.method}: {parameters / 1e6:.2f} M parameters stored; {args.data}: "
         f"{corpus.note}, {len(corpus.train):,} training and {len(corpus.valid):,} validation "
         f"tokens of {corpus.vocab_size} kinds"
-    )
-    log = RunLog(
-        output / "log.jsonl", run.step, output / "tensorboard" if args.tensorboard else None
     )
     try:
         received = train(run, log)

@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 
+def _summary_writer() -> Any:
+    """The class SummaryWriter; raises :class:`UsageError` if tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "--tensorboard: needs the package tensorboard (pip install 'slope-ext[tensorboard]')"
+        ) from error
+    return SummaryWriter
+
+
 class RunLog:
     """``log.jsonl``: one JSON object per line, with the keys ``kind`` and ``step``.
 
@@ -35,6 +46,7 @@ class RunLog:
 
     def __init__(self, path: Path, last_step: int, tensorboard: Path | None = None) -> None:
         """Raises :class:`UsageError` if ``tensorboard`` (a directory) is given without it."""
+        summary_writer = None if tensorboard is None else _summary_writer()
         self._path = path
         kept = [record for record in self.records() if record["step"] <= last_step]
         temporary = path.with_suffix(".tmp")
@@ -42,15 +54,8 @@ class RunLog:
         os.replace(temporary, path)
         self._file = path.open("a", buffering=1)
         self._writer: Any = None
-        if tensorboard is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ModuleNotFoundError as error:
-                raise UsageError(
-                    "--tensorboard: needs the package tensorboard "
-                    "(pip install 'slope-ext[tensorboard]')"
-                ) from error
-            self._writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1)
+        if summary_writer is not None:
+            self._writer = summary_writer(str(tensorboard), purge_step=last_step + 1)
 
     def write(self, record: Record) -> None:
         """Append a record."""
