@@ -115,7 +115,7 @@ def is_fresh(derived: Tensor, *sources: Tensor, trained: bool = True) -> bool:
 
 
 def marked_dtypes(derived: Tensor) -> tuple[torch.dtype, ...]:
-    """Of the sources of ``derived`` at :func:`mark_fresh`; () where it was never, or is stale."""
+    """Of the sources at the last :func:`mark_fresh`, fresh or not; () after :func:`mark_stale`."""
     stamp: _Stamp | None = getattr(derived.untyped_storage(), _ATTRIBUTE, None)
     return () if stamp is None else stamp.dtypes
 

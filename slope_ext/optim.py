@@ -555,8 +555,9 @@ def _require_plain(params: Iterable[Tensor]) -> None:
 def _take_over(param: Tensor, master: Tensor) -> None:
     """Writes a parameter into its master but where that rounds to it, and has more digits.
 
-    Rounds as the last step did, since the model may have been cast to the other type of 16 bits
-    since then; a master that was loaded, as either type does.
+    Rounds as the last step did, and then to the parameter's present type, since the model may have
+    been cast since then. Where the last step is unknown (a master that was loaded, or written to in
+    a captured step) rounding to either type of 16 bits counts.
     """
     if param.shape != master.shape or param.device != master.device:
         return  # the step says so
@@ -564,9 +565,13 @@ def _take_over(param: Tensor, master: Tensor) -> None:
     if param.is_contiguous() and master.is_contiguous():
         flat = (param.detach().view(-1), master.view(-1))
         pieces = list(zip(*(tensor.split(_PIECE) for tensor in flat), strict=True))
-    dtypes = _freshness.marked_dtypes(master) or (torch.bfloat16, torch.float16)
+    known = _freshness.marked_dtypes(master)
     for new, old in pieces:
-        is_rounded = torch.stack([old.to(dtype) == new for dtype in dtypes]).any(0)
+        if known:
+            rounded = [old.to(dtype).to(new.dtype) for dtype in known]
+        else:
+            rounded = [old.to(dtype) for dtype in (torch.bfloat16, torch.float16)]
+        is_rounded = torch.stack([candidate == new for candidate in rounded]).any(0)
         torch.where(is_rounded, old, new, out=old)
 
 
