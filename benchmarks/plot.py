@@ -278,7 +278,8 @@ def draw_losses(panels: Any, records: list[RawRecord]) -> None:
     """Loss against tokens; and how far each run is from the references."""
     losses, apart = panels
     wide: dict[str, Any] = {"linewidth": 4, "alpha": 0.3}
-    for run in ("reference", "kernels", "resumed", "nudged kernels", "nudged reference"):
+    lines = {"resumed": "--", "nudged kernels": ":", "nudged reference": "-."}
+    for run in ("reference", "kernels", *lines):
         curve = [r for r in records if r["case"].endswith(f";{run}")]
         if not curve:
             continue
@@ -288,7 +289,7 @@ def draw_losses(panels: Any, records: list[RawRecord]) -> None:
             losses.plot(tokens, [r["value"] for r in curve], label=run, **style)
         if run != "reference":
             difference = [100 * (r["value"] / r["baseline_value"] - 1) for r in curve]
-            style = wide if run == "kernels" else {"linestyle": "--" if run == "resumed" else ":"}
+            style = wide if run == "kernels" else {"linestyle": lines[run]}
             apart.plot(tokens, difference, label=run, **style)
     for axes in panels:
         axes.set_xlabel("million tokens")

@@ -66,7 +66,7 @@ register_optimizer_step_post_hook(_after_step)
 class _Stamp(NamedTuple):
     state: list[Any]
     held: list[StorageWeakRef]  # storages of the sources
-    dtypes: tuple[torch.dtype, ...]  # theirs
+    dtypes: tuple[torch.dtype, ...]  # of the sources
 
 
 def _state(

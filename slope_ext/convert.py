@@ -59,7 +59,8 @@ class SlopeConfig:
             sequence of names; a name matches its last components ("q_proj" any q_proj). Each must
             match a linear layer.
         exclude_modules: like ``target_modules``, left dense; of a layer with several names one is
-            enough. Output heads always stay dense, unless targeted by their exact full name.
+            enough, and of those that match none a warning tells. Output heads always stay dense,
+            unless targeted by their exact full name.
         strict: raise instead of warn where a targeted layer cannot be converted.
     """
 
@@ -101,6 +102,8 @@ class SlopeConfig:
             raise ValueError(f"SlopeConfig: {error}") from None
         for name in ("target_modules", "exclude_modules"):
             _check_names(name, getattr(self, name))
+        if not self.target_modules:
+            raise ValueError("SlopeConfig: target_modules must not be empty")
         for name, kind in (("masks", Mapping), ("scores", Mapping), ("seed", Integral)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(
@@ -172,7 +175,15 @@ def convert(
         raise TypeError(f"convert: config must be a SlopeConfig, got {config!r}")
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError("convert: model must not be wrapped by DistributedDataParallel yet")
-    _check_targets(model, config.target_modules)
+    if unmatched := _unmatched(model, config.target_modules):
+        raise ValueError(f"convert: target_modules matches no linear layer with {unmatched[0]!r}")
+    if unmatched := _unmatched(model, config.exclude_modules):
+        warnings.warn(
+            "slope_ext.convert: exclude_modules matches no linear layer with "
+            f"{', '.join(map(repr, unmatched))}",
+            SlopeConversionWarning,
+            stacklevel=2,
+        )
     plan, skipped = _plan(model, config, filter_fn)
     _check_given_names(config, [name for names in plan.values() for name in names])
     listing = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
@@ -212,20 +223,22 @@ def to_dense(model: nn.Module) -> nn.Module:
         ``model``, or its replacement if it is itself a sparse layer or a fused MLP.
 
     Raises:
-        ValueError: a layer applies an activation that no module of ``model`` stands for, or has a
-            ``forward`` that was replaced.
+        ValueError: a layer applies an activation that no module of ``model`` stands for, has a
+            ``forward`` that was replaced, or has a weight that is sharded.
     """
     _require_modules_of_activations(model)
     _require_own_forwards(model)
+    _require_whole_weights(model)
     derived = set(_derived_buffers(model))
     model = unfuse(model)
     replacements: dict[nn.Module, nn.Module] = {}
-    by_weight: dict[int, nn.Module] = {}
+    by_weight: dict[tuple[int, int], nn.Module] = {}
     for layer in model.modules():
         if isinstance(layer, SparseLayer):
             dense = _dense_twin(layer)
             if not layer.has_adapter:  # an adapter makes the dense weight the layer's own
-                dense.weight = by_weight.setdefault(id(layer.weight), dense).weight
+                shared = (id(layer.weight), id(layer.mask))  # so does another mask
+                dense.weight = by_weight.setdefault(shared, dense).weight
             replacements[layer] = dense
     model = _replace(model, replacements)
     _have_ddp_ignore(model, derived)
@@ -252,23 +265,31 @@ def _require_own_forwards(model: nn.Module) -> None:
             )
 
 
+def _require_whole_weights(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLayer) and is_traceable_wrapper_subclass(layer.weight):
+            kind = type(layer.weight).__name__
+            raise ValueError(
+                f"to_dense: the weight of {name or 'the layer'} is a {kind}; "
+                "load its full state into a model that is not sharded"
+            )
+
+
 # ---- which layers --------------------------------------------------------------------------------
 
 
-def _check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
-    if targets == "all-linear":
-        return
+def _unmatched(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+    """Those that are the name of no linear layer of ``model``."""
     names = []
     for name, module in model.named_modules(remove_duplicate=False):
         if _is_linear_like(module):
             names.append(name)
         elif isinstance(module, SwiGLUMLP):  # as it was converted, and may be again
             names += [f"{name}.gate_proj", f"{name}.up_proj"]
-    patterns: list[str | Sequence[str]]
-    patterns = [targets] if isinstance(targets, str) else [[target] for target in targets]
-    for pattern in patterns:
-        if not any(_matches(pattern, name) for name in names):
-            raise ValueError(f"convert: target_modules matches no linear layer with {pattern!r}")
+    if isinstance(patterns, str):
+        known = patterns == "all-linear" or any(_matches(patterns, name) for name in names)
+        return [] if known else [patterns]
+    return [pattern for pattern in patterns if not any(_matches([pattern], name) for name in names)]
 
 
 def _plan(
@@ -458,23 +479,33 @@ def _choose_mask(weight: Tensor, names: list[str], config: SlopeConfig) -> Tenso
             raise ValueError(f"convert: masks[{name!r}] must keep exactly {n} of every {m}")
         return reference.pack_bits(bits) if config.compressed else bits
     if scores is not None:
-        scores = torch.as_tensor(scores).to(weight.device)
+        scores = _tensor_of("scores", scores, name).to(weight.device)
+        if scores.is_complex():
+            raise ValueError(f"convert: scores[{name!r}] must be real, got {scores.dtype}")
+        scores = scores if scores.is_floating_point() else scores.double()
         if scores.shape != weight.shape:
             raise ValueError(
                 f"convert: scores[{name!r}] must be [out, in] = {list(weight.shape)}, "
                 f"got {list(scores.shape)}"
             )
     elif config.mask == "random":
-        generator = torch.Generator().manual_seed(config.seed ^ zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(int(config.seed) ^ zlib.crc32(name.encode()))
         scores = torch.rand(weight.shape, generator=generator).to(weight.device)
     else:
         scores = weight.detach().abs()
     return ops.prune_24(scores) if config.compressed else prune_nm(scores, n, m)
 
 
+def _tensor_of(argument: str, value: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"convert: {argument}[{name!r}] must be a tensor: {error}") from error
+
+
 def _given_mask(mask: Any, weight: Tensor, name: str) -> Tensor:
     """A given mask in any of its three forms -> bool [out, in]."""
-    mask = torch.as_tensor(mask)
+    mask = _tensor_of("masks", mask, name)
     bits: Tensor
     rows, columns = weight.shape
     if mask.shape == weight.shape:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from slope_ext import _backward_copy, _freshness, _packed, _streams, ops
-from slope_ext._check import ACTIVATIONS, BACKENDS, GATE_ROWS, has_two_of_four
+from slope_ext._check import (
+    ACTIVATIONS,
+    BACKENDS,
+    FLOAT_DTYPES,
+    GATE_ROWS,
+    dtype_name,
+    has_two_of_four,
+)
 from slope_ext.ops.spmm import Activation, Backend
 from slope_ext.sparse_layer import SparseLayer, warn_of_broadcasts
 
@@ -113,8 +121,13 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         # nn.Linear's own __init__ would allocate the dense weight.
         nn.Module.__init__(self)
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size < 8 or size % 8 != 0:
+            if not isinstance(size, Integral) or size < 8 or size % 8 != 0:
                 raise ValueError(f"SLoPeLinear: {name} must be a multiple of 8, got {size}")
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                "SLoPeLinear: dtype must be float16, bfloat16, float32 or float64, "
+                f"got {dtype_name(dtype)}"
+            )
         if backward_copy not in ("cached", "recompute"):
             raise ValueError(
                 f"SLoPeLinear: backward_copy must be 'cached' or 'recompute', got {backward_copy!r}"
@@ -565,6 +578,9 @@ class SLoPeLinear(SparseLayer, nn.Linear):
         error_msgs: list[str],
     ) -> None:
         bitmask = state_dict.get(prefix + "weight_bitmask")
+        if bitmask is not None and bitmask.dtype != torch.uint8:
+            error_msgs.append(f"{prefix}weight_bitmask must be uint8, got {bitmask.dtype}")
+            return
         if bitmask is not None and not bitmask.is_meta and not has_two_of_four(bitmask):
             error_msgs.append(
                 f"{prefix}weight_bitmask must have exactly two bits set of every four"

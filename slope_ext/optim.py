@@ -24,6 +24,7 @@ from slope_ext.linear import SLoPeLinear
 from slope_ext.sparse_layer import SparseLayer, layers_by_weight, layers_of
 
 _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
+_REQUIRED = ("step", "exp_avg", "exp_avg_sq")  # of a parameter that has a state
 _TRANSPOSED_MASK = "transposed_mask"
 _DECOUPLED = "decoupled_weight_decay"
 
@@ -84,6 +85,7 @@ class AdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: an argument is out of range; the message names it.
+        TypeError: a trained parameter is a tensor of tensors, such as FSDP2's DTensors.
     """
 
     # GradScaler hands grad_scale and found_inf over instead of unscaling in a pass of its own.
@@ -216,8 +218,9 @@ class AdamW(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse; a gradient or state is of another dtype than its
-                parameter; clipping is of some gradients only; a CUDA graph holds one of clipping
-                and step, or the first step of a parameter.
+                parameter; a sparse layer's weight is flat, as FullyShardedDataParallel makes it;
+                clipping is of some gradients only; a CUDA graph holds one of clipping and step, or
+                the first step of a parameter.
             ValueError: an option of a group was set to what is out of range.
 
         But for the closure, which has run, nothing has changed and nothing counted then.
@@ -226,24 +229,29 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        layers = layers_by_weight()
         for group in self.param_groups:
-            self._check_group(group)
+            self._check_group(group, layers)
         self._follow_gradients()
         grad_scale, found_inf = self._grad_scale(), getattr(self, "found_inf", None)
         _freshness.count_optimizer_step()
-        layers = layers_by_weight()
         for group in self.param_groups:
             self._step_group(group, layers, grad_scale, found_inf)
         self._clipping = None
         return loss
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any], layers: dict[int, SparseLayer]) -> None:
         # Tensors among the options are not read: that would wait for the GPU
         _require_options(group, read_tensors=False)
         _require_wide_moments_of_fp16(group, group["params"])
         for param in group["params"]:
             if param.grad is None:
                 continue
+            if param.dim() != 2 and id(param) in layers:
+                raise RuntimeError(
+                    f"AdamW: the weight of a sparse layer is {list(param.shape)}, flat as "
+                    "FullyShardedDataParallel makes it; torch's optimizers take these"
+                )
             if param.grad.is_sparse:
                 raise RuntimeError("AdamW: sparse gradients are not supported; use sparse=False")
             if param.grad.dtype != param.dtype:
@@ -407,7 +415,7 @@ class AdamW(torch.optim.Optimizer):
         But 16-bit moments of torch's AdamW become fp32, unless this optimizer has half_moments.
 
         Raises:
-            ValueError: it is of another algorithm (amsgrad, coupled weight decay), or of
+            ValueError: it is of another algorithm (SGD, amsgrad, coupled weight decay), or of
                 half_moments for float16 parameters, or of a parameter of another shape, or a
                 transposed mask is not of its weight. The optimizer has not changed then.
         """
@@ -450,10 +458,16 @@ class AdamW(torch.optim.Optimizer):
             self.state[param].pop(_TRANSPOSED_MASK, None)
             layer = layers.get(id(param))
             if layer is not None and _TRANSPOSED_MASK in saved:
-                layer.set_transposed_mask(saved[_TRANSPOSED_MASK])
+                layer.set_transposed_mask(_as_mask_of(layer, saved[_TRANSPOSED_MASK]))
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         for _, param, saved in self._saved_states(state_dict):
+            missing = [name for name in _REQUIRED if name not in saved] if saved else []
+            if missing:
+                raise ValueError(
+                    f"AdamW: state_dict: a parameter {list(param.shape)} has no "
+                    f"{', '.join(missing)}, only {', '.join(sorted(saved))}: it is not of AdamW"
+                )
             for name in _STATE_TENSORS:
                 found = saved.get(name, param)
                 if not isinstance(found, Tensor) or found.shape != param.shape:
@@ -469,7 +483,7 @@ class AdamW(torch.optim.Optimizer):
             layer = layers.get(id(param))
             if layer is not None and _TRANSPOSED_MASK in saved:
                 try:
-                    layer.check_transposed_mask(saved[_TRANSPOSED_MASK])
+                    layer.check_transposed_mask(_as_mask_of(layer, saved[_TRANSPOSED_MASK]))
                 except ValueError as error:
                     shape = list(param.shape)
                     raise ValueError(f"AdamW: state_dict: values {shape}: {error}") from None
@@ -486,6 +500,11 @@ class AdamW(torch.optim.Optimizer):
     def _indexed_params(self) -> list[tuple[int, Tensor]]:
         # torch numbers the parameters of a state_dict in the order of the groups.
         return list(enumerate(p for group in self.param_groups for p in group["params"]))
+
+
+def _as_mask_of(layer: SparseLayer, mask: Tensor) -> Tensor:
+    """A mask that another optimizer of torch cast to the weight's dtype, which holds 0 to 255."""
+    return mask.to(layer.transposed_mask.dtype) if mask.is_floating_point() else mask
 
 
 def _is_number(tensor: Tensor) -> bool:

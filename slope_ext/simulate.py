@@ -7,6 +7,7 @@ The method is SLoPeLinear's (arXiv 2405.16325, section 3.1); nothing is smaller 
 from __future__ import annotations
 
 import re
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class MaskedLinear(SparseLayer, nn.Linear):
         self.pattern = pattern
         self.n, self.m = parse_pattern(pattern)
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size % self.m != 0:
+            if not isinstance(size, Integral) or size < self.m or size % self.m != 0:
                 raise ValueError(f"MaskedLinear: {name} must be a multiple of {self.m}, got {size}")
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self._init_adapter()
@@ -139,8 +140,33 @@ class MaskedLinear(SparseLayer, nn.Linear):
             layer.update_transposed_mask()
         return layer
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mask = state_dict.get(prefix + "weight_mask")
+        if mask is not None and mask.shape == self.weight_mask.shape and not mask.is_meta:
+            groups = (mask != 0).unflatten(-1, (-1, self.m))
+            if not (groups.sum(-1) == self.n).all():
+                error_msgs.append(
+                    f"{prefix}weight_mask must keep exactly {self.n} of every {self.m}"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
         if self.weight_t_mask.device != self.weight.device:
             self.weight_t_mask = torch.empty_like(self.weight_mask)
         if not self.weight.is_meta:

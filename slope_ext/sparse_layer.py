@@ -156,7 +156,8 @@ class SparseLayer(nn.Module):
             scale: factor of the low-rank term.
 
         Raises:
-            ValueError: rank is not positive, or the layer has an adapter already.
+            ValueError: rank is not positive, the layer has an adapter already, or its weight is
+                sharded (a DTensor).
         """
         if rank < 1:
             raise ValueError(f"add_adapter: rank must be at least 1, got {rank}")
@@ -178,6 +179,9 @@ class SparseLayer(nn.Module):
         self._init_adapter()
 
     def _create_adapter(self, rank: int) -> None:
+        if is_traceable_wrapper_subclass(self.weight):
+            kind = type(self.weight).__name__
+            raise ValueError(f"add_adapter: weight is a {kind}; add adapters before it is sharded")
         device, dtype = self.weight.device, self.weight.dtype
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device, dtype=dtype))

@@ -306,6 +306,8 @@ def test_swiglu_needs_whole_turns(device):
 MODEL = torch.nn.Sequential(torch.nn.Linear(16, 16))
 API_CASES = [
     (lambda: slope.SLoPeLinear(12, 16), "SLoPeLinear: in_features must be a multiple of 8"),
+    (lambda: slope.SLoPeLinear(16.0, 16), "SLoPeLinear: in_features must be a multiple of 8"),
+    (lambda: slope.SLoPeLinear(16, 16, dtype=torch.int32), "SLoPeLinear: dtype must be float16"),
     (lambda: slope.SLoPeLinear(16, 0), "SLoPeLinear: out_features"),
     (lambda: slope.SLoPeLinear(16, 16, backward_copy="no"), "SLoPeLinear: backward_copy"),
     (lambda: slope.SLoPeLinear(16, 24, activation="swiglu"), "SLoPeLinear: out_features"),

@@ -136,6 +136,8 @@ def cut(tile, tokens, rows, columns):
         ((128, 256, 2, 1), 8192, 20480, 5120, True),  # clusters stay together
         ((256, 192, 2, 1), 8192, 9216, 9216, True),
         ((128, 256, 1, 1), 2048, 4096, 1024, True),  # ends before it matters
+        ((128, 256, 1, 1), 2048, 4096, 3456, True),  # in 49.6 us
+        ((128, 256, 1, 1), 2048, 4096, 3520, False),  # in 50.5 us
         ((128, 64, 1, 1), 64, 14336, 4096, True),
         ((128, 128, 1, 1), 128, 28672, 8192, True),  # all blocks read the same X
         ((128, 256, 1, 2), 512, 4096, 4096, True),  # 128 of 132 multiprocessors
@@ -147,7 +149,7 @@ def test_products_start_early_where_it_does_no_harm(tile, tokens, rows, columns,
     assert cut(tile, tokens, rows, columns)[0] is starts_early
 
 
-def test_a_late_start_costs_what_crowds_alone():
+def test_only_crowding_adds_the_late_start_to_the_time():
     """Where blocks would scatter, products measure as long started late as early."""
     tile = (128, 256, 1, 1)
     early, round_ = cut(tile, 1024, 4096, 4096)
@@ -158,7 +160,7 @@ def test_a_late_start_costs_what_crowds_alone():
     assert rounds == pytest.approx(2 * round_ + 2.0), "and what a further tile adds"
 
 
-def test_a_tile_that_there_is_not_is_refused():
+def test_a_tile_index_out_of_range_is_refused():
     for index in (-1, len(TILES)):
         with pytest.raises(IndexError, match="spmm_sm90_cut: tile"):
             _C.spmm_sm90_cut(index, 8, 64, 64, processors=H200, clusters=room())

@@ -106,6 +106,19 @@ def test_a_target_that_matches_no_linear_layer_raises(targets):
     assert sparse_names(model) == []
 
 
+def test_an_exclusion_that_matches_no_linear_layer_warns():
+    model = Model()
+    config = slope.SlopeConfig(target_modules=["q_proj"], exclude_modules=["lm_head", "k_prj"])
+    with pytest.warns(slope.SlopeConversionWarning, match="no linear layer with 'k_prj'$"):
+        slope.convert(model, config)
+    assert sparse_names(model) == ["blocks.0.q_proj", "blocks.1.q_proj"]
+
+
+def test_no_target_at_all_is_refused():
+    with pytest.raises(ValueError, match="target_modules must not be empty"):
+        slope.SlopeConfig(target_modules=[])
+
+
 def test_targets_of_a_model_that_was_converted_still_match():
     model, config = Model(), slope.SlopeConfig(target_modules=["q_proj", "blocks.0.out"])
     quietly(model, config)
@@ -341,6 +354,19 @@ def test_to_dense_of_tied_layers_of_which_one_has_an_adapter():
     assert not hasattr(model["a"], "backward_copy")
 
 
+def test_to_dense_of_layers_that_share_a_weight_but_not_a_mask():
+    a = slope.SLoPeLinear(16, 16)
+    other = slope.ops.prune_24(torch.rand(16, 16))
+    b = slope.SLoPeLinear.from_compressed(a.weight.detach(), other)
+    b.weight = a.weight
+    model = nn.ModuleDict({"a": a, "b": b})
+    x = torch.randn(3, 16)
+    expected = [layer(x) for layer in model.values()]
+    slope.to_dense(model)
+    for layer, y in zip(model.values(), expected, strict=True):
+        torch.testing.assert_close(layer(x), y)
+
+
 def test_keeps_attributes_of_parameters():
     linear = nn.Linear(16, 16)
     linear.weight._no_weight_decay = True
@@ -421,6 +447,31 @@ def test_given_scores_wanda_style():
     slope.convert(model, slope.SlopeConfig(scores={"fc": wanda}))
     assert torch.equal(mask_of(model["fc"]), oracle.keep_two_of_four(wanda))
     torch.testing.assert_close(model["fc"].dense_weight(), linear.weight * mask_of(model["fc"]))
+
+
+def test_scores_of_integers_are_ranks():
+    ranks = torch.stack([torch.randperm(16) for _ in range(24)])
+    model = nn.ModuleDict({"fc": nn.Linear(16, 24)})
+    slope.convert(model, slope.SlopeConfig(scores={"fc": ranks}))
+    assert torch.equal(mask_of(model["fc"]), oracle.keep_two_of_four(ranks))
+
+
+@pytest.mark.parametrize("argument", ["scores", "masks"])
+@pytest.mark.parametrize("given", ["wanda", [[1.0], [2.0, 3.0]], object()])
+def test_what_is_given_and_is_no_tensor_is_refused(argument, given):
+    model = nn.ModuleDict({"fc": nn.Linear(16, 24)})
+    with pytest.raises(ValueError, match=rf"convert: {argument}\['fc'\] must be a tensor"):
+        slope.convert(model, slope.SlopeConfig(**{argument: {"fc": given}}))
+    assert sparse_names(model) == []
+
+
+def test_a_seed_of_numpy_is_one():
+    masks = []
+    for seed in (5, np.int64(5)):
+        model = nn.ModuleDict({"fc": nn.Linear(16, 24)})
+        slope.convert(model, slope.SlopeConfig(mask="random", seed=seed))
+        masks.append(mask_of(model["fc"]))
+    assert torch.equal(*masks)
 
 
 @pytest.mark.parametrize(

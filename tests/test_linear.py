@@ -446,6 +446,14 @@ def test_load_refuses_a_broken_bitmask_and_changes_nothing():
     assert torch.equal(layer.weight, weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_load_refuses_a_bitmask_of_another_dtype(dtype):
+    state = slope.SLoPeLinear(24, 16).state_dict()
+    state["weight_bitmask"] = state["weight_bitmask"].to(dtype)
+    with pytest.raises(RuntimeError, match="weight_bitmask must be uint8"):
+        slope.SLoPeLinear(24, 16).load_state_dict(state)
+
+
 def test_load_refuses_another_shape():
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         slope.SLoPeLinear(24, 16).load_state_dict(slope.SLoPeLinear(24, 24).state_dict())

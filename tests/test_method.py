@@ -19,6 +19,7 @@ import slope_ext as slope
 from ranks import run_ranks
 from slope_ext import sparse_layer
 from slope_ext.memory import memory_report
+from slope_ext.sparse_layer import SparseLayer
 
 SHAPES = {"4d": (256, 64), "3.5d": (224, 64), "2.69d": (344, 128), "d": (64, 64), "d/4": (16, 64)}
 
@@ -219,6 +220,11 @@ def _fsdp_worker(rank, data, pattern):
         slope.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match="LazyAdapters: model must not be sharded"):
         slope.LazyAdapters(model, optimizers[0], rank=2, total_steps=4)
+    layer = next(m for m in model.modules() if isinstance(m, SparseLayer))
+    with pytest.raises(ValueError, match="add_adapter: weight is a DTensor"):
+        layer.add_adapter(2)
+    with pytest.raises(ValueError, match=r"to_dense: the weight of .* is a DTensor"):
+        slope.to_dense(model)
 
 
 @pytest.mark.slow

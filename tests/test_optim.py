@@ -192,6 +192,59 @@ def test_checkpoint_of_torch_adamw_loads():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_comes_back_from_torch_adamw(dtype):
+    """Which casts all of a state to the parameter's dtype, masks too."""
+    layer = slope.SLoPeLinear(64, 16, dtype=dtype)
+    ours = slope.optim.AdamW(layer.parameters())
+    layer.weight.grad = torch.randn_like(layer.weight)
+    ours.step()
+    mask = layer.weight_t_bitmask.clone()
+    theirs = torch.optim.AdamW(layer.parameters())
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    theirs.step()
+    layer.update_transposed_mask()
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(layer.weight_t_bitmask, mask)
+    ours.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        torch.optim.Adagrad,
+        torch.optim.RMSprop,
+    ],
+    ids=["SGD", "Adagrad", "RMSprop"],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(make):
+    net = Net()
+    theirs = make(net.parameters())
+    train(net, theirs, 2, seed=1)
+    ours = slope.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, ours, 1, seed=2)
+    before = copy.deepcopy(ours.state_dict())
+    saved = theirs.state_dict()
+    saved["param_groups"] = before["param_groups"]
+    with pytest.raises(ValueError, match=r"a parameter .* has no .*: it is not of AdamW"):
+        ours.load_state_dict(saved)
+    after = ours.state_dict()
+    for index, state in before["state"].items():
+        for name, value in state.items():
+            assert torch.equal(after["state"][index][name], value)
+
+
+def test_a_weight_that_was_flattened_is_refused_before_anything_counts():
+    layer = slope.SLoPeLinear(24, 16)
+    optimizer = slope.optim.AdamW(layer.parameters())
+    layer.weight.data = layer.weight.data.flatten()
+    layer.weight.grad = torch.ones_like(layer.weight)
+    with pytest.raises(RuntimeError, match="flat as FullyShardedDataParallel"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["mask_step"] == 0
+
+
 @pytest.mark.parametrize("half_moments", [False, True])
 def test_16_bit_moments_of_torch_widen_unless_half_is_wanted(half_moments):
     layer = slope.SLoPeLinear(24, 16, dtype=torch.bfloat16)
@@ -1239,6 +1292,6 @@ def test_options_of_numpy_are_saved_as_plain_numbers():
 def test_state_of_no_such_parameter_is_refused(found):
     optimizer = slope.optim.AdamW([nn.Parameter(torch.zeros(3))])
     saved = optimizer.state_dict()
-    saved["state"] = {0: {"exp_avg": found}}
+    saved["state"] = {0: {"step": 1.0, "exp_avg": found, "exp_avg_sq": torch.zeros(3)}}
     with pytest.raises(ValueError, match=r"exp_avg must be \[3\] as its parameter"):
         optimizer.load_state_dict(saved)

@@ -214,7 +214,10 @@ def test_hugging_face_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> 
     def load_dataset(name: str, config: str | None, split: str) -> Rows:
         if name == "missing":
             raise FileNotFoundError("no dataset\nand so on")
-        return Rows({"text": text} for text in (name, str(config), split))
+        if name == "silent":
+            raise ConnectionError
+        texts = ("a", None) if name == "null" else (name, str(config), split)
+        return Rows({"text": text} for text in texts)
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     for spec, expected in (
@@ -227,6 +230,10 @@ def test_hugging_face_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> 
         assert list(documents()) == list(documents()) == expected
     with pytest.raises(UsageError, match=r"^--data hf:missing: no dataset$"):
         next(open_source("hf:missing").documents())
+    with pytest.raises(UsageError, match=r"^--data hf:silent: ConnectionError$"):
+        next(open_source("hf:silent").documents())
+    with pytest.raises(UsageError, match=r'^--data hf:null: row 1 has no "text" string$'):
+        list(open_source("hf:null").documents())
     for spec in ("hf:", "hf:a:b:c:d"):
         with pytest.raises(UsageError, match="not of the form"):
             next(open_source(spec).documents())
@@ -505,7 +512,7 @@ def test_killed_run_resumes_exactly(inputs: Path, tmp_path: Path) -> None:
     assert_same_run(killed, expected)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "sums"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "[]", "{}"])
 def test_damaged_newest_checkpoint_is_skipped(
     inputs: Path, tmp_path: Path, undisturbed: tuple[str, Path], damage: str
 ) -> None:
@@ -516,8 +523,8 @@ def test_damaged_newest_checkpoint_is_skipped(
     content = bytearray(file.read_bytes())
     if damage == "remove":
         file.unlink()
-    elif damage == "sums":
-        (newest(tmp_path) / "checksums.json").write_text("[]")
+    elif damage in ("[]", "{}"):
+        (newest(tmp_path) / "checksums.json").write_text(damage)
     elif damage == "truncate":
         file.write_bytes(content[: len(content) // 2])
     else:
@@ -568,7 +575,7 @@ def test_log_cut_short_is_mended(
     options = arguments(inputs, tmp_path, "--method", method)
     assert main([*options, "--stop-after", "5"]) == 0
     with (tmp_path / "log.jsonl").open("a") as log:
-        log.write('{"kind": "train", "step": 6, "loss": 1.0}\n{"kind": "trai')
+        log.write('null\n{"kind": "train", "step": 6, "loss": 1.0}\n{"kind": "trai')
     assert main(options) == 0
     assert_same_run(tmp_path, expected)
 
@@ -586,29 +593,63 @@ def test_resume_from_a_path_and_never(
 
 
 def test_resume_from_an_older_checkpoint_drops_the_later_ones(
-    inputs: Path, tmp_path: Path, undisturbed: tuple[str, Path]
+    inputs: Path,
+    tmp_path: Path,
+    undisturbed: tuple[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     method, expected = undisturbed
     options = arguments(inputs, tmp_path, "--method", method)
     assert main(options) == 0
     older = str(tmp_path / "checkpoints" / "step-000010")
+    capsys.readouterr()
     assert main([*options, "--resume", older, "--stop-after", "11"]) == 0
+    assert "without --stop-after and with --resume auto resumes" in capsys.readouterr().out
     assert newest(tmp_path).name == "step-000011"
     assert Path(older).exists()
     assert main(options) == 0
     assert_same_run(tmp_path, expected)
 
+    # One that was left and is killed before it saves: its later steps are not found again
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
 
+    monkeypatch.setattr(pretrain, "train", killed)
+    left = tmp_path / "checkpoints" / "step-000011"
+    assert main([*options, "--resume", str(left)]) == 130
+    assert newest(tmp_path) == left
+
+
+@pytest.mark.parametrize("summary", ["whole", "cut", "none"])
 def test_complete_run_reports_again(
-    inputs: Path, undisturbed: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+    inputs: Path, undisturbed: tuple[str, Path], capsys: pytest.CaptureFixture[str], summary: str
 ) -> None:
     method, output = undisturbed
-    before = (output / "log.jsonl").read_bytes()
+    before, file = (output / "log.jsonl").read_bytes(), output / "summary.json"
+    whole = file.read_bytes()
+    if summary == "cut":
+        file.write_bytes(whole[:100])
+    elif summary == "none":
+        file.unlink()
     assert main(arguments(inputs, output, "--method", method)) == 0
     printed = capsys.readouterr().out
-    assert "complete" in printed
+    assert ("is complete" in printed) == (summary == "whole")
     assert "ln(vocab)" in printed
     assert (output / "log.jsonl").read_bytes() == before
+    assert file.read_bytes() == whole
+
+
+def test_a_run_complete_elsewhere_is_not_reported(
+    inputs: Path,
+    tmp_path: Path,
+    undisturbed: tuple[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    method, output = undisturbed
+    last = str(newest(output))
+    assert main(arguments(inputs, tmp_path, "--method", method, "--resume", last)) == 2
+    assert f"--resume {last}: that run is complete" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -726,7 +767,7 @@ def test_a_directory_is_one_runs_at_a_time(
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("spoil", ["truncate", "no tokenizer"])
+@pytest.mark.parametrize("spoil", ["truncate", "no tokenizer", "list", "latin"])
 def test_spoilt_tokens_are_made_anew(inputs: Path, tmp_path: Path, spoil: str) -> None:
     arguments_ = (str(inputs / "text"), 0.3, "train", 300)
     first = tokenize_corpus(tmp_path, *arguments_)
@@ -735,8 +776,11 @@ def test_spoilt_tokens_are_made_anew(inputs: Path, tmp_path: Path, spoil: str) -
     if spoil == "truncate":
         file = tmp_path / "tokens" / "train.bin"
         file.write_bytes(file.read_bytes()[:200])
-    else:
+    elif spoil == "no tokenizer":
         (tmp_path / "tokenizer.json").unlink()
+    else:
+        description = tmp_path / "tokens" / "tokens.json"
+        description.write_bytes(b"[]" if spoil == "list" else b'{"note": "\xe9"}')
     again = tokenize_corpus(tmp_path, *arguments_)
     assert again.digest == first.digest
     assert np.array_equal(again.train, train)
@@ -821,6 +865,8 @@ def test_several_processes_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(arguments(inputs, tmp_path)) == 2
     assert "WORLD_SIZE" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "")  # as good as unset
+    assert pretrain.Processes.from_environment() == pretrain.Processes(0, 1)
 
 
 def test_missing_tensorboard_is_named(
@@ -871,6 +917,17 @@ def test_outputs(undisturbed: tuple[str, Path]) -> None:
     assert [record["step"] for record in records(output, "valid")] == [6, 12]
     checkpoints = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert checkpoints == ["step-000010", "step-000012"]
+
+
+def test_sample_of_a_prompt_that_the_tokenizer_does_not_know(inputs: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = {token: i for i, token in enumerate(["</s>", *letters])}
+    Tokenizer(models.BPE(vocabulary, [])).save(str(tmp_path / "tokenizer.json"))
+    options = ("--tokenizer", tmp_path, "--sample-prompt", "123", "--steps", 3)
+    assert main(arguments(inputs, tmp_path / "run", *options, "--warmup-steps", 1)) == 0
+    assert (tmp_path / "run" / "sample.txt").read_text().startswith("</s> ")
 
 
 def test_summary_counts_bytes(

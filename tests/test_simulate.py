@@ -83,6 +83,21 @@ def test_state_dict_round_trip_and_masks_follow():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_load_refuses_a_mask_of_another_pattern_and_changes_nothing():
+    layer = slope.MaskedLinear(32, 16, pattern="2:8")
+    weight = layer.weight.detach().clone()
+    state = slope.MaskedLinear(32, 16, pattern="4:8").state_dict()
+    with pytest.raises(RuntimeError, match="weight_mask must keep exactly 2 of every 8"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("sizes", [(-4, 16), (0, 16), (16.0, 16), (16, 6)])
+def test_sizes_are_checked(sizes):
+    with pytest.raises(ValueError, match="_features must be a multiple of 4"):
+        slope.MaskedLinear(*sizes)
+
+
 def test_meta_then_reset_parameters():
     layer = slope.MaskedLinear(32, 16, pattern="2:8", device="meta").to_empty(device="cpu")
     layer.weight_mask.fill_(True)

@@ -93,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="slope-pretrain",
         description="Pretrain a causal language model, dense or 2:4 sparse (SLoPe), on text.",
-        epilog="A run that was stopped or killed goes on when the same command is given again.",
+        epilog="A run that was stopped or killed goes on when the same command is given again "
+        "(with --resume auto, which it has by itself).",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )

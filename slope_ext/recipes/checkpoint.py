@@ -25,6 +25,7 @@ from slope_ext.recipes import UsageError
 
 WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
+CONFIG = "config.json"
 CHECKSUMS = "checksums.json"
 
 
@@ -103,9 +104,10 @@ def find_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def discard_checkpoints(root: Path) -> None:
-    """Delete every checkpoint under ``root``, finished or not, and nothing else there."""
-    for path in (*_steps(root), *root.glob("tmp-*")):
+def discard_checkpoints(root: Path, after: int) -> None:
+    """Delete the checkpoints of later steps than ``after`` and unfinished ones, nothing else."""
+    later = [path for path in _steps(root) if _step_of(path) > after]
+    for path in (*later, *root.glob("tmp-*")):
         shutil.rmtree(path)
 
 
@@ -113,6 +115,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with the checkpoint directory ``path``, or None if its files are whole."""
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
+        if missing := {WEIGHTS, STATE, CONFIG} - sums.keys():
+            return f"{CHECKSUMS} lacks {', '.join(sorted(missing))}"
         for name, expected in sums.items():
             if checksum(path / name) != expected:
                 return f"{name} is damaged"
@@ -171,9 +175,12 @@ def _unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _steps(root: Path) -> list[Path]:
     """The checkpoints, the oldest first; a copy that somebody put beside them is none."""
-    numbers = {path: path.name.removeprefix("step-") for path in root.glob("step-*")}
-    found = [path for path, number in numbers.items() if number.isdecimal()]
-    return sorted(found, key=lambda path: int(numbers[path]))
+    found = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def checksum(file: Path) -> str:

@@ -138,10 +138,13 @@ def _read_hugging_face(spec: str) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the hub, the cache and each builder raise their own kinds
-        raise UsageError(f"--data {spec}: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip() or type(error).__name__
+        raise UsageError(f"--data {spec}: {reason.splitlines()[0]}") from error
     if "text" not in rows.column_names:
         raise UsageError(f'--data {spec}: no "text" column, only {", ".join(rows.column_names)}')
-    for row in rows:
+    for number, row in enumerate(rows):
+        if not isinstance(row["text"], str):
+            raise UsageError(f'--data {spec}: row {number} has no "text" string')
         yield row["text"]
 
 
@@ -357,10 +360,10 @@ def _sizes(cache: Path) -> dict[str, int]:
 
 def _read_description(cache: Path) -> dict[str, Any]:
     try:
-        description: dict[str, Any] = json.loads((cache / "tokens.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        description = json.loads((cache / "tokens.json").read_text())
+    except (OSError, ValueError):  # no JSON, or no UTF-8
         return {}
-    return description
+    return description if isinstance(description, dict) else {}
 
 
 def _encode(documents: Iterator[str], tokenizer: Tokenizer, dtype: str) -> Iterator[bytes]:

@@ -50,6 +50,9 @@ from slope_ext.recipes.reporting import (
     format_summary,
     peak_memory_bytes,
     plot_losses,
+    read_log,
+    read_summary,
+    replace_text,
     sparsity,
     summarize,
     write_sample,
@@ -66,7 +69,8 @@ class Processes:
     @classmethod
     def from_environment(cls) -> Processes:
         """Raises :class:`UsageError` for more than one process, which is not supported yet."""
-        processes = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        rank, size = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
+        processes = cls(int(rank or 0), int(size or 1))
         if processes.world_size > 1:
             raise UsageError("WORLD_SIZE: slope-pretrain runs in a single process so far")
         return processes
@@ -384,7 +388,7 @@ def finish(run: Run, log: RunLog, output: Path) -> dict[str, Any]:
         plot=plot,
         sample=sample,
     )
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -420,10 +424,16 @@ def _pretrain(args: argparse.Namespace, output: Path, processes: Processes) -> i
     summary_file = output / "summary.json"
     if state is not None:
         require_same(state["arguments"], args)
-        if state["step"] == args.steps and summary_file.exists():
-            print(f"{output}: the run is complete")
-            print(format_summary(json.loads(summary_file.read_text())))
-            return 0
+        if state["step"] == args.steps:
+            if (summary := read_summary(summary_file)) is not None:
+                print(f"{output}: the run is complete")
+                print(format_summary(summary))
+                return 0
+            if not any(record["kind"] == "train" for record in read_log(output / "log.jsonl")):
+                raise UsageError(
+                    f"--resume {args.resume}: that run is complete, and {output} has no log of it "
+                    "to report from"
+                )
 
     corpus = tokenize_corpus(
         output, args.data, args.valid_fraction, args.tokenizer, args.vocab_size
@@ -438,8 +448,8 @@ def _pretrain(args: argparse.Namespace, output: Path, processes: Processes) -> i
     )
     corpus.keep()
     summary_file.unlink(missing_ok=True)
-    if args.resume == "never":
-        discard_checkpoints(run.checkpoints)
+    if args.resume != "auto":  # later ones are not of this run: --resume auto must not find them
+        discard_checkpoints(run.checkpoints, after=run.step)
     (output / "arguments.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     print(
@@ -454,7 +464,9 @@ def _pretrain(args: argparse.Namespace, output: Path, processes: Processes) -> i
             return 0
     finally:
         log.close()
-    command = "the same command without --stop-after" if args.stop_after else "the same command"
+    changes = ["without --stop-after"] if args.stop_after else []
+    changes += ["with --resume auto"] if args.resume != "auto" else []
+    command = " ".join(["the same command", " and ".join(changes)]).rstrip()
     print(f"saved after step {run.step} of {args.steps}; {command} resumes the run")
     return 0 if received is None else 128 + received
 

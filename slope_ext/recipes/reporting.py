@@ -37,6 +37,37 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is there with all of its text, or as it was before."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_log(path: Path) -> list[Record]:
+    """The records of a log, if there is one; lines that are none, as a kill cuts them, are left
+    out."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        record = _json_of(line)
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def read_summary(path: Path) -> Record | None:
+    """The contents of a ``summary.json``; None if there is none that can be read."""
+    summary = _json_of(path.read_bytes()) if path.exists() else None
+    return summary if isinstance(summary, dict) else None
+
+
+def _json_of(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+
+
 class RunLog:
     """``log.jsonl``: one JSON object per line, with the keys ``kind`` and ``step``.
 
@@ -49,9 +80,7 @@ class RunLog:
         summary_writer = None if tensorboard is None else _summary_writer()
         self._path = path
         kept = [record for record in self.records() if record["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, path)
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", buffering=1)
         self._writer: Any = None
         if summary_writer is not None:
@@ -66,15 +95,8 @@ class RunLog:
                     self._writer.add_scalar(f"{record['kind']}/{key}", value, record["step"])
 
     def records(self) -> list[Record]:
-        """All records; a line cut short by a kill is left out."""
-        records = []
-        if self._path.exists():
-            for line in self._path.read_text().splitlines():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
-        return records
+        """All records."""
+        return read_log(self._path)
 
     def close(self) -> None:
         """Close the files."""
@@ -148,7 +170,7 @@ def write_sample(
     """Continue ``prompt`` by up to ``tokens`` tokens drawn from the model, into a text file."""
     end = model.config.eos_token_id
     positions = getattr(model.config, "max_position_embeddings", math.inf)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else [end]
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
     ids = ids[: int(min(len(ids), positions - 1))]
     inputs = torch.tensor([ids], device=model.device)
     training = model.training
