@@ -199,7 +199,7 @@ def bench_shape(
     }
     for name, regime in REGIMES.items():
         # Bars of 1 to 3 % hang on the short ones
-        rounds = 60 if tokens <= 2048 else 20
+        rounds = 60 if 512 <= tokens <= 2048 else 20
         timings = harness.time_cases(cases, sets, rounds=rounds, regime=regime)
         yield from records(timings, "spmm_native", f";{name}")
     if tokens not in MOST:
