@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(slope, m) {
   m.def("weight_grad(Tensor dy, Tensor x, Tensor bitmask) -> Tensor");
   m.def("weight_grad_add_(Tensor(a!) grad, Tensor dy, Tensor x, Tensor bitmask) -> ()");
 
-  // lowrank: Y = activation(X W^T + scale T B^T + b) with T = X A^T, and its input gradient
+  // lowrank: Y = activation(X W^T + T B^T + b) with T = scale X A^T, and its input gradient
   m.def(
       "linear_lowrank(Tensor x, Tensor values, Tensor bitmask, Tensor lora_A, Tensor lora_B, "
       "float scale=1.0, Tensor? bias=None, Tensor? bitmask_t=None, Tensor? values_t=None, "

@@ -232,17 +232,23 @@ def to_dense(model: nn.Module) -> nn.Module:
     derived = set(_derived_buffers(model))
     model = unfuse(model)
     replacements: dict[nn.Module, nn.Module] = {}
-    by_weight: dict[tuple[int, int], nn.Module] = {}
+    twins: dict[int, list[tuple[Tensor, nn.Module]]] = {}  # by weight, with their masks
     for layer in model.modules():
         if isinstance(layer, SparseLayer):
             dense = _dense_twin(layer)
-            if not layer.has_adapter:  # an adapter makes the dense weight the layer's own
-                shared = (id(layer.weight), id(layer.mask))  # so does another mask
-                dense.weight = by_weight.setdefault(shared, dense).weight
+            if not layer.has_adapter:  # which makes the dense weight the layer's own
+                of_weight = twins.setdefault(id(layer.weight), [])
+                same = (twin for mask, twin in of_weight if _are_equal(mask, layer.mask))
+                dense.weight = next(same, dense).weight
+                of_weight.append((layer.mask, dense))
             replacements[layer] = dense
     model = _replace(model, replacements)
     _have_ddp_ignore(model, derived)
     return model
+
+
+def _are_equal(mask: Tensor, other: Tensor) -> bool:
+    return mask is other or (not mask.is_meta and torch.equal(mask, other))
 
 
 def _require_modules_of_activations(model: nn.Module) -> None:
@@ -482,7 +488,8 @@ def _choose_mask(weight: Tensor, names: list[str], config: SlopeConfig) -> Tenso
         scores = _tensor_of("scores", scores, name).to(weight.device)
         if scores.is_complex():
             raise ValueError(f"convert: scores[{name!r}] must be real, got {scores.dtype}")
-        scores = scores if scores.is_floating_point() else scores.double()
+        if scores.dtype not in FLOAT_DTYPES[:3]:  # of ranks, say; kernels take no fp64
+            scores = scores.cpu().double()
         if scores.shape != weight.shape:
             raise ValueError(
                 f"convert: scores[{name!r}] must be [out, in] = {list(weight.shape)}, "
@@ -493,7 +500,8 @@ def _choose_mask(weight: Tensor, names: list[str], config: SlopeConfig) -> Tenso
         scores = torch.rand(weight.shape, generator=generator).to(weight.device)
     else:
         scores = weight.detach().abs()
-    return ops.prune_24(scores) if config.compressed else prune_nm(scores, n, m)
+    kept = ops.prune_24(scores) if config.compressed else prune_nm(scores, n, m)
+    return kept.to(weight.device)
 
 
 def _tensor_of(argument: str, value: Any, name: str) -> Tensor:

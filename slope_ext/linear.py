@@ -23,7 +23,7 @@ from slope_ext._check import (
     has_two_of_four,
 )
 from slope_ext.ops.spmm import Activation, Backend
-from slope_ext.sparse_layer import SparseLayer, warn_of_broadcasts
+from slope_ext.sparse_layer import SparseLayer, layers_of_weight, warn_of_broadcasts
 
 BackwardCopy = Literal["cached", "recompute"]
 # Buffers that a layer derives from weight and bitmask; the mask of the backward copy may be of an
@@ -586,8 +586,11 @@ class SLoPeLinear(SparseLayer, nn.Linear):
                 f"{prefix}weight_bitmask must have exactly two bits set of every four"
             )
             return
-        # Tensors that a weak reference is to are not swapped (torch.__future__)
-        self._prepared = self._home = None
+        # Tensors that a weak reference is to are not swapped
+        if torch.__future__.get_swap_module_params_on_conversion():
+            for layer in layers_of_weight(self.weight):
+                if isinstance(layer, SLoPeLinear):
+                    layer._prepared = layer._home = None
         super()._load_from_state_dict(
             state_dict,
             prefix,

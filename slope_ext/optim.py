@@ -462,8 +462,8 @@ class AdamW(torch.optim.Optimizer):
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         for _, param, saved in self._saved_states(state_dict):
-            missing = [name for name in _REQUIRED if name not in saved] if saved else []
-            if missing:
+            missing = [name for name in _REQUIRED if name not in saved]
+            if missing and saved.keys() - {_TRANSPOSED_MASK}:  # a state may be empty
                 raise ValueError(
                     f"AdamW: state_dict: a parameter {list(param.shape)} has no "
                     f"{', '.join(missing)}, only {', '.join(sorted(saved))}: it is not of AdamW"
@@ -576,7 +576,8 @@ def _take_over(param: Tensor, master: Tensor) -> None:
 
     Rounds as the last step did, and then to the parameter's present type, since the model may have
     been cast since then. Where the last step is unknown (a master that was loaded, or written to in
-    a captured step) rounding to either type of 16 bits counts.
+    a captured step) rounding to either type of 16 bits counts; and rounding twice, if that makes a
+    whole piece of the parameter: of some numbers it may by chance.
     """
     if param.shape != master.shape or param.device != master.device:
         return  # the step says so
@@ -586,12 +587,11 @@ def _take_over(param: Tensor, master: Tensor) -> None:
         pieces = list(zip(*(tensor.split(_PIECE) for tensor in flat), strict=True))
     known = _freshness.marked_dtypes(master)
     for new, old in pieces:
-        if known:
-            rounded = [old.to(dtype).to(new.dtype) for dtype in known]
-        else:
-            rounded = [old.to(dtype) for dtype in (torch.bfloat16, torch.float16)]
-        is_rounded = torch.stack([candidate == new for candidate in rounded]).any(0)
-        torch.where(is_rounded, old, new, out=old)
+        once = [old.to(dtype) for dtype in known or (torch.bfloat16, torch.float16)]
+        twice = [rounded.to(new.dtype) == new for rounded in once]
+        same = [made if known else (rounded == new) | (made & made.all())
+                for rounded, made in zip(once, twice, strict=True)]  # fmt: skip
+        torch.where(torch.stack(same).any(0), old, new, out=old)
 
 
 def _refuse_capture(param: Tensor) -> None:

@@ -197,6 +197,13 @@ def weight_grad_add_(grad: Tensor, dy: Tensor, x: Tensor, bitmask: Tensor) -> No
     grad.add_(weight_grad(dy, x, bitmask))
 
 
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale A B, a [..., inner] and b [inner, features]: the sums are scaled, then rounded."""
+    rows = a.reshape(-1, b.shape[0]) if b.shape[0] else a.new_empty(a.shape[:-1].numel(), 0)
+    product = torch.addmm(a.new_empty(()), rows, b, beta=0, alpha=scale)
+    return product.view(*a.shape[:-1], b.shape[1])
+
+
 def linear_lowrank(
     x: Tensor,
     values: Tensor,
@@ -213,7 +220,7 @@ def linear_lowrank(
     activation: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """Y = activation(X W^T + T B^T + b) with T = scale X A^T; returns (Y, T)."""
-    t = scale * F.linear(x, lora_A)
+    t = scaled_product(x, lora_A.t(), scale)
     y = F.linear(x, decompress(values, bitmask), bias)
     return _activate(y + F.linear(t, lora_B), activation), t
 
@@ -231,7 +238,7 @@ def input_grad_lowrank(
     backend: str = "reference",
 ) -> tuple[Tensor, Tensor]:
     """dX = dY W^{R,C} + dT A with dT = scale dY B; returns (dX, dT)."""
-    dt = scale * (dy @ lora_B)
+    dt = scaled_product(dy, lora_B, scale)
     dx = input_grad(dy, values, bitmask, bitmask_t, values_t, metadata_t, backend)
     return dx + dt @ lora_A, dt
 

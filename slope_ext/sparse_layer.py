@@ -306,6 +306,11 @@ def layers_by_weight() -> dict[int, SparseLayer]:
     return {id(weight): layer for weight, layer in _live_layers()}
 
 
+def layers_of_weight(weight: Tensor) -> list[SparseLayer]:
+    """The live sparse layers that have this very weight, masks of their own or not."""
+    return [layer for other, layer in _live_layers() if other is weight]
+
+
 def layers_of(weights: Iterable[Tensor]) -> list[SparseLayer]:
     """The live sparse layers that have one of these weights, of those that share a mask one."""
     wanted = {id(weight) for weight in weights}

@@ -333,8 +333,13 @@ def test_adapters_that_the_optimizer_has_are_not_stepped_twice(named):
         assert first["param_names"] == ["0.weight", "0.bias"]
 
 
-def test_loading_by_swapping_tensors():
-    model, other = (nn.Sequential(slope.SLoPeLinear(16, 16)) for _ in range(2))
+@pytest.mark.parametrize("tied", [False, True])
+def test_loading_by_swapping_tensors(tied):
+    model, other = (nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(2))
+    for each in (model, other):
+        if tied:
+            each[1].weight = each[0].weight
+        slope.convert(each)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         other.load_state_dict(model.state_dict())

@@ -367,6 +367,14 @@ def test_to_dense_of_layers_that_share_a_weight_but_not_a_mask():
         torch.testing.assert_close(layer(x), y)
 
 
+def test_to_dense_ties_layers_whose_masks_are_equal():
+    a = slope.SLoPeLinear(16, 16)
+    b = slope.SLoPeLinear.from_compressed(a.weight.detach(), a.weight_bitmask.clone())
+    b.weight = a.weight
+    model = slope.to_dense(nn.ModuleDict({"a": a, "b": b}))
+    assert model["a"].weight is model["b"].weight
+
+
 def test_keeps_attributes_of_parameters():
     linear = nn.Linear(16, 16)
     linear.weight._no_weight_decay = True
@@ -449,11 +457,13 @@ def test_given_scores_wanda_style():
     torch.testing.assert_close(model["fc"].dense_weight(), linear.weight * mask_of(model["fc"]))
 
 
-def test_scores_of_integers_are_ranks():
-    ranks = torch.stack([torch.randperm(16) for _ in range(24)])
-    model = nn.ModuleDict({"fc": nn.Linear(16, 24)})
-    slope.convert(model, slope.SlopeConfig(scores={"fc": ranks}))
-    assert torch.equal(mask_of(model["fc"]), oracle.keep_two_of_four(ranks))
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_scores_of_other_types_are_taken(dtype, device):
+    ranks = torch.stack([torch.randperm(16) for _ in range(24)]).to(dtype)
+    model = nn.ModuleDict({"fc": nn.Linear(16, 24, device=device)})
+    slope.convert(model, slope.SlopeConfig(scores={"fc": ranks.to(device)}))
+    assert model["fc"].weight_bitmask.device.type == device.type
+    assert torch.equal(mask_of(model["fc"]).cpu(), oracle.keep_two_of_four(ranks))
 
 
 @pytest.mark.parametrize("argument", ["scores", "masks"])

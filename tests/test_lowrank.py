@@ -123,6 +123,32 @@ def test_input_grad_lowrank(dtype, scale, device):
     assert_as_accurate(dt, scale * (dy @ o.lora_B), exact)
 
 
+@pytest.mark.parametrize("x_needs_grad", [True, False])
+def test_sums_are_scaled_before_they_are_rounded(x_needs_grad, device):
+    """scale X A^T and scale dY B fit into fp16 where X A^T and dY B do not."""
+    o = Operands(32, 32, torch.float16, device, rank=8)
+    a, b = (torch.full_like(factor, 100.0).requires_grad_() for factor in (o.lora_A, o.lora_B))
+    x = torch.full((2, 32), 50.0, dtype=torch.float16, device=device)
+    x.requires_grad_(x_needs_grad)
+    weight = (torch.zeros_like(o.values), o.bitmask, a, b, 1e-3)
+    y = ops.linear_lowrank(x, *weight, bitmask_t=o.bitmask_t)
+    assert (x.detach() @ a.detach().t()).isinf().all()
+    y.backward(torch.full_like(y, 50.0))
+    for factor in (a, b):  # T and dT are 160
+        torch.testing.assert_close(factor.grad, torch.full_like(factor, 2 * 160.0 * 50))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_weight_of_no_columns_gives_zeros(scale, device):
+    def empty(*shape, dtype=torch.float32):
+        return torch.ones(*shape, dtype=dtype, device=device)
+
+    x, values, bitmask = empty(5, 0), empty(8, 0), empty(8, 0, dtype=torch.uint8)
+    y, t = torch.ops.slope.linear_lowrank(x, values, bitmask, empty(3, 0), empty(8, 3), scale)
+    assert torch.equal(t, torch.zeros(5, 3, device=device))
+    assert torch.equal(y, torch.zeros(5, 8, device=device))
+
+
 def test_a_small_scale_keeps_fp16_gradients_finite(device):
     """scale (dY B)^T X may fit where (dY B)^T X does not."""
     o = Operands(16, 24, torch.float16, device, rank=4)

@@ -619,6 +619,11 @@ def test_resume_from_an_older_checkpoint_drops_the_later_ones(
     left = tmp_path / "checkpoints" / "step-000011"
     assert main([*options, "--resume", str(left)]) == 130
     assert newest(tmp_path) == left
+    # Nor is any of this run, where it was to go on from another's
+    others = expected / "checkpoints" / "step-000010"
+    assert main([*options, "--resume", str(others)]) == 130
+    assert find_checkpoint(tmp_path / "checkpoints") is None
+    assert len(list((tmp_path / "checkpoints").glob("aside-step-*"))) == 2
 
 
 @pytest.mark.parametrize("summary", ["whole", "cut", "none"])

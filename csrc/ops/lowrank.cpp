@@ -17,14 +17,14 @@ namespace {
 
 // scale X A^T [..., rank]. The product's fp32 sums are scaled and then rounded, once.
 Tensor scaled_linear(const char* op, const Tensor& x, const Tensor& lora_A, double scale) {
-  if (scale == 1.0) {
+  const int64_t rank = lora_A.size(0), columns = lora_A.size(1);
+  if (scale == 1.0 || columns == 0) {  // of no columns it makes zeros, in any shape
     const OptionalTensor none;
     return call_op("aten::linear", "", x, lora_A, none);
   }
   check(&aoti_torch_cuda_addmm_out != nullptr, "slope::", op,
         ": this build of torch has no aoti_torch_cuda_addmm_out");
-  const int64_t rank = lora_A.size(0), columns = lora_A.size(1);
-  const int64_t tokens = columns == 0 ? 0 : x.numel() / columns;
+  const int64_t tokens = x.numel() / columns;
   const Tensor t = empty_like_device(x, shape_with(x, rank), x.scalar_type());
   const Tensor rows = matrix_in(t, {tokens, rank}, {rank, 1});
   const Tensor columns_of_A = torch::stable::transpose(lora_A, 0, 1);

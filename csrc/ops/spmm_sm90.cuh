@@ -163,9 +163,9 @@ __device__ __forceinline__ int segment_of() {
   return kSegments == 1 ? 0 : blockIdx.x % kSegments;
 }
 
-// The stages of a block: along W's columns from first() to end(), of which segments have whole
-// quads, the last ones fewer or none; and of the tail from tail_first() to tail_end(), of which the
-// last ones have no fewer.
+// The stages of a block: along W's columns from first() to end(), whole quads in a segment; and of
+// the tail from tail_first() to tail_end(). Quads are dealt out by rounding up, tail stages by
+// rounding down, so that of equal counts a segment with a quad less has a tail stage more.
 template <int kSegments>
 class Stages {
  public:

@@ -277,7 +277,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 
     def make_dx_and_dt() -> tuple[Tensor | None, Tensor | None]:
         if not x_needs:
-            return None, ctx.scale * (dy @ lora_B) if a_needs else None
+            return None, reference.scaled_product(dy, lora_B, ctx.scale) if a_needs else None
         weight = (values, bitmask, bitmask_t, lora_A, lora_B)
         return _trusted_input_grad(dy, *weight, ctx.scale, values_t, metadata_t, ctx.backend)
 

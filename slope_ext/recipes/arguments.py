@@ -281,7 +281,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         default="auto",
         help="auto: from the newest whole checkpoint, if any; never: start anew and delete the "
-        "checkpoints in --output-dir; or the path of a checkpoint",
+        "checkpoints in --output-dir; or the path of a checkpoint: the later ones in --output-dir, "
+        "or all if it is none of these, are deleted once the run has saved again",
     )
     output.add_argument(
         "--stop-after",

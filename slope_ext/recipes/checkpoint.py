@@ -27,6 +27,7 @@ WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
 CONFIG = "config.json"
 CHECKSUMS = "checksums.json"
+_ASIDE = "aside-"
 
 
 def save_checkpoint(
@@ -34,7 +35,7 @@ def save_checkpoint(
 ) -> Path:
     """Write ``root/step-XXXXXX`` and drop all but the newest ``keep`` checkpoints up to it.
 
-    Checkpoints of later steps go too: the run was resumed from an earlier one and repeats them.
+    Checkpoints of later steps and those set aside go too: the run was resumed from an earlier one.
     The files are written and synced under a temporary name first: a process killed at any time
     leaves the earlier checkpoints and, at worst, a temporary directory that nothing reads. Raises
     :class:`UsageError` where they cannot be written, on a full disk say; the earlier ones stay.
@@ -59,7 +60,7 @@ def save_checkpoint(
     _sync(root)
     steps = _steps(root)
     here = steps.index(final)
-    for other in steps[: max(0, here + 1 - keep)] + steps[here + 1 :]:
+    for other in (*steps[: max(0, here + 1 - keep)], *steps[here + 1 :], *root.glob(f"{_ASIDE}*")):
         shutil.rmtree(other)
     return final
 
@@ -104,11 +105,24 @@ def find_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def discard_checkpoints(root: Path, after: int) -> None:
-    """Delete the checkpoints of later steps than ``after`` and unfinished ones, nothing else."""
-    later = [path for path in _steps(root) if _step_of(path) > after]
-    for path in (*later, *root.glob("tmp-*")):
+def discard_checkpoints(root: Path) -> None:
+    """Delete every checkpoint under ``root``, unfinished and set aside ones too, nothing else."""
+    for path in (*_steps(root), *root.glob("tmp-*"), *root.glob(f"{_ASIDE}*")):
         shutil.rmtree(path)
+
+
+def set_aside_checkpoints(root: Path, checkpoint: Path) -> None:
+    """Rename what a run that goes on from ``checkpoint`` leaves: the later ones under ``root``.
+
+    All of them, if it is not one of those: they are another run's then. ``--resume auto`` does not
+    find them any more, and they are deleted once the run has saved one of its own.
+    """
+    steps = _steps(root)
+    own = [path for path in steps if path.exists() and path.samefile(checkpoint)]
+    for path in steps[steps.index(own[0]) + 1 :] if own else steps:
+        aside = root / f"{_ASIDE}{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def damage(path: Path) -> str | None:
@@ -175,12 +189,9 @@ def _unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _steps(root: Path) -> list[Path]:
     """The checkpoints, the oldest first; a copy that somebody put beside them is none."""
-    found = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    numbers = {path: path.name.removeprefix("step-") for path in root.glob("step-*")}
+    found = [path for path, number in numbers.items() if number.isdecimal()]
+    return sorted(found, key=lambda path: int(numbers[path]))
 
 
 def checksum(file: Path) -> str:

@@ -40,6 +40,7 @@ from slope_ext.recipes.checkpoint import (
     load_weights,
     rng_state,
     save_checkpoint,
+    set_aside_checkpoints,
     set_rng_state,
 )
 from slope_ext.recipes.data import Blocks, TokenizedCorpus, tokenize_corpus
@@ -429,7 +430,8 @@ def _pretrain(args: argparse.Namespace, output: Path, processes: Processes) -> i
                 print(f"{output}: the run is complete")
                 print(format_summary(summary))
                 return 0
-            if not any(record["kind"] == "train" for record in read_log(output / "log.jsonl")):
+            log_of_it = read_log(output / "log.jsonl")
+            if ("train", args.steps) not in {(r.get("kind"), r["step"]) for r in log_of_it}:
                 raise UsageError(
                     f"--resume {args.resume}: that run is complete, and {output} has no log of it "
                     "to report from"
@@ -442,14 +444,16 @@ def _pretrain(args: argparse.Namespace, output: Path, processes: Processes) -> i
     if checkpoint is not None and state is not None:
         run.restore(checkpoint, state)
         print(f"resuming after step {run.step} from {checkpoint}")
-    # Nothing of an earlier run goes before this one can start: the log may not
+    # The log comes first: without tensorboard it raises, and nothing of an earlier run has gone
     log = RunLog(
         output / "log.jsonl", run.step, output / "tensorboard" if args.tensorboard else None
     )
     corpus.keep()
     summary_file.unlink(missing_ok=True)
-    if args.resume != "auto":  # later ones are not of this run: --resume auto must not find them
-        discard_checkpoints(run.checkpoints, after=run.step)
+    if args.resume == "never":
+        discard_checkpoints(run.checkpoints)
+    elif checkpoint is not None and args.resume != "auto":
+        set_aside_checkpoints(run.checkpoints, checkpoint)
     (output / "arguments.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     print(

@@ -77,14 +77,13 @@ class RunLog:
 
     def __init__(self, path: Path, last_step: int, tensorboard: Path | None = None) -> None:
         """Raises :class:`UsageError` if ``tensorboard`` (a directory) is given without it."""
-        summary_writer = None if tensorboard is None else _summary_writer()
+        self._writer: Any = None
+        if tensorboard is not None:
+            self._writer = _summary_writer()(str(tensorboard), purge_step=last_step + 1)
         self._path = path
         kept = [record for record in self.records() if record["step"] <= last_step]
         replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", buffering=1)
-        self._writer: Any = None
-        if summary_writer is not None:
-            self._writer = summary_writer(str(tensorboard), purge_step=last_step + 1)
 
     def write(self, record: Record) -> None:
         """Append a record."""
