@@ -182,18 +182,47 @@ def draw_speedup(panels: Any, records: list[RawRecord]) -> None:
     kinds = ("linear_tokens", "linear_forward_vs_best_id")
     titles = ("2:4 product, speedup over cuBLAS", "over the best algorithm of cuSPARSELt")
     for axes, bench, title in zip(panels, kinds, titles, strict=True):
-        found = [r for r in records if r["bench"] == bench]
-        for case in dict.fromkeys(r["case"] for r in found):
-            line = sorted((r["tokens"], r["ratio"]) for r in found if r["case"] == case)
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=case)
-        tokens = sorted({r["tokens"] for r in found})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(tokens, [str(count) for count in tokens], rotation=45)
-        axes.set_xlabel("tokens")
+        _draw_tokens(axes, [r for r in records if r["bench"] == bench])
         axes.set_ylim(bottom=0)
-        axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
         axes.set_title(title, loc="left", fontsize=10)
     panels[0].legend(title="out x in", frameon=False, ncols=2, loc="lower right", fontsize=8)
+
+
+def draw_own(panels: Any, records: list[RawRecord]) -> None:
+    """The own product over the best plan in long runs; with an adapter of rank 64 over others."""
+    product, adapter = panels
+    of_product = [r for r in records if r["bench"] == "spmm_native"]
+    _draw_tokens(product, [{**r, "case": r["case"].split(";")[0]} for r in of_product])
+    product.set_ylim(bottom=0)
+    product.set_title("Own product over the best plan", loc="left", fontsize=10)
+    product.legend(title="out x in", frameon=False, ncols=2, loc="lower right", fontsize=8)
+
+    found = [r for r in records if r["bench"] == "linear_lowrank"]
+    cases = list(dict.fromkeys(r["case"] for r in found))
+    baselines = list(dict.fromkeys(r["baseline"] for r in found))
+    width = 0.8 / len(baselines)
+    for i, baseline in enumerate(baselines):
+        bars = {r["case"]: r["ratio"] for r in found if r["baseline"] == baseline}
+        left = [cases.index(case) - 0.4 + (i + 0.5) * width for case in bars]
+        adapter.bar(left, list(bars.values()), width, label=baseline)
+    labels = [case.split(";")[0] for case in cases]
+    adapter.set_xticks(range(len(cases)), labels, rotation=30, ha="right", fontsize=8)
+    adapter.set_ylim(0, 2)
+    adapter.axhline(1, color="0.4", linewidth=1, linestyle="--")
+    adapter.set_title("With an adapter of rank 64, 8192 tokens, over", loc="left", fontsize=10)
+    adapter.legend(frameon=False, loc="upper right", fontsize=8)
+
+
+def _draw_tokens(axes: Any, records: list[RawRecord]) -> None:
+    """Ratios against tokens, a line for each case."""
+    for case in dict.fromkeys(r["case"] for r in records):
+        line = sorted((r["tokens"], r["ratio"]) for r in records if r["case"] == case)
+        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=case)
+    tokens = sorted({r["tokens"] for r in records})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [str(count) for count in tokens], rotation=45)
+    axes.set_xlabel("tokens")
+    axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
 
 
 def draw_limits(axes: Any, records: list[RawRecord]) -> None:
@@ -322,6 +351,21 @@ CHARTS = [
             and r["case"] in BAR_CASES
         ),
         draw_speedup,
+        panels=2,
+    ),
+    Chart(
+        "own-product",
+        ("spmm_native",),
+        lambda r: (
+            r["dtype"] == "bfloat16"
+            and (
+                (r["case"].endswith(";sustained") and r["baseline"].startswith("best cuSPARSELt"))
+                or (r["bench"], r["tokens"]) == ("linear_lowrank", 8192)
+                and r["case"].endswith(";r=64")
+                and r["baseline"] != "without adapter"
+            )
+        ),
+        draw_own,
         panels=2,
     ),
     Chart(
