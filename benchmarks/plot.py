@@ -360,9 +360,11 @@ CHARTS = [
             r["dtype"] == "bfloat16"
             and (
                 (r["case"].endswith(";sustained") and r["baseline"].startswith("best cuSPARSELt"))
-                or (r["bench"], r["tokens"]) == ("linear_lowrank", 8192)
-                and r["case"].endswith(";r=64")
-                and r["baseline"] != "without adapter"
+                or (
+                    (r["bench"], r["tokens"]) == ("linear_lowrank", 8192)
+                    and r["case"].endswith(";r=64")
+                    and r["baseline"] != "without adapter"
+                )
             )
         ),
         draw_own,
