@@ -182,9 +182,7 @@ def draw_speedup(panels: Any, records: list[RawRecord]) -> None:
     kinds = ("linear_tokens", "linear_forward_vs_best_id")
     titles = ("2:4 product, speedup over cuBLAS", "over the best algorithm of cuSPARSELt")
     for axes, bench, title in zip(panels, kinds, titles, strict=True):
-        _draw_tokens(axes, [r for r in records if r["bench"] == bench])
-        axes.set_ylim(bottom=0)
-        axes.set_title(title, loc="left", fontsize=10)
+        _draw_tokens(axes, [r for r in records if r["bench"] == bench], title)
     panels[0].legend(title="out x in", frameon=False, ncols=2, loc="lower right", fontsize=8)
 
 
@@ -192,28 +190,20 @@ def draw_own(panels: Any, records: list[RawRecord]) -> None:
     """The own product over the best plan in long runs; with an adapter of rank 64 over others."""
     product, adapter = panels
     of_product = [r for r in records if r["bench"] == "spmm_native"]
-    _draw_tokens(product, [{**r, "case": r["case"].split(";")[0]} for r in of_product])
-    product.set_ylim(bottom=0)
-    product.set_title("Own product over the best plan", loc="left", fontsize=10)
+    of_weights = [{**r, "case": r["case"].split(";")[0]} for r in of_product]
+    _draw_tokens(product, of_weights, "Own product over the best plan")
     product.legend(title="out x in", frameon=False, ncols=2, loc="lower right", fontsize=8)
 
     found = [r for r in records if r["bench"] == "linear_lowrank"]
-    cases = list(dict.fromkeys(r["case"] for r in found))
-    baselines = list(dict.fromkeys(r["baseline"] for r in found))
-    width = 0.8 / len(baselines)
-    for i, baseline in enumerate(baselines):
-        bars = {r["case"]: r["ratio"] for r in found if r["baseline"] == baseline}
-        left = [cases.index(case) - 0.4 + (i + 0.5) * width for case in bars]
-        adapter.bar(left, list(bars.values()), width, label=baseline)
+    cases = _draw_bars(adapter, found, groups="case", bars="baseline", value="ratio")
     labels = [case.split(";")[0] for case in cases]
     adapter.set_xticks(range(len(cases)), labels, rotation=30, ha="right", fontsize=8)
     adapter.set_ylim(0, 2)
-    adapter.axhline(1, color="0.4", linewidth=1, linestyle="--")
     adapter.set_title("With an adapter of rank 64, 8192 tokens, over", loc="left", fontsize=10)
     adapter.legend(frameon=False, loc="upper right", fontsize=8)
 
 
-def _draw_tokens(axes: Any, records: list[RawRecord]) -> None:
+def _draw_tokens(axes: Any, records: list[RawRecord], title: str) -> None:
     """Ratios against tokens, a line for each case."""
     for case in dict.fromkeys(r["case"] for r in records):
         line = sorted((r["tokens"], r["ratio"]) for r in records if r["case"] == case)
@@ -223,28 +213,38 @@ def _draw_tokens(axes: Any, records: list[RawRecord]) -> None:
     axes.set_xticks(tokens, [str(count) for count in tokens], rotation=45)
     axes.set_xlabel("tokens")
     axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, loc="left", fontsize=10)
+
+
+def _draw_bars(
+    axes: Any, records: list[RawRecord], *, groups: str, bars: str, value: str
+) -> list[str]:
+    """Groups of bars, by fields of the records, beside a line at 1; returns the groups' names."""
+    names = list(dict.fromkeys(r[groups] for r in records))
+    kinds = list(dict.fromkeys(r[bars] for r in records))
+    width = 0.8 / len(kinds)
+    for i, kind in enumerate(kinds):
+        heights = {r[groups]: r[value] for r in records if r[bars] == kind}
+        places = [names.index(name) - 0.4 + (i + 0.5) * width for name in heights]
+        axes.bar(places, list(heights.values()), width, label=kind)
+    axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
+    return names
 
 
 def draw_limits(axes: Any, records: list[RawRecord]) -> None:
     """Fraction of copy bandwidth: a group of bars for each kernel, a bar for each weight."""
-    kernels = list(dict.fromkeys(r["bench"] for r in records))
-    cases = list(dict.fromkeys(r["case"] for r in records))
-    width = 0.8 / len(cases)
-    for i, case in enumerate(cases):
-        bars = {r["bench"]: r["limit_fraction"] for r in records if r["case"] == case}
-        left = [kernels.index(kernel) - 0.4 + (i + 0.5) * width for kernel in bars]
-        axes.bar(left, list(bars.values()), width, label=case)
+    kernels = _draw_bars(axes, records, groups="bench", bars="case", value="limit_fraction")
     labels = [k.replace("_", "_\n", 1) if len(k) > 12 else k for k in kernels]
     axes.set_xticks(range(len(kernels)), labels)
     axes.set_ylabel("of what copy bandwidth allows")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
     axes.set_title("Memory-bound kernels", loc="left")
     axes.legend(
         title="out x in",
         frameon=False,
-        ncols=len(cases),
+        ncols=len({r["case"] for r in records}),
         loc="upper center",
         bbox_to_anchor=(0.5, -0.16),
     )

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,12 @@ from slope_ext._check import (
     has_two_of_four,
 )
 from slope_ext.ops.spmm import Activation, Backend
-from slope_ext.sparse_layer import SparseLayer, layers_of_weight, warn_of_broadcasts
+from slope_ext.sparse_layer import (
+    SparseLayer,
+    check_features,
+    layers_of_weight,
+    warn_of_broadcasts,
+)
 
 BackwardCopy = Literal["cached", "recompute"]
 # Buffers that a layer derives from weight and bitmask; the mask of the backward copy may be of an
@@ -120,9 +124,7 @@ class SLoPeLinear(SparseLayer, nn.Linear):
     ) -> None:
         # nn.Linear's own __init__ would allocate the dense weight.
         nn.Module.__init__(self)
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, Integral) or size < 8 or size % 8 != 0:
-                raise ValueError(f"SLoPeLinear: {name} must be a multiple of 8, got {size}")
+        check_features("SLoPeLinear", 8, in_features=in_features, out_features=out_features)
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise ValueError(
                 "SLoPeLinear: dtype must be float16, bfloat16, float32 or float64, "
@@ -567,39 +569,21 @@ class SLoPeLinear(SparseLayer, nn.Linear):
 
     # ---- state_dict ------------------------------------------------------------------------------
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        bitmask = state_dict.get(prefix + "weight_bitmask")
-        if bitmask is not None and bitmask.dtype != torch.uint8:
-            error_msgs.append(f"{prefix}weight_bitmask must be uint8, got {bitmask.dtype}")
-            return
-        if bitmask is not None and not bitmask.is_meta and not has_two_of_four(bitmask):
-            error_msgs.append(
-                f"{prefix}weight_bitmask must have exactly two bits set of every four"
-            )
-            return
+    def _problem_of_mask(self, mask: Tensor) -> str | None:
+        if mask.dtype != torch.uint8:
+            return f"must be uint8, got {mask.dtype}"
+        if not mask.is_meta and not has_two_of_four(mask):
+            return "must have exactly two bits set of every four"
+        return None
+
+    def _before_load(self) -> None:
         # Tensors that a weak reference is to are not swapped
         if torch.__future__.get_swap_module_params_on_conversion():
             for layer in layers_of_weight(self.weight):
                 if isinstance(layer, SLoPeLinear):
                     layer._prepared = layer._home = None
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+
+    def _after_load(self) -> None:
         self._home = None
         # With assign=True the weight may have left the meta device or changed its dtype.
         if self.weight_t_bitmask.device != self.weight.device:

@@ -12,6 +12,7 @@ transposed. Source: SLoPe, arXiv 2405.16325, section 3.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +200,7 @@ def weight_grad_add_(grad: Tensor, dy: Tensor, x: Tensor, bitmask: Tensor) -> No
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale A B, a [..., inner] and b [inner, features]: the sums are scaled, then rounded."""
-    rows = a.reshape(-1, b.shape[0]) if b.shape[0] else a.new_empty(a.shape[:-1].numel(), 0)
+    rows = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
     product = torch.addmm(a.new_empty(()), rows, b, beta=0, alpha=scale)
     return product.view(*a.shape[:-1], b.shape[1])
 

@@ -7,7 +7,6 @@ The method is SLoPeLinear's (arXiv 2405.16325, section 3.1); nothing is smaller 
 from __future__ import annotations
 
 import re
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from slope_ext import _freshness
-from slope_ext.sparse_layer import SparseLayer, warn_of_broadcasts
+from slope_ext.sparse_layer import SparseLayer, check_features, warn_of_broadcasts
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -109,9 +108,7 @@ class MaskedLinear(SparseLayer, nn.Linear):
     ) -> None:
         self.pattern = pattern
         self.n, self.m = parse_pattern(pattern)
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, Integral) or size < self.m or size % self.m != 0:
-                raise ValueError(f"MaskedLinear: {name} must be a multiple of {self.m}, got {size}")
+        check_features("MaskedLinear", self.m, in_features=in_features, out_features=out_features)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self._init_adapter()
         mask = prune_nm(self.weight.detach().abs(), self.n, self.m)
@@ -140,33 +137,15 @@ class MaskedLinear(SparseLayer, nn.Linear):
             layer.update_transposed_mask()
         return layer
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        mask = state_dict.get(prefix + "weight_mask")
-        if mask is not None and mask.shape == self.weight_mask.shape and not mask.is_meta:
-            groups = (mask != 0).unflatten(-1, (-1, self.m))
-            if not (groups.sum(-1) == self.n).all():
-                error_msgs.append(
-                    f"{prefix}weight_mask must keep exactly {self.n} of every {self.m}"
-                )
-                return
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+    def _problem_of_mask(self, mask: Tensor) -> str | None:
+        if mask.is_meta or mask.shape != self.weight_mask.shape:
+            return None
+        kept = (mask != 0).unflatten(-1, (-1, self.m)).sum(-1)
+        if not (kept == self.n).all():
+            return f"must keep exactly {self.n} of every {self.m}"
+        return None
+
+    def _after_load(self) -> None:
         if self.weight_t_mask.device != self.weight.device:
             self.weight_t_mask = torch.empty_like(self.weight_mask)
         if not self.weight.is_meta:

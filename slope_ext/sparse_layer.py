@@ -7,6 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -205,6 +206,12 @@ class SparseLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        mask = state_dict.get(prefix + self.mask_name)
+        problem = None if mask is None else self._problem_of_mask(mask)
+        if problem is not None:
+            error_msgs.append(f"{prefix}{self.mask_name} {problem}")
+            return
+        self._before_load()
         lora_A = state_dict.get(prefix + "lora_A")
         if lora_A is not None and lora_A.dim() == 2 and not self.has_adapter:
             self._create_adapter(lora_A.shape[0])
@@ -223,6 +230,18 @@ class SparseLayer(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+        self._after_load()
+
+    def _problem_of_mask(self, mask: Tensor) -> str | None:
+        """What is wrong with a mask of W that is to be loaded, but for its shape; or None."""
+        raise NotImplementedError
+
+    def _before_load(self) -> None:
+        """Called before a state is loaded, if its mask may be."""
+
+    def _after_load(self) -> None:
+        """Called after a state was loaded: what is derived follows."""
+        raise NotImplementedError
 
 
 def update_transposed_masks(model: nn.Module) -> None:
@@ -304,6 +323,13 @@ def warn_of_broadcasts(layer: SparseLayer) -> None:
 def layers_by_weight() -> dict[int, SparseLayer]:
     """Every live sparse layer, by ``id`` of its weight Parameter; of several that share it, one."""
     return {id(weight): layer for weight, layer in _live_layers()}
+
+
+def check_features(layer: str, multiple: int, **sizes: int) -> None:
+    """Raises ValueError, which names ``layer``, unless all are positive multiples of one number."""
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < multiple or size % multiple != 0:
+            raise ValueError(f"{layer}: {name} must be a multiple of {multiple}, got {size}")
 
 
 def layers_of_weight(weight: Tensor) -> list[SparseLayer]:

@@ -25,6 +25,7 @@ import torch
 
 from slope_ext.recipes import UsageError
 from slope_ext.recipes.checkpoint import checksum
+from slope_ext.recipes.files import read_object, replace_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -310,7 +311,7 @@ def tokenize_corpus(
         # A missing file is reported where the tokenizer is loaded.
         else _identity(filter(Path.is_file, [_tokenizer_file(tokenizer)]), "--tokenizer"),
     }
-    description = _read_description(cache)
+    description = read_object(cache / "tokens.json") or {}
     kept = description.get("made_from") == made_from and (directory / "tokenizer.json").is_file()
     if not kept or description.get("bytes") != _sizes(cache):
         fresh = cache = directory / "tokens.new"
@@ -339,9 +340,7 @@ def tokenize_corpus(
             "digest": digest.hexdigest(),
         }
         # Written last, under its final name only when whole: it vouches for the token files.
-        temporary = cache / "tokens.json.tmp"
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
-        os.replace(temporary, cache / "tokens.json")
+        replace_text(cache / "tokens.json", json.dumps(description, indent=2) + "\n")
     return TokenizedCorpus(
         directory=directory,
         fresh=fresh,
@@ -356,14 +355,6 @@ def tokenize_corpus(
 def _sizes(cache: Path) -> dict[str, int]:
     """Bytes of the token files that are there."""
     return {file.name: file.stat().st_size for file in sorted(cache.glob("*.bin"))}
-
-
-def _read_description(cache: Path) -> dict[str, Any]:
-    try:
-        description = json.loads((cache / "tokens.json").read_text())
-    except (OSError, ValueError):  # no JSON, or no UTF-8
-        return {}
-    return description if isinstance(description, dict) else {}
 
 
 def _encode(documents: Iterator[str], tokenizer: Tokenizer, dtype: str) -> Iterator[bytes]:

@@ -44,6 +44,7 @@ from slope_ext.recipes.checkpoint import (
     set_rng_state,
 )
 from slope_ext.recipes.data import Blocks, TokenizedCorpus, tokenize_corpus
+from slope_ext.recipes.files import read_object, replace_text
 from slope_ext.recipes.models import build_model, decay_groups, model_config, short_name
 from slope_ext.recipes.reporting import (
     Progress,
@@ -52,8 +53,6 @@ from slope_ext.recipes.reporting import (
     peak_memory_bytes,
     plot_losses,
     read_log,
-    read_summary,
-    replace_text,
     sparsity,
     summarize,
     write_sample,
@@ -426,7 +425,7 @@ def _pretrain(args: argparse.Namespace, output: Path, processes: Processes) -> i
     if state is not None:
         require_same(state["arguments"], args)
         if state["step"] == args.steps:
-            if (summary := read_summary(summary_file)) is not None:
+            if (summary := read_object(summary_file)) is not None:
                 print(f"{output}: the run is complete")
                 print(format_summary(summary))
                 return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import statistics
 import sys
@@ -19,6 +18,7 @@ from torch import nn
 
 import slope_ext as slope
 from slope_ext.recipes import UsageError
+from slope_ext.recipes.files import json_object, replace_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,35 +37,15 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is there with all of its text, or as it was before."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def read_log(path: Path) -> list[Record]:
     """The records of a log, if there is one; lines that are none, as a kill cuts them, are left
     out."""
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        record = _json_of(line)
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        record = json_object(line)
+        if record is not None and isinstance(record.get("step"), int):
             records.append(record)
     return records
-
-
-def read_summary(path: Path) -> Record | None:
-    """The contents of a ``summary.json``; None if there is none that can be read."""
-    summary = _json_of(path.read_bytes()) if path.exists() else None
-    return summary if isinstance(summary, dict) else None
-
-
-def _json_of(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:  # no JSON, or no UTF-8
-        return None
 
 
 class RunLog:
